@@ -1,0 +1,261 @@
+"""A run's folder: where its files are, how they are written, and what happened in it.
+
+Everything is written to a temporary name and moved into place, so a reader, or a run that was
+killed, sees a file whole or not at all. JSON, YAML, safetensors and Arrow only: nothing here is
+ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+
+from configs.schema import Config, LabError, check_config, read_yaml
+
+SCHEMA = 1
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a small file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """LabError where the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LabError(f"no {path}; is this the folder of a run that train.py made?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LabError(f"{path} is damaged ({error}); run train.py on its config again") from None
+
+
+def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """One hash over names, types, shapes and bytes: the same model has the same hash, whatever
+    the bytes of its file (the order of safetensors metadata is not stable)."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sha256_of_model(folder: Path) -> str:
+    """The tensor hash of a saved model. LabError if its file is missing or damaged."""
+    file = folder / "model.safetensors"
+    try:
+        return sha256_of_tensors(load_file(file))
+    except FileNotFoundError:
+        raise LabError(f"no {file}; run train.py on the config again") from None
+    except Exception as error:
+        raise LabError(
+            f"{file} is damaged ({error}); delete {folder} and run train.py on the config again"
+        ) from None
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Run:
+    """runs/<name>: config.yaml, manifest.json, ledger.json, metrics.jsonl and the artifacts."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest: dict[str, Any] = {}
+        self.ledger: list[dict[str, Any]] = []
+
+    # -- opening ------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, folder: Path, config: Config, environment: dict[str, Any]) -> "Run":
+        """Open or continue a run for training. LabError if the folder holds another config."""
+        run = cls(folder)
+        settings = config.model_dump(mode="json")
+        if (folder / "config.yaml").exists():
+            differing = differences(run.config().model_dump(mode="json"), settings)
+            if differing:
+                raise LabError(
+                    f"{folder} was made with another config ({differing[0]}); "
+                    "give this one another name=..., or delete the folder"
+                )
+            run.manifest = read_json(folder / "manifest.json")
+            run.ledger = read_json(folder / "ledger.json")
+        else:
+            if any(not p.name.startswith(("run.", ".")) for p in folder.iterdir()):
+                raise LabError(f"{folder} exists and holds no run; choose another name=...")
+            run.manifest = {"schema": SCHEMA, "started": now(), "finished": None, "stages": {}}
+            write_json(folder / "ledger.json", run.ledger)
+            write_json(folder / "manifest.json", run.manifest)
+            write_atomically(
+                folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, width=100)
+            )
+        run.manifest["environment"] = environment
+        run.save()
+        return run
+
+    @classmethod
+    def finished(cls, folder: str | Path) -> "Run":
+        """Open a finished run for reading. LabError if it is missing, half-written or too new."""
+        run = cls(folder)
+        if not run.folder.is_dir():
+            raise LabError(f"no run folder {run.folder}; train.py CONFIG makes one under runs/")
+        run.manifest = read_json(run.folder / "manifest.json")
+        run.ledger = read_json(run.folder / "ledger.json")
+        if run.manifest.get("schema") != SCHEMA:
+            raise LabError(
+                f"{run.folder} has schema {run.manifest.get('schema')}, this version reads "
+                f"{SCHEMA}; train it again with this version"
+            )
+        if not run.manifest.get("finished"):
+            raise LabError(f"{run.folder} is not finished; run train.py on its config to go on")
+        return run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against a second writer. The lock goes with the process that has it."""
+        lock = FileLock(self.folder / "run.lock")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        holder = self.folder / "run.holder"
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+            raise LabError(f"{self.folder} is in use by {who.strip()}; wait, or stop it") from None
+        try:
+            write_atomically(holder, f"process {os.getpid()} on {socket.gethostname()}\n")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def config(self) -> Config:
+        file = self.folder / "config.yaml"
+        if not file.is_file():
+            raise LabError(f"no {file}; is this the folder of a run that train.py made?")
+        return check_config(read_yaml(file.read_text(encoding="utf-8"), str(file)), str(file))
+
+    # -- places -------------------------------------------------------------------------------
+
+    @property
+    def teacher(self) -> Path:
+        return self.folder / "teacher"
+
+    @property
+    def twin(self) -> Path:
+        return self.folder / "twin"
+
+    def outputs(self, name: str) -> Path:
+        return self.folder / "outputs" / name
+
+    def student(self, name: str, seed: int) -> Path:
+        return self.folder / "students" / name / f"seed-{seed}"
+
+    # -- what happened ------------------------------------------------------------------------
+
+    def save(self) -> None:
+        write_json(self.folder / "manifest.json", self.manifest)
+        write_json(self.folder / "ledger.json", self.ledger)
+
+    def stage_done(self, stage: str) -> bool:
+        return stage in self.manifest["stages"]
+
+    def close_stage(self, stage: str, cost: dict[str, Any], artifact: dict[str, Any]) -> None:
+        """Enter a finished stage in the ledger and its artifact in the manifest."""
+        self.ledger = [row for row in self.ledger if row["stage"] != stage]
+        self.ledger.append({"stage": stage, **cost})
+        self.manifest["stages"][stage] = {"finished": now(), **artifact}
+        self.save()
+
+    def close(self) -> None:
+        self.manifest["finished"] = now()
+        self.save()
+
+    def cost_of(self, stage: str) -> dict[str, Any]:
+        return next(row for row in self.ledger if row["stage"] == stage)
+
+    def log(self, **line: Any) -> None:
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        file = self.folder / "metrics.jsonl"
+        if not file.exists():
+            return []
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    def forget_metrics(self, stage: str, after: int) -> None:
+        """Drop lines logged past the checkpoint that a stage continues from."""
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # torn by a kill in mid-line
+            if entry["stage"] != stage or entry["step"] <= after:
+                kept.append(line + "\n")
+        write_atomically(file, "".join(kept))
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """`key: old there, new here` for every leaf in which two nested dicts differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for name in dict.fromkeys([*old, *new])
+            for line in differences(old.get(name), new.get(name), f"{key}.{name}".strip("."))
+        ]
+    return [] if old == new else [f"{key}: {old!r} there, {new!r} here"]
+
+
+# -- checkpoints ------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict) -> None:
+    """Write a checkpoint whose name carries the hash of its content; keep the last two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".partial"
+    save_file(tensors, partial, metadata={"lab": json.dumps({"step": step, **meta})})
+    digest = hashlib.sha256(partial.read_bytes()).hexdigest()[:16]
+    os.replace(partial, folder / f"step-{step:08d}.{digest}.safetensors")
+    for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The newest checkpoint that is whole, or None; says so when it passes over a damaged one."""
+    for file in sorted(folder.glob("step-*.safetensors"), reverse=True):
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest()[:16] != file.name.split(".")[1]:
+            print(f"checkpoint {file} is damaged (sha256 differs); using the one before")
+            continue
+        header = int.from_bytes(content[:8], "little")
+        meta = json.loads(json.loads(content[8 : 8 + header])["__metadata__"]["lab"])
+        return load_file(file), meta
+    return None

@@ -1,0 +1,289 @@
+"""The schema of a config: one YAML file describes one experiment.
+
+A config names one teacher, the students it teaches, the controls that keep the claim honest, and
+the thresholds of the verdicts, all fixed before anything runs. What cannot work is refused here,
+with the reason, before a minute is spent.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+CONTROLS = ("alone", "scarce", "shuffled", "smoothed", "twin")
+
+
+class LabError(Exception):
+    """Something the user can mend: one line that says what, where and what to do (exit code 2)."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Model(Section):
+    """A transformers model to build; the names are those of the transformers configs."""
+
+    architecture: str = "llama"
+    hidden_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    intermediate_size: int | None = Field(None, gt=0)
+    initializer_range: float = Field(0.02, gt=0)
+    settings: dict[str, Any] = {}  # anything else the transformers config of this architecture has
+
+    @model_validator(mode="after")
+    def heads_divide_width(self) -> "Model":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}; choose a divisor"
+            )
+        return self
+
+
+class Training(Section):
+    """AdamW with warm-up and cosine decay; the same for teacher, student and control."""
+
+    learning_rate: float = Field(3e-3, gt=0)
+    batch_rows: int = Field(256, gt=0)
+    accumulation: int = Field(1, gt=0)  # micro-batches per step; the result does not depend on it
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    final_fraction: float = Field(0.0, ge=0, le=1)  # of the learning rate, at the last step
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = Field(1.0, gt=0)
+    counts: Literal["row", "completion"] = "completion"  # which tokens the loss counts
+
+
+class Teacher(Section):
+    model: Model
+    training: Training = Training(counts="row")
+    epochs: float = Field(gt=0)
+    seed: int = 0
+
+
+class Recipe(Section):
+    """A distillation method is three choices: access, sequences, objective. The rest is dosage."""
+
+    access: Literal["none", "text", "top_k", "logits"] = "logits"
+    sequences: Literal["data", "teacher"] = "data"
+    objective: dict[str, float] = {"forward_kl": 1.0}  # terms and their weights, summing to 1
+    temperature: float = Field(1.0, gt=0)  # of the divergence: both distributions are softened
+    beta: float = Field(0.5, gt=0, lt=1)  # generalised JSD: share of the teacher in the mixture
+    k: int = Field(8, gt=0)  # access top_k: how many probabilities the teacher reveals
+    sampling_temperature: float = Field(0.0, ge=0)  # sequences teacher: 0 writes greedily
+    prompts: Literal["train", "invented"] = "train"  # sequences teacher: whose words it answers
+    transfer_rows: int | None = Field(None, gt=0)  # how many rows the teacher answers; null: all
+    label_fraction: float = Field(1.0, gt=0, le=1)  # access none: share of training words labelled
+    shuffled: bool = False  # outputs of the wrong rows (a control)
+    smoothed: bool = False  # uniform label smoothing, as much entropy as the teacher's (a control)
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def one_name_is_one_term(cls, value: Any) -> Any:
+        return {value: 1.0} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def possible(self) -> "Recipe":
+        known = ("cross_entropy", "forward_kl", "reverse_kl", "generalised_jsd")
+        for name in self.objective:
+            if name not in known:
+                raise ValueError(f"no objective {name!r}{nearest(name, known)}; there are {known}")
+        if any(weight <= 0 for weight in self.objective.values()):
+            raise ValueError("objective weights must be above 0; leave a term out instead")
+        if abs(sum(self.objective.values()) - 1) > 1e-6:
+            raise ValueError(
+                f"objective weights sum to {sum(self.objective.values()):g}, expected 1: a larger "
+                "sum is a larger learning rate in disguise"
+            )
+        compares = [name for name in self.objective if name != "cross_entropy"]
+        if compares and self.access in ("none", "text"):
+            raise ValueError(
+                f"objective {compares[0]} compares distributions, but access {self.access!r} "
+                "reveals none; use access top_k or logits, or objective cross_entropy"
+            )
+        if self.access in ("top_k", "logits") and not compares and not self.smoothed:
+            raise ValueError(
+                f"access {self.access!r} is paid for but objective cross_entropy never uses it; "
+                "use access text, or add a divergence"
+            )
+        if self.access == "none" and self.sequences == "teacher":
+            raise ValueError("sequences teacher needs access to its text: use access text")
+        if self.access == "text" and self.sequences == "data":
+            raise ValueError(
+                "access text over sequences data is training on the data itself: nothing of the "
+                "teacher is used; use sequences teacher, or access none for a control"
+            )
+        if self.access == "top_k" and self.temperature != 1:
+            raise ValueError(
+                "temperature other than 1 needs access logits: the mass beyond the top k cannot "
+                "be softened, as its shape is unknown"
+            )
+        if self.prompts == "invented" and self.sequences == "data":
+            raise ValueError("invented prompts have no data to answer them: use sequences teacher")
+        return self
+
+
+class Students(Section):
+    """What every student and control shares, so that they differ in the recipe alone."""
+
+    model: Model
+    training: Training = Training()
+    # FLOPs of the teacher's outputs and one student, as a share of the teacher's training FLOPs
+    budget: float = Field(gt=0, le=10)
+
+
+class Verdict(Section):
+    claim: str  # "<name> beats <name>"
+    metric: str = "sequence_agreement"
+    threshold: float = 0.0  # the difference must lie above this, in the metric's own unit
+    split: Literal["heldout", "long"] = "heldout"
+
+    @field_validator("claim")
+    @classmethod
+    def two_names(cls, value: str) -> str:
+        if len(value.split(" beats ")) != 2:
+            raise ValueError(f"claim {value!r} must read '<name> beats <name>'")
+        return value
+
+
+class Cost(Section):
+    price_per_hour: float = Field(0.10, ge=0)  # money per hour of this machine, any currency
+    currency: str = "USD"
+    watts_per_thread: float = Field(4.0, gt=0)  # the stated estimate where no meter can be read
+
+
+class Task(Section):
+    name: Literal["pronounce"] = "pronounce"
+    limit: int | None = Field(None, gt=0)  # use only so many words: for tests
+
+
+class Config(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    task: Task = Task()
+    seeds: list[int] = Field(min_length=1)
+    threads: int | None = Field(None, gt=0)  # null: the physical cores, at most 8
+    teacher: Teacher
+    students: Students
+    recipes: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")], Recipe] = Field(
+        min_length=1
+    )
+    controls: list[Literal["alone", "scarce", "shuffled", "smoothed", "twin"]] = [
+        "alone",
+        "scarce",
+        "shuffled",
+    ]
+    verdicts: list[Verdict] = []
+    cost: Cost = Cost()
+    checkpoint_seconds: float = Field(30.0, ge=0)
+    log_every: int = Field(50, gt=0)
+
+    @model_validator(mode="after")
+    def names_agree(self) -> "Config":
+        for name in self.recipes:
+            if name in CONTROLS:
+                raise ValueError(f"{name!r} names a control; call the student something else")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} repeat; every seed is one independent student")
+        known = {*self.recipes, *self.controls}
+        for verdict in self.verdicts:
+            for name in verdict.claim.split(" beats "):
+                if name not in known:
+                    raise ValueError(
+                        f"verdict {verdict.claim!r}: no student or control {name!r}"
+                        f"{nearest(name, known)}"
+                    )
+        return self
+
+
+def nearest(word: str, known: Any) -> str:
+    """`; did you mean 'x'?` for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read and check a YAML config, with `key.sub=value` overrides on top (values are YAML).
+
+    Raises LabError with one line that names the file, the key, what was found and what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = nearest(path.name, [found.name for found in path.parent.glob("*.yaml")])
+        raise LabError(f"no config file {path}{near}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LabError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    settings = read_yaml(text, str(path))
+    if not isinstance(settings, dict):
+        raise LabError(f"{path} holds {type(settings).__name__}, expected keys and values")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise LabError(f"override {override!r} must read key=value, as in teacher.epochs=2")
+        *parents, last = key.split(".")
+        place = settings
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise LabError(f"override {override!r}: {parent!r} is a value, not a section")
+        place[last] = read_yaml(value, f"override {override!r}")
+    return check_config(settings, str(path))
+
+
+def check_config(settings: dict, source: str) -> Config:
+    """Validate settings; LabError names the first key at fault."""
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise LabError(f"{source}: {explain(error.errors()[0])}") from None
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Plain YAML only: no tags that build objects, no aliases that blow up."""
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise LabError(f"{source}: YAML aliases (*{event.anchor}) are not accepted")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise LabError(
+            f"{source}: not plain YAML{where}: {getattr(error, 'problem', None) or error}"
+        ) from None
+
+
+def explain(error: Any) -> str:
+    """One pydantic error as one line: the key, what was found, what was expected."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        *parents, last = error["loc"]
+        section: Any = Config
+        for parent in parents:
+            section = section_of(section, str(parent))
+        known = list(section.model_fields) if section else []
+        near = nearest(str(last), known) or f"; known here: {', '.join(known)}"
+        return f"unknown key {key!r}{near}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    if error["type"] == "missing":
+        return f"{key}: missing; this key is needed"
+    return f"{key}: found {error['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def section_of(section: Any, key: str) -> Any:
+    """The schema class under `key`, looking through dicts and lists of sections."""
+    if section is None or key not in getattr(section, "model_fields", {}):
+        return section  # the name of a recipe, or a place in a list
+    annotation = section.model_fields[key].annotation
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None

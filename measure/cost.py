@@ -1,0 +1,126 @@
+"""What things cost: FLOPs, seconds, memory, joules and money, stage by stage.
+
+FLOPs are counted by torch's FlopCounterMode on the real model and shapes, forward and backward;
+not guessed as 6ND. Element-wise work and the optimiser are not counted (FlopCounterMode sees
+matrix products), for teacher and student alike.
+"""
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.schema import Cost
+
+RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+
+
+class TrainingFlops:
+    """FLOPs of forward and backward for one row of L tokens, counted once per L.
+
+    All matrix products of a step are linear in its rows, so one row tells; a test compares the
+    sum with a count of the whole step.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.per_row: dict[int, int] = {}
+
+    def of_row(self, length: int) -> int:
+        if length not in self.per_row:
+            with FlopCounterMode(display=False) as counter:
+                ids = torch.zeros((1, length), dtype=torch.long, device=self.model.device)
+                self.model(ids, use_cache=False).logits.sum().backward()
+            self.model.zero_grad(set_to_none=True)
+            self.per_row[length] = counter.get_total_flops()
+        return self.per_row[length]
+
+    def of_batch(self, lengths: np.ndarray) -> int:
+        """Of a batch of rows padded to the longest."""
+        return len(lengths) * self.of_row(int(lengths.max()))
+
+
+class CountedForward:
+    """A model whose forward passes are counted, with or without a KV cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.per_row: dict[tuple[int, int], float] = {}
+        self.flops = 0.0
+
+    def __call__(self, input_ids: torch.Tensor, **options: Any) -> Any:
+        cache = options.get("past_key_values")
+        rows, length = input_ids.shape
+        shape = (length, cache.get_seq_length() if cache is not None else 0)
+        if shape not in self.per_row:
+            with FlopCounterMode(display=False) as counter:
+                result = self.model(input_ids, **options)
+            self.per_row[shape] = counter.get_total_flops() / rows
+        else:
+            result = self.model(input_ids, **options)
+        self.flops += self.per_row[shape] * rows
+        return result
+
+
+class Stopwatch:
+    """What one stage costs. `seconds` and `joules` of an earlier, interrupted part are added."""
+
+    def __init__(self, cost: Cost, threads: int, before: dict[str, Any] | None = None) -> None:
+        self.cost, self.threads = cost, threads
+        self.before = before or {"seconds": 0.0, "joules": 0.0}
+        self.started, self.energy = time.perf_counter(), read_energy()
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    def read(self, flops: float) -> dict[str, Any]:
+        elapsed = self.elapsed()
+        joules, source = self.joules(elapsed)
+        seconds = self.before["seconds"] + elapsed
+        return {
+            "flops": float(flops),
+            "seconds": round(seconds, 3),
+            "joules": round(self.before["joules"] + joules, 1),
+            "joules_source": source,
+            "money": seconds / 3600 * self.cost.price_per_hour,
+            "currency": self.cost.currency,
+            "peak_memory_mb": round(peak_memory() / 2**20),
+        }
+
+    def joules(self, elapsed: float) -> tuple[float, str]:
+        after = read_energy()
+        if self.energy is not None and after is not None and after >= self.energy:
+            return after - self.energy, "RAPL, whole package"
+        watts = self.cost.watts_per_thread * self.threads
+        return watts * elapsed, f"estimate: {self.cost.watts_per_thread:g} W per thread"
+
+
+def read_energy() -> float | None:
+    """Joules since some start, from the NVML counter of a GPU or the RAPL one of a processor."""
+    if torch.cuda.is_available():
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        except Exception:
+            return None
+    try:
+        return int(RAPL.read_text()) / 1e6
+    except (OSError, ValueError):
+        return None
+
+
+def peak_memory() -> int:
+    """Of this process so far, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

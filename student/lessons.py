@@ -1,0 +1,56 @@
+"""What a student learns from: rows, and the signal at the positions of a batch of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+
+from tasks.rows import Batch, Rows
+from teacher.signal import Signal
+
+
+def text_signal(batch: Batch) -> Signal:
+    """The text itself and no more."""
+    return Signal(batch.targets)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Rows and what is revealed at a batch of them. Without a teacher that is the text itself."""
+
+    rows: Rows
+    signal: Callable[[Batch], Signal] = text_signal
+
+
+def scarce(rows: Rows, fraction: float) -> Rows:
+    """The share of rows that somebody without the data could label: those of the lowest ids.
+
+    Ids are hashes, so the choice is random, the same on every machine, and smaller shares are
+    parts of larger ones.
+    """
+    keep = np.argsort(rows.ids, kind="stable")[: max(1, round(len(rows) * fraction))]
+    return rows.take(np.sort(keep))
+
+
+def smoothed_labels(vocabulary: int, entropy: float) -> Callable[[Batch], Signal]:
+    """Label smoothing whose entropy in nats matches the teacher's mean entropy.
+
+    The label gets 1 - epsilon, and epsilon is spread over all V outcomes (Szegedy et al. 2016,
+    arXiv 1512.00567, section 7).
+    """
+
+    def entropy_at(epsilon: float) -> float:
+        other = epsilon / vocabulary
+        label = 1 - epsilon + other
+        return -label * np.log(label) - (vocabulary - 1) * other * np.log(max(other, 1e-300))
+
+    epsilon = brentq(lambda e: entropy_at(e) - entropy, 0, 1) if entropy > 0 else 0.0
+
+    def signal(batch: Batch) -> Signal:
+        labels = torch.nn.functional.one_hot(batch.targets, vocabulary).float()
+        chances = (1 - epsilon) * labels + epsilon / vocabulary
+        return Signal(batch.targets, chances.clamp_min(1e-12).log())
+
+    return signal

@@ -1,0 +1,47 @@
+"""From a recipe to an objective, and from a student's recipe to those of its controls."""
+
+from functools import partial
+
+from torch import Tensor
+
+from configs.schema import Recipe
+from student import objectives
+from student.objectives import Objective
+from teacher.signal import Signal
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """The weighted sum of the recipe's terms as one function of (student_logits, signal) -> [M]."""
+    divergence = {"temperature": recipe.temperature}
+    functions = {
+        "cross_entropy": objectives.cross_entropy,
+        "forward_kl": partial(objectives.forward_kl, **divergence),
+        "reverse_kl": partial(objectives.reverse_kl, **divergence),
+        "generalised_jsd": partial(objectives.generalised_jsd, **divergence, beta=recipe.beta),
+    }
+
+    def objective(student_logits: Tensor, signal: Signal) -> Tensor:
+        terms = [
+            weight * functions[name](student_logits, signal)
+            for name, weight in recipe.objective.items()
+        ]
+        return sum(terms[1:], start=terms[0])
+
+    return objective
+
+
+def control_recipe(control: str, student: Recipe) -> Recipe:
+    """The recipe of a control, given that of the student it keeps honest.
+
+    alone     the data behind the teacher, at the same total FLOPs: do outputs teach better?
+    scarce    only 5 % of the data, labelled by hand, same FLOPs: why does anyone distil?
+    shuffled  the teacher's outputs for the wrong rows: must not help
+    smoothed  the data with label smoothing of the teacher's entropy: is softness all there is?
+    """
+    data = Recipe(access="none", sequences="data", objective={"cross_entropy": 1.0})
+    return {
+        "alone": data,
+        "scarce": data.model_copy(update={"label_fraction": 0.05}),
+        "shuffled": student.model_copy(update={"shuffled": True}),
+        "smoothed": data.model_copy(update={"smoothed": True, "objective": {"forward_kl": 1.0}}),
+    }[control]

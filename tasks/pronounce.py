@@ -1,0 +1,183 @@
+"""The task `pronounce`: spelled English words to phonemes.
+
+Source: the CMU Pronouncing Dictionary (Carnegie Mellon University, BSD licence), as the
+pocketsphinx package carries it, with stress marks dropped. A row reads `distill = D IH S T IH L`;
+the prompt ends with the `=`. Training uses a word's first listed pronunciation, the grader
+accepts any.
+"""
+
+import hashlib
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from configs.schema import LabError
+from tasks.rows import Rows, row_id
+
+SHA256 = "20b5c293e1f311fb375fe067e500ec5636f4fc7af5594967263696def9b23bfe"
+LETTERS = "abcdefghijklmnopqrstuvwxyz'-."
+PHONEMES = (
+    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V "
+    "W Y Z ZH"
+).split()
+SPECIALS = ["<pad>", "<s>", "</s>", "="]
+LONG = 14  # words of this many letters or more never train anything
+SPLITS = ("train", "validation", "heldout", "long")
+LONGEST_PROMPT = 32  # tokens; the longest word has 28 letters
+LONGEST_ANSWER = 40  # tokens; the longest listed pronunciation has 27
+
+
+def split_of(word: str) -> str:
+    """train, validation, heldout (90/5/5) or long, by a hash of the word: the same everywhere."""
+    if len(word) >= LONG:
+        return "long"
+    bucket = int.from_bytes(hashlib.sha256(f"split {word}".encode()).digest()[:8], "big") % 100
+    return "train" if bucket < 90 else "validation" if bucket < 95 else "heldout"
+
+
+def dictionary_file() -> Path:
+    """The dictionary inside the installed pocketsphinx package, which is not imported."""
+    package = importlib.util.find_spec("pocketsphinx")
+    if package is None or not package.submodule_search_locations:
+        raise LabError(
+            "the pocketsphinx package, which carries the dictionary, is not installed; "
+            "run pip install -c constraints.txt -e ."
+        )
+    return Path(package.submodule_search_locations[0], "model", "en-us", "cmudict-en-us.dict")
+
+
+def read_dictionary(file: Path) -> dict[str, list[str]]:
+    """word -> its pronunciations, the first listed first. LabError if it is another dictionary."""
+    content = file.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256:
+        raise LabError(
+            f"{file} has sha256 {found[:16]}..., expected {SHA256[:16]}...: another version of the "
+            "dictionary would silently give other rows; install pocketsphinx as constraints.txt says"
+        )
+    words: dict[str, list[str]] = {}
+    for line in content.decode("utf-8").splitlines():
+        word, phonemes = line.split(maxsplit=1)
+        pronunciations = words.setdefault(re.sub(r"\(\d+\)$", "", word), [])
+        if phonemes not in pronunciations:
+            pronunciations.append(phonemes)
+    return words
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per letter and per phoneme, 72 in all. Letters are lower case, phonemes upper."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIALS, *LETTERS, *PHONEMES])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex(r"[A-Z]+|[a-z'.\-]|="), "isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@dataclass
+class Pronounce:
+    """Rows, tokenizer and grader. `limit` keeps only every so-manieth word, for tests."""
+
+    limit: int | None = None
+    name: str = "pronounce"
+    splits: tuple[str, ...] = SPLITS
+    judged: tuple[str, ...] = ("heldout", "long")
+    longest_answer: int = LONGEST_ANSWER
+    longest_row: int = LONGEST_PROMPT + LONGEST_ANSWER  # positions a model must have
+
+    def __post_init__(self) -> None:
+        self.words = read_dictionary(dictionary_file())
+        if self.limit:
+            keep = sorted(self.words, key=row_id)[: self.limit]
+            self.words = {word: self.words[word] for word in sorted(keep)}
+        self.tokenizer = build_tokenizer()
+        self.token_ids = {token: i for token, i in self.tokenizer.get_vocab().items()}
+        self.tokens = sorted(self.token_ids, key=self.token_ids.get)
+        self.separator = self.token_ids["="]
+
+    @cached_property
+    def by_id(self) -> dict[int, str]:
+        return {self.id_of(word): word for word in self.words}
+
+    def id_of(self, word: str) -> int:
+        return row_id(f"pronounce {word}")
+
+    def dataset(self, split: str) -> datasets.Dataset:
+        """The split as text: columns id, prompt, completion."""
+        words = [word for word in self.words if split_of(word) == split]
+        return datasets.Dataset.from_dict(
+            {
+                "id": [self.id_of(word) for word in words],
+                "prompt": [f"{word} =" for word in words],
+                "completion": [self.words[word][0] for word in words],
+            }
+        )
+
+    def rows(self, split: str) -> Rows:
+        """The split as tokens: `<s> letters =` asks, `phonemes </s>` answers."""
+        table = self.dataset(split)
+        ends = [self.tokenizer.eos_token_id]
+        return Rows.build(
+            table["id"][:],
+            [self.prompt(prompt.removesuffix(" =")) for prompt in table["prompt"]],
+            [[self.token_ids[p] for p in answer.split()] + ends for answer in table["completion"]],
+        )
+
+    def prompt(self, word: str) -> list[int]:
+        """`distill` -> the ids of `<s> d i s t i l l =`. LabError names a letter it cannot spell."""
+        for letter in word:
+            if letter not in LETTERS:
+                raise LabError(f"{word!r}: {letter!r} is not one of the letters {LETTERS}")
+        if not 1 <= len(word) <= LONGEST_PROMPT - 2:
+            raise LabError(f"{word!r} has {len(word)} letters, expected 1 to {LONGEST_PROMPT - 2}")
+        spelled = [self.token_ids[letter] for letter in word]
+        return [self.tokenizer.bos_token_id, *spelled, self.separator]
+
+    def invented_prompt_length(self, row: np.ndarray) -> int | None:
+        """Of a row that a teacher made up from nothing: where its prompt ends. None if the row is
+        not `<s> letters = phonemes </s>`, or its word belongs to a split that must stay unseen."""
+        tokens = [self.tokens[t] for t in row]
+        if tokens.count("=") != 1 or tokens[-1] != "</s>":
+            return None
+        end = tokens.index("=")
+        letters, phonemes = tokens[1:end], tokens[end + 1 : -1]
+        word = "".join(letters)
+        known = set(letters) <= set(LETTERS) and set(phonemes) <= set(PHONEMES)
+        unseen = split_of(word) == "long" or (word in self.words and split_of(word) != "train")
+        return None if unseen or not (known and letters and phonemes) else end + 1
+
+    def question(self, row: Rows, i: int) -> str:
+        """The word that row i asks about."""
+        return "".join(self.tokens[t] for t in row.prompt(i)[1:-1])
+
+    def render(self, tokens: np.ndarray | list[int]) -> str:
+        """Answer tokens as text, up to the end mark."""
+        words = [self.tokens[t] for t in tokens]
+        return " ".join(words[: words.index("</s>")] if "</s>" in words else words)
+
+    def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
+        """Per row: wrong (0/1), edits to the nearest listed pronunciation, and its length."""
+        wrong = np.zeros(len(ids))
+        edits = np.zeros(len(ids))
+        length = np.zeros(len(ids))
+        for i, (word_id, answer) in enumerate(zip(ids, answers, strict=True)):
+            said = answer.split()
+            listed = [listed.split() for listed in self.words[self.by_id[int(word_id)]]]
+            distances = [Levenshtein.distance(said, reference) for reference in listed]
+            best = int(np.argmin(distances))
+            wrong[i], edits[i], length[i] = distances[best] > 0, distances[best], len(listed[best])
+        return {"wrong": wrong, "edits": edits, "length": length}

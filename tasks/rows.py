@@ -1,0 +1,137 @@
+"""Rows: tokenised prompt -> completion pairs, addressed by id, and the order they are trained in."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+POOL_BATCHES = 32  # batches are cut from pools of this many, sorted by length, to avoid padding
+
+
+def row_id(text: str) -> int:
+    """A stable 63-bit id from what the row asks: the same on every machine, in every order."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N ragged rows. ids [N] int64; tokens [total] int32; offsets [N+1]; prompt_lengths [N].
+
+    Row i is tokens[offsets[i]:offsets[i+1]]; its first prompt_lengths[i] tokens are the prompt.
+    """
+
+    ids: np.ndarray
+    tokens: np.ndarray
+    offsets: np.ndarray
+    prompt_lengths: np.ndarray
+
+    @classmethod
+    def build(cls, ids: list[int], prompts: list[list[int]], completions: list[list[int]]) -> "Rows":
+        both = [p + c for p, c in zip(prompts, completions, strict=True)]
+        return cls.build_flat(
+            ids=np.asarray(ids, np.int64),
+            tokens=np.asarray([token for row in both for token in row], np.int32),
+            lengths=np.asarray([len(row) for row in both]),
+            prompt_lengths=np.asarray([len(p) for p in prompts], np.int32),
+        )
+
+    @classmethod
+    def build_flat(
+        cls, ids: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray
+    ) -> "Rows":
+        return cls(ids, tokens, np.concatenate([[0], np.cumsum(lengths)]), prompt_lengths)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def row(self, i: int) -> np.ndarray:
+        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+
+    def prompt(self, i: int) -> np.ndarray:
+        return self.tokens[self.offsets[i] : self.offsets[i] + self.prompt_lengths[i]]
+
+    def completion(self, i: int) -> np.ndarray:
+        return self.tokens[self.offsets[i] + self.prompt_lengths[i] : self.offsets[i + 1]]
+
+    def take(self, indices: np.ndarray) -> "Rows":
+        lengths = self.lengths[indices]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        within = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+        tokens = self.tokens[np.repeat(self.offsets[indices], lengths) + within]
+        return Rows(self.ids[indices], tokens, starts, self.prompt_lengths[indices])
+
+    def digest(self) -> str:
+        """sha256 over ids, tokens and boundaries: two sets of rows are the same if this is."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.tokens, self.offsets, self.prompt_lengths):
+            digest.update(np.ascontiguousarray(array).astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+@dataclass
+class Batch:
+    """Right-padded rows. input_ids [B, L]; counted [B, L]: logits at t, which predict token t+1,
+    count for the loss; targets [M]: the tokens that the M counted positions must predict."""
+
+    indices: np.ndarray
+    input_ids: torch.Tensor
+    counted: torch.Tensor
+    targets: torch.Tensor
+
+
+def collate(rows: Rows, indices: np.ndarray, pad: int, counts: str = "completion") -> Batch:
+    """Pad rows to the longest. `counts` "completion" supervises from the first answer token to
+    the last one, end mark included; "row" supervises the prompt too. Causal attention looks only
+    to the left, so padding on the right needs no attention mask.
+    """
+    lengths = rows.lengths[indices]
+    width = int(lengths.max())
+    place = np.arange(width)[None, :]
+    filled = place < lengths[:, None]
+    input_ids = np.full((len(indices), width), pad, np.int64)
+    picked = rows.take(indices)
+    input_ids[filled] = picked.tokens
+    start = rows.prompt_lengths[indices] if counts == "completion" else np.ones_like(lengths)
+    counted = (place >= start[:, None] - 1) & (place < lengths[:, None] - 1)
+    targets = np.roll(input_ids, -1, axis=1)[counted]
+    return Batch(
+        indices, torch.from_numpy(input_ids), torch.from_numpy(counted), torch.from_numpy(targets)
+    )
+
+
+def batch_order(lengths: np.ndarray, batch_rows: int, seed: int) -> Callable[[int], np.ndarray]:
+    """A function from step number to row indices: pure in (seed, step), so that a run continues
+    where it stopped without a saved sampler state.
+
+    Every epoch is a new permutation. Pools of batches are sorted by length so that a batch needs
+    little padding; the batches of a pool are shuffled again. The ragged end of an epoch is left
+    out (other rows each time).
+    """
+    batch_rows = min(batch_rows, len(lengths))
+    per_epoch = len(lengths) // batch_rows
+    cached: dict[int, np.ndarray] = {}
+
+    def epoch_plan(epoch: int) -> np.ndarray:
+        generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+        order = generator.permutation(len(lengths))[: per_epoch * batch_rows]
+        pools = []
+        for pool in np.split(order, range(0, len(order), POOL_BATCHES * batch_rows)[1:]):
+            batches = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, batch_rows)
+            pools.append(generator.permutation(batches))
+        return np.concatenate(pools)
+
+    def at(step: int) -> np.ndarray:
+        epoch, place = divmod(step, per_epoch)
+        if epoch not in cached:
+            cached.clear()
+            cached[epoch] = epoch_plan(epoch)
+        return cached[epoch][place]
+
+    at.per_epoch = per_epoch
+    return at

@@ -1,0 +1,167 @@
+"""Language models: build one from a config, start it from a seed, load and save it, let it write.
+
+The student is built here as well: it is the same kind of thing, only smaller.
+"""
+
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
+
+from configs.schema import LabError, Model, nearest
+
+# What a language model is to us: token ids [B, L] -> logits [B, L, V]; it may be a counted one.
+Forward = Callable[..., nn.Module]
+
+
+def build_model(config: Model, tokenizer: PreTrainedTokenizerFast, positions: int) -> nn.Module:
+    """A transformers causal language model with this tokenizer's vocabulary, uninitialised seed.
+
+    LabError where transformers does not know the architecture or one of the settings.
+    """
+    wanted = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "max_position_embeddings": positions,
+        "initializer_range": config.initializer_range,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+        **config.settings,
+    }
+    try:
+        known = AutoConfig.for_model(config.architecture)
+    except ValueError:
+        raise LabError(
+            f"model.architecture {config.architecture!r} is not one that transformers has; "
+            "llama is the default, gpt2 the fastest on a CPU"
+        ) from None
+    for setting in config.settings:
+        if not hasattr(known, setting):
+            raise LabError(
+                f"model.settings.{setting} is no setting of {config.architecture}"
+                f"{nearest(setting, known.to_dict())}"
+            )
+    if "num_key_value_heads" in known.to_dict():
+        wanted.setdefault("num_key_value_heads", config.num_attention_heads)
+    if config.intermediate_size or "intermediate_size" in known.to_dict():
+        # 8/3 of the width: a gated layer of three matrices then costs what an ungated one would
+        inner = config.intermediate_size or -(-config.hidden_size * 8 // 3 // 8) * 8
+        wanted["n_inner" if config.architecture == "gpt2" else "intermediate_size"] = inner
+    shaped = AutoConfig.for_model(config.architecture, **wanted)
+    # Rows of tens of tokens: plain matrix products beat the fused attention kernels on a CPU.
+    return AutoModelForCausalLM.from_config(shaped, attn_implementation="eager")
+
+
+def initialise(model: nn.Module, seed: int) -> nn.Module:
+    """Starting weights from NumPy, a function of (seed, parameter name) alone.
+
+    torch's own initialisers differ between instruction sets; these do not. Matrices are normal
+    with the config's initializer_range, biases and norms stay as built (zeros and ones).
+    """
+    scale = model.config.initializer_range
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                bits = np.random.PCG64([seed, zlib.crc32(name.encode())])
+                drawn = np.random.Generator(bits).standard_normal(parameter.shape) * scale
+                parameter.copy_(torch.from_numpy(drawn))
+    return model
+
+
+def size_of(model: nn.Module) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str
+) -> None:
+    """A transformers model folder, moved into place whole."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def load_model(folder: Path) -> nn.Module:
+    """A saved model, ready to be asked. LabError if the folder is missing or damaged."""
+    if not (folder / "model.safetensors").is_file():
+        raise LabError(f"{folder} holds no model.safetensors; run train.py on the config again")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, attn_implementation="eager"
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise LabError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {reason}); "
+            "delete that folder and run train.py on the config again"
+        ) from None
+    return model.eval()
+
+
+@torch.no_grad()
+def generate(
+    forward: Forward,
+    prompts: Tensor,
+    *,
+    longest: int,
+    end: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    separator: int | None = None,
+    spelling_temperature: float = 1.0,
+    keep_log_probs: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Let a model write: prompts [B, P], all of one length, to B continuations up to `end`.
+
+    Returns the new tokens of every row (end mark included) and, if asked for, the model's own
+    log-probabilities [n, V] there: nats at temperature 1, whatever the sampling temperature.
+    Temperature 0 takes the likeliest token. No top-p, top-k or repetition penalty hides here.
+    With a `separator`, tokens up to it are sampled at `spelling_temperature` (a model that
+    invents its own prompts), those after it at `temperature`.
+    """
+    rows = prompts.shape[0]
+    alive = torch.arange(rows)
+    answering = torch.full((rows,), separator is None)
+    written: list[list[Tensor]] = [[] for _ in range(rows)]
+    revealed: list[list[Tensor]] = [[] for _ in range(rows)]
+    cache = DynamicCache()
+    inputs = prompts
+    for _ in range(longest):
+        logits = forward(inputs, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        log_probs = torch.log_softmax(logits, dim=-1)
+        tokens = log_probs.argmax(-1)
+        for sampled, heat in ((answering, temperature), (~answering, spelling_temperature)):
+            if heat > 0 and bool(sampled.any()):
+                chances = torch.softmax(logits[sampled] / heat, dim=-1)
+                tokens[sampled] = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        for place, row in enumerate(alive.tolist()):
+            written[row].append(tokens[place])
+            if keep_log_probs:
+                revealed[row].append(log_probs[place])
+        if separator is not None:
+            answering = answering | (tokens == separator)
+        going = tokens != end
+        if not bool(going.any()):
+            break
+        # Rows that are done leave the batch, so that a few long ones do not hold up the rest.
+        keep = going.nonzero()[:, 0]
+        alive, answering, inputs = alive[keep], answering[keep], tokens[keep, None]
+        if len(keep) < len(going):
+            cache.batch_select_indices(keep)
+    return [torch.stack(row) for row in written], [torch.stack(r) for r in revealed if r]

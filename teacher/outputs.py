@@ -1,0 +1,324 @@
+"""The teacher's outputs: made once, stored by row id, bound to what made them, read by students.
+
+A folder of Arrow shards and a provenance.json. One record is one row: its id, its tokens, how
+many of them are the prompt, and the log-probabilities at the positions of the completion
+(float16, nats, temperature 1). Reading is memory-mapped: a student touches only its batch.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from configs.runs import read_json, write_json
+from configs.schema import LabError, Recipe
+from tasks.rows import Batch, Rows, collate, row_id
+from teacher.model import Forward, generate
+from teacher.signal import Signal
+
+SHARD_ROWS = 8192
+BATCH_ROWS = 512
+
+
+def name_of(recipe: Recipe) -> str:
+    """The folder of the outputs that a recipe needs: recipes that need the same share it."""
+    access = f"top_{recipe.k}" if recipe.access == "top_k" else recipe.access
+    parts = [recipe.sequences, access]
+    if recipe.sequences == "teacher":
+        parts += [recipe.prompts]
+        if recipe.sampling_temperature:
+            parts.append(f"sampled-{recipe.sampling_temperature:g}")
+    if recipe.transfer_rows:
+        parts.append(str(recipe.transfer_rows))
+    return "-".join(parts)
+
+
+def outputs_binding(
+    recipe: Recipe, teacher_sha256: str, tokenizer_sha256: str, rows: Rows, seed: int
+) -> dict[str, Any]:
+    """What outputs are bound to: if any of this differs they are another teacher's outputs."""
+    return {
+        "teacher": teacher_sha256,
+        "tokenizer": tokenizer_sha256,
+        "rows": rows.digest(),
+        "access": recipe.access,
+        "k": recipe.k if recipe.access == "top_k" else None,
+        "sequences": recipe.sequences,
+        "prompts": recipe.prompts,
+        "transfer_rows": recipe.transfer_rows,
+        "sampling_temperature": recipe.sampling_temperature,
+        "seed": seed,
+    }
+
+
+def make_outputs(
+    folder: Path,
+    forward: Forward,
+    task: Any,
+    rows: Rows,
+    recipe: Recipe,
+    binding: dict[str, Any],
+    progress: Callable[[int], None] = lambda rows: None,
+) -> None:
+    """Write the teacher's outputs for `rows`, shard by shard; shards already there are kept.
+
+    A killed run goes on at the first missing shard: what a shard holds depends on the rows, the
+    seed and the shard's number alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    provenance = folder / "provenance.json"
+    if provenance.exists():
+        check_binding(folder, read_json(provenance)["binding"], binding)
+    else:
+        write_json(provenance, {"binding": binding, "shards": None})
+    count = recipe.transfer_rows or len(rows)
+    starts = range(0, count, SHARD_ROWS)
+    for number, start in enumerate(starts):
+        file = folder / f"shard-{number:05d}.arrow"
+        size = min(SHARD_ROWS, count - start)
+        if not file.exists():
+            generator = torch.Generator().manual_seed(binding["seed"] * 1_000_003 + number)
+            if recipe.prompts == "invented":
+                records = invented(forward, task, size, recipe, generator, progress)
+            else:
+                # Transfer rows are drawn evenly: rows come in dictionary order.
+                picked = np.arange(start, start + size) * len(rows) // count
+                answer = written if recipe.sequences == "teacher" else scored
+                records = answer(forward, task, rows.take(picked), recipe, generator, progress)
+            write_shard(file, records, recipe.k if recipe.access == "top_k" else None)
+    shards = {}
+    for number in range(len(starts)):
+        file = folder / f"shard-{number:05d}.arrow"
+        shards[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    write_json(provenance, {"binding": binding, "shards": shards})
+
+
+Record = tuple[int, np.ndarray, int, torch.Tensor | None]  # id, tokens, prompt length, log-probs
+
+
+def scored(
+    forward: Forward, task: Any, rows: Rows, recipe: Recipe, _: Any, progress: Callable
+) -> Iterator[Record]:
+    """Sequences `data`: the teacher reads the data's own completions and says what it expected."""
+    order = np.argsort(rows.lengths, kind="stable")
+    revealed: list[torch.Tensor | None] = [None] * len(rows)
+    for indices in np.array_split(order, -(-len(rows) // BATCH_ROWS)):
+        batch = collate(rows, indices, task.tokenizer.pad_token_id)
+        with torch.no_grad():
+            logits = forward(batch.input_ids).logits[batch.counted].float()
+        positions = batch.counted.sum(1).tolist()
+        for i, log_probs in zip(
+            indices, torch.log_softmax(logits, -1).split(positions), strict=True
+        ):
+            revealed[i] = log_probs
+        progress(len(indices))
+    for i in range(len(rows)):
+        yield int(rows.ids[i]), rows.row(i), int(rows.prompt_lengths[i]), revealed[i]
+
+
+def written(
+    forward: Forward,
+    task: Any,
+    rows: Rows,
+    recipe: Recipe,
+    generator: torch.Generator,
+    progress: Callable,
+) -> Iterator[Record]:
+    """Sequences `teacher`: it answers the rows' prompts, in batches of one prompt length."""
+    answers: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    for length in np.unique(rows.prompt_lengths):
+        group = np.flatnonzero(rows.prompt_lengths == length)
+        for indices in np.array_split(group, -(-len(group) // BATCH_ROWS)):
+            prompts = torch.from_numpy(np.stack([rows.prompt(i) for i in indices]).astype(np.int64))
+            tokens, revealed = generate(
+                forward,
+                prompts,
+                longest=task.longest_answer,
+                end=task.tokenizer.eos_token_id,
+                temperature=recipe.sampling_temperature,
+                generator=generator,
+                keep_log_probs=recipe.access != "text",
+            )
+            for place, i in enumerate(indices):
+                answers[int(i)] = (tokens[place], revealed[place] if revealed else None)
+            progress(len(indices))
+    for i in range(len(rows)):
+        tokens, revealed = answers[i]
+        row = np.concatenate([rows.prompt(i), tokens.numpy()])
+        yield int(rows.ids[i]), row, int(rows.prompt_lengths[i]), revealed
+
+
+def invented(
+    forward: Forward,
+    task: Any,
+    count: int,
+    recipe: Recipe,
+    generator: torch.Generator,
+    progress: Callable,
+) -> Iterator[Record]:
+    """Prompts `invented`: the teacher writes whole rows, words of its own and their answers.
+
+    A word that is not well formed, or that belongs to a split which must stay unseen, is dropped.
+    """
+    made = 0
+    while made < count:
+        start = torch.full((BATCH_ROWS, 1), task.tokenizer.bos_token_id)
+        tokens, revealed = generate(
+            forward,
+            start,
+            longest=task.longest_row - 1,
+            end=task.tokenizer.eos_token_id,
+            temperature=recipe.sampling_temperature,
+            generator=generator,
+            separator=task.separator,
+            keep_log_probs=recipe.access != "text",
+        )
+        for place, row in enumerate(tokens):
+            row = np.concatenate([[task.tokenizer.bos_token_id], row.numpy()])
+            prompt_length = task.invented_prompt_length(row)
+            if prompt_length is None or made == count:
+                continue
+            made += 1
+            progress(1)
+            log_probs = revealed[place][prompt_length - 1 :] if revealed else None
+            yield row_id(f"{task.name} {row.tolist()}"), row, prompt_length, log_probs
+
+
+def write_shard(file: Path, records: Iterator[Record], k: int | None) -> None:
+    """One shard as an Arrow stream; of the log-probabilities, all or the k largest per position."""
+    ids, tokens, prompts, values, indices = [], [], [], [], []
+    for row, words, prompt_length, log_probs in records:
+        ids.append(row)
+        tokens.append(np.asarray(words, np.int32))
+        prompts.append(prompt_length)
+        if log_probs is not None and k:
+            top = log_probs.topk(k, dim=-1)
+            values.append(top.values.half().numpy().ravel())
+            indices.append(top.indices.int().numpy().ravel())
+        elif log_probs is not None:
+            values.append(log_probs.half().numpy().ravel())
+    columns = {
+        "id": pa.array(ids, pa.int64()),
+        "tokens": ragged(tokens, pa.int32()),
+        "prompt_length": pa.array(prompts, pa.int32()),
+    }
+    if values:
+        columns["log_probs"] = ragged(values, pa.float16())
+    if indices:
+        columns["indices"] = ragged(indices, pa.int32())
+    table = pa.table(columns).combine_chunks()
+    partial = file.with_name(f".{file.name}.partial")
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    os.replace(partial, file)
+
+
+def ragged(arrays: list[np.ndarray], kind: pa.DataType) -> pa.LargeListArray:
+    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])])
+    return pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(arrays), kind))
+
+
+def check_binding(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """LabError naming what differs, when outputs are not those that this training needs."""
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise LabError(
+                f"{folder} was made with another {key} ({str(found.get(key))[:16]}, expected "
+                f"{str(value)[:16]}); delete that folder and run train.py on the config again"
+            )
+
+
+class Outputs:
+    """A folder of outputs, open for reading: `rows`, and the `signal` at the rows of a batch."""
+
+    def __init__(self, folder: Path, binding: dict[str, Any] | None = None) -> None:
+        """LabError if a shard is missing or damaged, or if the outputs are bound to other things
+        than `binding` says."""
+        provenance = read_json(folder / "provenance.json")
+        if binding is not None:
+            check_binding(folder, provenance["binding"], binding)
+        tables = []
+        for name, digest in (provenance["shards"] or {}).items():
+            file = folder / name
+            if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                raise LabError(
+                    f"{file} is {'damaged' if file.exists() else 'missing'}; delete {folder} and "
+                    "run train.py on the config again"
+                )
+            tables.append(pa.ipc.open_stream(pa.memory_map(str(file))).read_all())
+        if not tables:
+            raise LabError(f"{folder} is not finished; run train.py on the config to go on")
+        self.k = provenance["binding"]["k"]
+        self.rows = Rows.build_flat(
+            ids=joined(tables, "id"),
+            tokens=np.concatenate([flat(table, "tokens")[0] for table in tables]),
+            lengths=np.concatenate([np.diff(flat(table, "tokens")[1]) for table in tables]),
+            prompt_lengths=joined(tables, "prompt_length"),
+        )
+        self.shard_starts = np.cumsum([0, *(len(table) for table in tables)])
+        self.values = [flat(table, "log_probs") for table in tables if "log_probs" in table.column_names]
+        self.indices = [flat(table, "indices") for table in tables if "indices" in table.column_names]
+        self.source = np.arange(len(self.rows))  # whose completion and log-probabilities row i has
+
+    def shuffle(self, seed: int) -> "Outputs":
+        """Give every row the outputs of another row (a control): prompts stay, answers move."""
+        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self.rows))
+        self.source[order] = np.roll(order, 1)
+        rows = self.rows
+        self.rows = Rows.build(
+            rows.ids.tolist(),
+            [rows.prompt(i).tolist() for i in range(len(rows))],
+            [rows.completion(i).tolist() for i in self.source],
+        )
+        return self
+
+    def signal(self, batch: Batch) -> Signal:
+        """What the teacher revealed at the counted positions of a batch of `rows`."""
+        if not self.values:
+            return Signal(batch.targets)
+        outcomes = self.k or -1
+        log_probs = torch.from_numpy(self.gather(self.values, batch.indices))
+        if not self.indices:
+            return Signal(batch.targets, log_probs.view(len(batch.targets), outcomes))
+        tokens = torch.from_numpy(self.gather(self.indices, batch.indices)).long()
+        return Signal(batch.targets, log_probs.view(-1, outcomes), tokens.view(-1, outcomes))
+
+    def gather(self, shards: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> np.ndarray:
+        """The stored values of these rows, one after the other."""
+        pieces = []
+        for row in self.source[rows]:
+            shard = np.searchsorted(self.shard_starts, row, side="right") - 1
+            values, offsets = shards[shard]
+            place = row - self.shard_starts[shard]
+            pieces.append(values[offsets[place] : offsets[place + 1]])
+        return np.concatenate(pieces)
+
+    def mean_entropy(self) -> float:
+        """Of the teacher's distributions over all positions, in nats (access `logits`)."""
+        total, positions = 0.0, 0
+        for values, _ in self.values:
+            log_probs = values.reshape(-1, self.k or self.width).astype(np.float32)
+            total -= float((np.exp(log_probs) * log_probs).sum())
+            positions += len(log_probs)
+        return total / positions
+
+    @property
+    def width(self) -> int:
+        """Outcomes per position."""
+        completions = self.rows.lengths - self.rows.prompt_lengths
+        return sum(len(values) for values, _ in self.values) // int(completions.sum())
+
+
+def joined(tables: list[pa.Table], column: str) -> np.ndarray:
+    return np.concatenate([table[column].to_numpy() for table in tables])
+
+
+def flat(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """A list column as its values, memory-mapped, and its offsets."""
+    chunk = table[column].chunk(0)
+    return chunk.values.to_numpy(zero_copy_only=True), chunk.offsets.to_numpy()

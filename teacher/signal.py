@@ -1,0 +1,56 @@
+"""What a teacher revealed at some positions of a text: all that an objective ever sees of it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TINY = 1e-8  # probability below which the tail bucket is taken as this
+
+
+@dataclass(frozen=True)
+class Signal:
+    """M positions of text and what the teacher revealed there.
+
+    targets [M]: the tokens that stand in the text (all that access `text` reveals).
+    log_probs [M, V] for access `logits`, [M, k] for `top_k`, None for `text`; nats, temperature 1.
+    indices [M, k]: the token ids of the k log-probabilities, None otherwise.
+
+    A signal read from disk and one computed a moment ago are the same type.
+    """
+
+    targets: Tensor
+    log_probs: Tensor | None = None
+    indices: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Signal":
+        moved = [t if t is None else t.to(device) for t in (self.log_probs, self.indices)]
+        return Signal(self.targets.to(device), *moved)
+
+    def outcomes(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(teacher, student) log-probabilities over the same outcomes, each [M, K], normalised.
+
+        Full log-probabilities: K = V, both softened by the temperature. Top-k: K = k + 1, where
+        the last outcome is everything else. A divergence over these k + 1 outcomes is a true one:
+        never negative, and never above the divergence over all V (data-processing inequality).
+        """
+        if self.log_probs is None:
+            raise ValueError("this signal is text alone: it has no distribution to compare with")
+        teacher = self.log_probs.float() if student_logits.dtype != torch.float64 else (
+            self.log_probs.double()
+        )
+        if self.indices is None:
+            return (
+                torch.log_softmax(teacher / temperature, dim=-1),
+                torch.log_softmax(student_logits / temperature, dim=-1),
+            )
+        if temperature != 1:
+            raise ValueError("top-k signals cannot be softened: the tail's shape is unknown")
+        student = torch.log_softmax(student_logits, dim=-1).gather(-1, self.indices)
+        return with_tail(teacher), with_tail(student)
+
+
+def with_tail(log_probs: Tensor) -> Tensor:
+    """[M, k] -> [M, k + 1]: the rest of the probability mass as one more outcome."""
+    tail = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp_min(TINY)
+    return torch.cat([log_probs, tail.log()], dim=-1)
