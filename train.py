@@ -270,22 +270,22 @@ def fit(
         indices = order(step)
         flops += counted_flops.of_batch(lessons.rows.lengths[indices])
         parts = [
-            collate(lessons.rows, part, task.tokenizer.pad_token_id, training.counts)
+            collate(lessons.rows, part, task.tokenizer.pad_token_id, training.prompt_weight)
             for part in np.array_split(indices, min(training.accumulation, len(indices)))
         ]
-        positions = sum(len(part.targets) for part in parts)  # of the whole step, not of a part
+        total = sum(part.weights.sum() for part in parts)  # of the whole step, not of a part
         loss_sum = torch.zeros(())
         for part in parts:
             signal = lessons.signal(part).to(accelerator.device)
             logits = model(part.input_ids.to(accelerator.device), use_cache=False).logits
-            losses = objective(logits[part.counted], signal)
-            accelerator.backward(losses.sum() / positions)
+            losses = objective(logits[part.counted], signal) * part.weights.to(accelerator.device)
+            accelerator.backward(losses.sum() / total)
             loss_sum += losses.detach().sum().cpu()
         norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-        running.append(loss_sum / positions)
+        running.append(loss_sum / total)
         tokens_seen += sum(part.input_ids.numel() for part in parts)
         bar.update()
         last = step + 1 == steps

@@ -198,6 +198,10 @@ class Run:
     def cost_of(self, stage: str) -> dict[str, Any]:
         return next(row for row in self.ledger if row["stage"] == stage)
 
+    def cost_of_outputs(self) -> float:
+        """FLOPs of all outputs together."""
+        return sum(row["flops"] for row in self.ledger if row["stage"].startswith("outputs/"))
+
     def log(self, **line: Any) -> None:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

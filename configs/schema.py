@@ -55,12 +55,14 @@ class Training(Section):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = Field(1.0, gt=0)
-    counts: Literal["row", "completion"] = "completion"  # which tokens the loss counts
+    # What a token of the prompt counts for in the loss; one of the completion counts for 1. Above
+    # 0 a model also learns to write prompts; a student of distributions has them at answers only.
+    prompt_weight: float = Field(0.0, ge=0, le=1)
 
 
 class Teacher(Section):
     model: Model
-    training: Training = Training(counts="row")
+    training: Training
     epochs: float = Field(gt=0)
     seed: int = 0
 
@@ -188,6 +190,13 @@ class Config(Section):
                 raise ValueError(f"{name!r} names a control; call the student something else")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat; every seed is one independent student")
+        if self.students.training.prompt_weight > 0:
+            for name, recipe in self.recipes.items():
+                if recipe.access in ("top_k", "logits"):
+                    raise ValueError(
+                        f"students.training.prompt_weight is above 0, but {name} learns from "
+                        f"access {recipe.access!r}, which is revealed for completions only"
+                    )
         known = {*self.recipes, *self.controls}
         for verdict in self.verdicts:
             for name in verdict.claim.split(" beats "):

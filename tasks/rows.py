@@ -77,32 +77,32 @@ class Rows:
 @dataclass
 class Batch:
     """Right-padded rows. input_ids [B, L]; counted [B, L]: logits at t, which predict token t+1,
-    count for the loss; targets [M]: the tokens that the M counted positions must predict."""
+    count for the loss; targets [M]: the tokens that the M counted positions must predict;
+    weights [M]: 1 for a token of a completion, less for one of a prompt."""
 
     indices: np.ndarray
     input_ids: torch.Tensor
     counted: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor
 
 
-def collate(rows: Rows, indices: np.ndarray, pad: int, counts: str = "completion") -> Batch:
-    """Pad rows to the longest. `counts` "completion" supervises from the first answer token to
-    the last one, end mark included; "row" supervises the prompt too. Causal attention looks only
-    to the left, so padding on the right needs no attention mask.
+def collate(rows: Rows, indices: np.ndarray, pad: int, prompt_weight: float = 0.0) -> Batch:
+    """Pad rows to the longest. Supervised are the tokens of the completion, from its first to its
+    end mark, and, if prompt_weight is above 0, those of the prompt but its first. Causal
+    attention looks only to the left, so padding on the right needs no attention mask.
     """
     lengths = rows.lengths[indices]
-    width = int(lengths.max())
-    place = np.arange(width)[None, :]
+    place = np.arange(int(lengths.max()))[None, :]
     filled = place < lengths[:, None]
-    input_ids = np.full((len(indices), width), pad, np.int64)
-    picked = rows.take(indices)
-    input_ids[filled] = picked.tokens
-    start = rows.prompt_lengths[indices] if counts == "completion" else np.ones_like(lengths)
-    counted = (place >= start[:, None] - 1) & (place < lengths[:, None] - 1)
+    input_ids = np.full(filled.shape, pad, np.int64)
+    input_ids[filled] = rows.take(indices).tokens
+    answering = place >= rows.prompt_lengths[indices][:, None] - 1
+    counted = (place < lengths[:, None] - 1) & (answering | (prompt_weight > 0))
     targets = np.roll(input_ids, -1, axis=1)[counted]
-    return Batch(
-        indices, torch.from_numpy(input_ids), torch.from_numpy(counted), torch.from_numpy(targets)
-    )
+    weights = np.where(answering, np.float32(1), np.float32(prompt_weight))[counted]
+    tensors = [torch.from_numpy(array) for array in (input_ids, counted, targets, weights)]
+    return Batch(indices, *tensors)
 
 
 def batch_order(lengths: np.ndarray, batch_rows: int, seed: int) -> Callable[[int], np.ndarray]:

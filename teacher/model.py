@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from configs.schema import LabError, Model, nearest
+
+disable_progress_bar()  # a bar per file of a toy model is noise
 
 # What a language model is to us: token ids [B, L] -> logits [B, L, V]; it may be a counted one.
 Forward = Callable[..., nn.Module]
