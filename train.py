@@ -40,7 +40,8 @@ from tasks.rows import Rows, batch_order, collate
 from teacher.model import build_model, initialise, load_model, save_model, size_of
 from teacher.outputs import Outputs, make_outputs, name_of, outputs_binding
 
-VALIDATION_ROWS = 1024  # read ten times per model, for the learning curves
+VALIDATIONS = 10  # times that a model meets the validation rows, for its learning curve
+VALIDATION_ROWS = 1024
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -260,7 +261,7 @@ def fit(
         total=steps, initial=first, desc=stage, unit="step", ascii=True, leave=False, disable=None
     )
     running: list[torch.Tensor] = []
-    tokens_seen, mark = 0, watch.elapsed()
+    tokens_seen, mark, validated = 0, watch.elapsed(), first
     model.train()
     for step in range(first, steps):
         rate = learning_rate(training, step, steps)
@@ -293,8 +294,9 @@ def fit(
             loss = float(torch.stack(running).mean())
             speed = tokens_seen / (watch.elapsed() - mark)
             line = {"loss": loss, "lr": rate, "grad_norm": float(norm), "tokens_per_s": speed}
-            if last or (step + 1) % (max(1, steps // 10 // config.log_every) * config.log_every) == 0:
+            if VALIDATIONS * (step + 1) // steps > VALIDATIONS * validated // steps:
                 line["validation_nll"] = validation_nll(model, task, validation)
+                validated = step + 1
             run.log(stage=stage, step=step + 1, flops=flops, **line)
             say(
                 f"{stage:<34} step {step + 1:>6}/{steps:<6} loss {loss:8.4f}  lr {rate:.2e}  "

@@ -23,6 +23,7 @@ from teacher.signal import Signal
 
 SHARD_ROWS = 8192
 BATCH_ROWS = 512
+RAREST_WORDS = 0.02  # a teacher that invents fewer well-formed words than this is given up
 
 
 def name_of(recipe: Recipe) -> str:
@@ -165,8 +166,14 @@ def invented(
 
     A word that is not well formed, or that belongs to a split which must stay unseen, is dropped.
     """
-    made = 0
+    made, tried = 0, 0
     while made < count:
+        if made < tried * RAREST_WORDS:
+            raise LabError(
+                f"the teacher invents hardly any well-formed words ({made} of {tried} tries); train "
+                "it longer or with a larger teacher.training.prompt_weight"
+            )
+        tried += BATCH_ROWS
         start = torch.full((BATCH_ROWS, 1), task.tokenizer.bos_token_id)
         tokens, revealed = generate(
             forward,

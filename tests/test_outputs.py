@@ -1,0 +1,197 @@
+"""The teacher's outputs on disk: what is stored is what the teacher said, for the right row."""
+
+import numpy as np
+import pytest
+import torch
+
+from configs.schema import LabError, Recipe
+from measure.cost import CountedForward
+from tasks.pronounce import Pronounce
+from tasks.rows import collate
+from teacher import outputs as outputs_module
+from teacher.model import generate, load_model
+from teacher.outputs import Outputs, make_outputs, name_of, outputs_binding
+
+DATA = Recipe(access="logits", sequences="data")
+WRITTEN = Recipe(access="logits", sequences="teacher")
+TOP = Recipe(access="top_k", sequences="data", k=5)
+TEXT = Recipe(access="text", sequences="teacher", objective="cross_entropy")
+INVENTED = Recipe(access="logits", sequences="teacher", prompts="invented", transfer_rows=40)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Pronounce(limit=400)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_run):
+    return load_model(tiny_run / "teacher")
+
+
+@pytest.fixture(scope="module")
+def rows(task):
+    return task.rows("train").take(np.arange(100))
+
+
+@pytest.fixture
+def make(tmp_path, task, teacher, rows, monkeypatch):
+    monkeypatch.setattr(outputs_module, "SHARD_ROWS", 30)
+
+    def make(recipe, forward=teacher, **changed):
+        folder = tmp_path / name_of(recipe)
+        binding = outputs_binding(recipe, "teacher-sha", "tokenizer-sha", rows, 0) | changed
+        make_outputs(folder, forward, task, rows, recipe, binding)
+        return Outputs(folder, binding)
+
+    return make
+
+
+def live_log_probs(teacher, batch):
+    with torch.no_grad():
+        return torch.log_softmax(teacher(batch.input_ids).logits[batch.counted], -1)
+
+
+@pytest.mark.parametrize("recipe", [DATA, WRITTEN, INVENTED], ids=name_of)
+def test_stored_outputs_equal_live_ones_whatever_the_order_of_the_rows(
+    recipe, make, teacher, generator
+):
+    stored = make(recipe)
+    order = torch.randperm(len(stored.rows), generator=generator).numpy()
+    for indices in np.array_split(order, 7):
+        batch = collate(stored.rows, indices, pad=0)
+        signal = stored.signal(batch)
+        assert signal.targets is batch.targets
+        torch.testing.assert_close(
+            signal.log_probs.float(), live_log_probs(teacher, batch), atol=2e-2, rtol=1e-3
+        )
+
+
+def test_a_stored_and_a_live_signal_give_the_same_loss(make, teacher, generator):
+    from student.objectives import forward_kl
+    from teacher.signal import Signal
+
+    stored = make(DATA)
+    batch = collate(stored.rows, np.arange(50), pad=0)
+    live = Signal(batch.targets, live_log_probs(teacher, batch))
+    student = torch.randn(*live.log_probs.shape, generator=generator)
+    torch.testing.assert_close(
+        forward_kl(student, stored.signal(batch)).mean(),
+        forward_kl(student, live).mean(),
+        rtol=1e-3,
+        atol=0,
+    )
+
+
+def test_top_k_keeps_the_k_largest_and_their_tokens(make, teacher):
+    stored = make(TOP)
+    batch = collate(stored.rows, np.arange(50), pad=0)
+    signal, live = stored.signal(batch), live_log_probs(teacher, batch)
+    assert signal.log_probs.shape == signal.indices.shape == (len(batch.targets), 5)
+    torch.testing.assert_close(
+        live.gather(-1, signal.indices), signal.log_probs.float(), atol=1e-2, rtol=1e-3
+    )
+    torch.testing.assert_close(
+        live.topk(5).values, signal.log_probs.float(), atol=1e-2, rtol=1e-3
+    )
+
+
+def test_text_reveals_the_greedy_answers_and_nothing_more(make, teacher, task, rows):
+    stored = make(TEXT)
+    assert stored.signal(collate(stored.rows, np.arange(10), pad=0)).log_probs is None
+    for i in range(20):
+        prompt = torch.from_numpy(rows.prompt(i).astype(np.int64))[None]
+        ids = prompt
+        while ids.shape[1] - prompt.shape[1] < task.longest_answer:  # no cache, one at a time
+            with torch.no_grad():
+                ids = torch.cat([ids, teacher(ids).logits[:, -1:].argmax(-1)], dim=1)
+            if ids[0, -1] == task.tokenizer.eos_token_id:
+                break
+        assert stored.rows.row(i).tolist() == ids[0].tolist()
+        assert stored.rows.ids[i] == rows.ids[i]
+
+
+def test_shuffled_outputs_give_every_row_those_of_another(make, rows):
+    honest, stored = make(DATA), make(DATA).shuffle(seed=0)
+    for i in range(len(rows)):
+        other = stored.source[i]
+        assert other != i
+        assert stored.rows.prompt(i).tolist() == rows.prompt(i).tolist()
+        assert stored.rows.completion(i).tolist() == rows.completion(other).tolist()
+    moved = stored.signal(collate(stored.rows, np.array([4]), pad=0))
+    kept = honest.signal(collate(honest.rows, stored.source[[4]], pad=0))
+    assert torch.equal(moved.log_probs, kept.log_probs)
+
+
+def test_invented_words_are_well_formed_and_never_from_an_unseen_split(make, task):
+    from tasks.pronounce import split_of
+
+    stored = make(INVENTED)
+    assert len(stored.rows) == 40
+    for i in range(40):
+        word = task.question(stored.rows, i)
+        assert split_of(word) != "long"
+        assert word not in task.words or split_of(word) == "train"
+
+
+def test_interrupted_outputs_go_on_at_the_missing_shard(make, teacher, tmp_path):
+    whole = make(WRITTEN)
+    folder = tmp_path / name_of(WRITTEN)
+    before = {file.name: file.read_bytes() for file in folder.glob("*.arrow")}
+    (folder / "shard-00002.arrow").unlink()
+    counted = CountedForward(teacher)
+    again = make(WRITTEN, forward=counted)
+    assert {file.name: file.read_bytes() for file in folder.glob("*.arrow")} == before
+    assert again.rows.digest() == whole.rows.digest()
+    assert 0 < counted.flops
+
+
+def test_outputs_of_another_teacher_are_refused_by_name(make, tmp_path):
+    make(DATA)
+    with pytest.raises(LabError, match=r"another teacher .*delete that folder"):
+        make(DATA, teacher="another")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
+def test_a_damaged_shard_is_refused(damage, make, tmp_path):
+    make(DATA)
+    folder = tmp_path / name_of(DATA)
+    file = folder / "shard-00001.arrow"
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content[:-100] if damage == "cut" else content)
+    with pytest.raises(LabError, match=r"shard-00001\.arrow is (damaged|missing)"):
+        Outputs(folder)
+
+
+def test_generation_with_a_cache_counts_its_flops_exactly(task, teacher):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    prompts = torch.tensor([task.prompt("distill"), task.prompt("teacher")])
+    counted = CountedForward(teacher)
+    options = {"longest": 8, "end": task.tokenizer.eos_token_id}
+    with FlopCounterMode(display=False) as counter:
+        generate(teacher, prompts, **options)
+    for _ in range(2):  # the first call measures the shapes, the second looks them up
+        counted.flops = 0
+        generate(counted, prompts, **options)
+        assert counted.flops == counter.get_total_flops()
+
+
+def test_sampling_follows_the_models_own_distribution(task, teacher):
+    """No hidden top-p or temperature: frequencies of 20,000 first tokens match the softmax."""
+    prompts = torch.tensor([task.prompt("lab")]).repeat(20_000, 1)
+    tokens, log_probs = generate(
+        teacher,
+        prompts,
+        longest=1,
+        end=-1,
+        temperature=1.0,
+        generator=torch.Generator().manual_seed(0),
+        keep_log_probs=True,
+    )
+    found = torch.bincount(torch.cat(tokens), minlength=72) / 20_000
+    torch.testing.assert_close(found, log_probs[0][0].exp(), atol=0.015, rtol=0)
