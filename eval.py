@@ -34,11 +34,11 @@ from measure.statistics import (
     verdict,
     verdict_line,
 )
-from student.recipe import control_recipe
+from student.recipe import recipes_of
 from tasks import load_task
 from tasks.pronounce import Pronounce
 from tasks.rows import Rows
-from teacher.model import load_model, size_of
+from teacher.model import load_model
 from teacher.outputs import name_of
 
 SCHEMA = 1
@@ -114,7 +114,8 @@ def judge(run: Run, config: Config, split: str, update: bool) -> None:
         "seeds": config.seeds,
         "teacher": entry(run, config, "teacher", [], metrics, speed, splits),
         "students": {
-            arm: entry(run, config, arm, arms[arm], metrics, speed, splits) for arm in config.recipes
+            arm: entry(run, config, arm, arms[arm], metrics, speed, splits)
+            for arm in config.recipes
         },
         "controls": {
             arm: entry(run, config, arm, arms[arm], metrics, speed, splits)
@@ -128,12 +129,15 @@ def judge(run: Run, config: Config, split: str, update: bool) -> None:
                 v.claim,
                 v.metric,
                 v.threshold,
-                *(metrics[arm][v.split if len(splits) > 1 else split][v.metric]
-                  for arm in v.claim.split(" beats ")),
+                *(
+                    metrics[arm][v.split if len(splits) > 1 else split][v.metric]
+                    for arm in v.claim.split(" beats ")
+                ),
             )
             for v in config.verdicts
         ],
-        "environment": environment(torch.get_num_threads()) | {"trained": run.manifest["environment"]},
+        "environment": environment(torch.get_num_threads())
+        | {"trained": run.manifest["environment"]},
     }
     if split == "heldout":
         run.manifest["heldout_reads"] = run.manifest.get("heldout_reads", 0) + 1
@@ -176,7 +180,9 @@ def metrics_of(seeds: list[Judged], teacher: Judged) -> dict[str, Metric]:
     """Every metric of one arm on one split; columns are [seeds, rows, C]."""
     one = np.ones(len(teacher.answers.texts))
     same = [
-        np.array([a == b for a, b in zip(s.answers.texts, teacher.answers.texts, strict=True)], float)
+        np.array(
+            [a == b for a, b in zip(s.answers.texts, teacher.answers.texts, strict=True)], float
+        )
         for s in seeds
     ]
     teacher_wrong = teacher.columns["wrong"]
@@ -256,11 +262,13 @@ def entry(
     by_split = {
         split: {
             "quality": {k: m.summary() for k, m in metrics[arm][split].items() if k in QUALITY},
-            "fidelity": {k: m.summary() for k, m in metrics[arm][split].items() if k not in QUALITY},
+            "fidelity": {
+                k: m.summary() for k, m in metrics[arm][split].items() if k not in QUALITY
+            },
         }
         for split in splits
     }
-    recipe = recipe_of(config, arm)
+    recipe = recipes_of(config).get(arm)
     ledger = [run.cost_of(stage) for stage in stages]
     first = by_split.pop(splits[0])
     if arm == "teacher":
@@ -284,14 +292,8 @@ def entry(
 
 def arms_of(config: Config) -> dict[str, list[int]]:
     """Every student and control with its seeds, in the order of the config."""
-    arms = {name: config.seeds for name in config.recipes}
-    return arms | {name: [0] if name == "twin" else config.seeds for name in config.controls}
-
-
-def recipe_of(config: Config, arm: str) -> Any:
-    if arm in ("teacher", "twin"):
-        return None
-    return config.recipes.get(arm) or control_recipe(arm, next(iter(config.recipes.values())))
+    arms = {name: config.seeds for name in recipes_of(config)}
+    return arms | ({"twin": [0]} if "twin" in config.controls else {})
 
 
 def stage_of(arm: str, seed: int) -> str:

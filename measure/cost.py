@@ -5,13 +5,13 @@ not guessed as 6ND. Element-wise work and the optimiser are not counted (FlopCou
 matrix products), for teacher and student alike.
 """
 
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -122,5 +122,9 @@ def peak_memory() -> int:
     """Of this process so far, in bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "pocketsphinx")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "accelerate",
+    "numpy",
+    "pocketsphinx",
+)
 
 
 def environment(threads: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from measure.fidelity import ECE_BINS
 from measure.statistics import verdict_line
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: no display is needed)
+import matplotlib.pyplot as plt
 
 COLOURS = ["#1b6ca8", "#d1495b", "#66a182", "#edae49", "#8d6a9f", "#30343f", "#00798c", "#c17c74"]
 EXAMPLES = 24

@@ -110,9 +110,13 @@ def verdict(claim: str, metric: str, threshold: float, first: Metric, second: Me
 
 def verdict_line(verdict: dict) -> str:
     """`distilled beats alone by 3.1 points of sequence agreement [2.2, 4.0] over 5 seeds: BEATS`"""
-    scale, unit = (1, "nats of") if "kl_" in verdict["metric"] or "nll" in verdict["metric"] else (
-        100,
-        "points of",
+    scale, unit = (
+        (1, "nats of")
+        if "kl_" in verdict["metric"] or "nll" in verdict["metric"]
+        else (
+            100,
+            "points of",
+        )
     )
     low, high = (scale * bound for bound in verdict["ci95"])
     seeds = (

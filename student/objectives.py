@@ -20,9 +20,7 @@ def cross_entropy(student_logits: Tensor, signal: Signal) -> Tensor:
     On text that the teacher wrote this is sequence-level distillation (Kim and Rush 2016,
     arXiv 1606.07947, section 3.2).
     """
-    return torch.nn.functional.cross_entropy(
-        student_logits, signal.targets, reduction="none"
-    )
+    return torch.nn.functional.cross_entropy(student_logits, signal.targets, reduction="none")
 
 
 def forward_kl(student_logits: Tensor, signal: Signal, temperature: float = 1.0) -> Tensor:
@@ -53,9 +51,7 @@ def generalised_jsd(
     """
     teacher, student = signal.outcomes(student_logits, temperature)
     weights = torch.tensor([beta, 1 - beta], dtype=student.dtype, device=student.device).log()
-    mixture = torch.logsumexp(
-        torch.stack([teacher + weights[0], student + weights[1]]), dim=0
-    )
+    mixture = torch.logsumexp(torch.stack([teacher + weights[0], student + weights[1]]), dim=0)
     to_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
     to_student = (student.exp() * (student - mixture)).sum(-1)
     return temperature**2 * (beta * to_teacher + (1 - beta) * to_student)

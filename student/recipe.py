@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import Tensor
 
-from configs.schema import Recipe
+from configs.schema import Config, Recipe
 from student import objectives
 from student.objectives import Objective
 from teacher.signal import Signal
@@ -45,3 +45,11 @@ def control_recipe(control: str, student: Recipe) -> Recipe:
         "shuffled": student.model_copy(update={"shuffled": True}),
         "smoothed": data.model_copy(update={"smoothed": True, "objective": {"forward_kl": 1.0}}),
     }[control]
+
+
+def recipes_of(config: Config) -> dict[str, Recipe]:
+    """Every student and every control that is one, by name, in the order of the config. Controls
+    follow the first student. The twin is no student: it is a second teacher."""
+    first = next(iter(config.recipes.values()))
+    controls = {name: control_recipe(name, first) for name in config.controls if name != "twin"}
+    return {**config.recipes, **controls}

@@ -61,7 +61,7 @@ def read_dictionary(file: Path) -> dict[str, list[str]]:
     if found != SHA256:
         raise LabError(
             f"{file} has sha256 {found[:16]}..., expected {SHA256[:16]}...: another version of the "
-            "dictionary would silently give other rows; install pocketsphinx as constraints.txt says"
+            "dictionary would silently give other rows; install what constraints.txt pins"
         )
     words: dict[str, list[str]] = {}
     for line in content.decode("utf-8").splitlines():
@@ -138,7 +138,7 @@ class Pronounce:
         )
 
     def prompt(self, word: str) -> list[int]:
-        """`distill` -> the ids of `<s> d i s t i l l =`. LabError names a letter it cannot spell."""
+        """`lab` -> the ids of `<s> l a b =`. LabError names a letter that it cannot spell."""
         for letter in word:
             if letter not in LETTERS:
                 raise LabError(f"{word!r}: {letter!r} is not one of the letters {LETTERS}")

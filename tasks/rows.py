@@ -1,4 +1,4 @@
-"""Rows: tokenised prompt -> completion pairs, addressed by id, and the order they are trained in."""
+"""Rows: tokenised prompt -> completion pairs, addressed by id, and their training order."""
 
 import hashlib
 from collections.abc import Callable
@@ -28,7 +28,9 @@ class Rows:
     prompt_lengths: np.ndarray
 
     @classmethod
-    def build(cls, ids: list[int], prompts: list[list[int]], completions: list[list[int]]) -> "Rows":
+    def build(
+        cls, ids: list[int], prompts: list[list[int]], completions: list[list[int]]
+    ) -> "Rows":
         both = [p + c for p, c in zip(prompts, completions, strict=True)]
         return cls.build_flat(
             ids=np.asarray(ids, np.int64),

@@ -170,8 +170,8 @@ def invented(
     while made < count:
         if made < tried * RAREST_WORDS:
             raise LabError(
-                f"the teacher invents hardly any well-formed words ({made} of {tried} tries); train "
-                "it longer or with a larger teacher.training.prompt_weight"
+                f"the teacher invents hardly any well-formed words ({made} of {tried} tries); "
+                "train it longer or with a larger teacher.training.prompt_weight"
             )
         tried += BATCH_ROWS
         start = torch.full((BATCH_ROWS, 1), task.tokenizer.bos_token_id)
@@ -268,8 +268,12 @@ class Outputs:
             prompt_lengths=joined(tables, "prompt_length"),
         )
         self.shard_starts = np.cumsum([0, *(len(table) for table in tables)])
-        self.values = [flat(table, "log_probs") for table in tables if "log_probs" in table.column_names]
-        self.indices = [flat(table, "indices") for table in tables if "indices" in table.column_names]
+        self.values = [
+            flat(table, "log_probs") for table in tables if "log_probs" in table.column_names
+        ]
+        self.indices = [
+            flat(table, "indices") for table in tables if "indices" in table.column_names
+        ]
         self.source = np.arange(len(self.rows))  # whose completion and log-probabilities row i has
 
     def shuffle(self, seed: int) -> "Outputs":

@@ -36,8 +36,10 @@ class Signal:
         """
         if self.log_probs is None:
             raise ValueError("this signal is text alone: it has no distribution to compare with")
-        teacher = self.log_probs.float() if student_logits.dtype != torch.float64 else (
-            self.log_probs.double()
+        teacher = (
+            self.log_probs.float()
+            if student_logits.dtype != torch.float64
+            else (self.log_probs.double())
         )
         if self.indices is None:
             return (

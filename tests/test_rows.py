@@ -31,8 +31,7 @@ def test_prompt_tokens_count_only_when_asked_and_with_their_weight(rows):
     for i, predicted in enumerate(batch.targets.split(batch.counted.sum(1).tolist())):
         assert predicted.tolist() == rows.row(i)[1:].tolist()
     assert batch.weights.sum().item() == pytest.approx(
-        (rows.lengths - rows.prompt_lengths)[:20].sum()
-        + 0.1 * (rows.prompt_lengths[:20] - 1).sum()
+        (rows.lengths - rows.prompt_lengths)[:20].sum() + 0.1 * (rows.prompt_lengths[:20] - 1).sum()
     )
 
 

@@ -1,0 +1,34 @@
+# Two commands: `make demo` and `make test`. Both set up .venv with the tested versions first.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-all lint clean
+
+demo: $(VENV)/.installed
+	$(RUN) train.py configs/quickstart.yaml
+	$(RUN) eval.py runs/quickstart
+	@echo "open runs/quickstart/report.html, then try:"
+	@echo "  $(RUN) eval.py runs/quickstart --ask deepseek distillation"
+
+test: $(VENV)/.installed-test
+	$(RUN) -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-test
+	$(RUN) -m pytest
+
+lint: $(VENV)/.installed-test
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,294 @@
+"""The real scripts, end to end, on configs/tiny.yaml; and what they say to bad input."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import eval as judge
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "configs" / "tiny.yaml")
+
+
+def train_tiny(runs: Path, *overrides: str) -> int:
+    return train.main([TINY, *overrides, "--runs", str(runs)])
+
+
+def tensor_hashes(run: Path) -> dict[str, str]:
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    return {stage: entry.get("sha256") for stage, entry in stages.items()}
+
+
+def test_a_run_leaves_every_file_that_the_house_promises(tiny_run):
+    for name in ("config.yaml", "manifest.json", "metrics.jsonl", "ledger.json"):
+        assert (tiny_run / name).stat().st_size > 0
+    assert (tiny_run / "outputs" / "data-logits" / "provenance.json").exists()
+    assert not (tiny_run / "checkpoints").exists() or not any((tiny_run / "checkpoints").iterdir())
+    result = json.loads((tiny_run / "eval.json").read_text())
+    assert set(result) >= {
+        "schema", "config", "seeds", "teacher", "students", "controls", "cost", "verdicts",
+        "environment",
+    }  # fmt: skip
+    assert set(result["students"]) == {"distilled", "written", "top", "invented"}
+    assert set(result["controls"]) == {"alone", "scarce", "shuffled", "smoothed", "twin"}
+    for entry in [*result["students"].values(), *result["controls"].values()]:
+        assert set(entry) >= {"params", "recipe", "quality", "fidelity", "cost", "long"}
+        assert set(entry["fidelity"]) == {
+            "kl_teacher_student", "kl_student_teacher", "top1_agreement", "sequence_agreement",
+            "agreement_on_teacher_errors", "nll_gap", "ece",
+        }  # fmt: skip
+        for metric in [*entry["fidelity"].values(), *entry["quality"].values()]:
+            assert set(metric) == {"mean", "ci95", "per_seed"}
+
+
+def test_transformers_loads_every_model_as_it_is(tiny_run):
+    folder = tiny_run / "students" / "distilled" / "seed-0"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asked = tokenizer("<s> lab =".replace("<s> ", "<s>"), return_tensors="pt")
+    assert model(**asked).logits.shape[-1] == len(tokenizer) == 72
+    card = (folder / "README.md").read_text()
+    teacher = tensor_hashes(tiny_run)["teacher"]
+    assert "Student `distilled`" in card
+    assert teacher[:16] in card
+    assert "data `pronounce`" in card
+
+
+def test_every_student_and_control_spends_the_budget_and_no_more(tiny_run):
+    ledger = {row["stage"]: row for row in json.loads((tiny_run / "ledger.json").read_text())}
+    teacher = ledger["teacher"]["flops"]
+    outputs = {
+        "distilled": "outputs/data-logits",
+        "shuffled": "outputs/data-logits",
+        "written": "outputs/teacher-text-train",
+        "top": "outputs/teacher-top_5-train",
+        "invented": "outputs/teacher-logits-invented-200",
+    }
+    for stage, row in ledger.items():
+        if stage.startswith("students/"):
+            name = stage.split("/")[1]
+            spent = row["flops"] + (ledger[outputs[name]]["flops"] if name in outputs else 0)
+            assert 0.55 * teacher < spent <= 0.6 * teacher, stage
+
+
+def test_students_of_one_seed_start_from_the_same_weights():
+    from configs.schema import read_config
+    from student.recipe import recipes_of
+    from tasks.pronounce import build_tokenizer
+    from teacher.model import build_model, initialise
+
+    config = read_config(TINY)
+    assert {"alone", "distilled"} <= set(recipes_of(config))
+    models = [
+        initialise(build_model(config.students.model, build_tokenizer(), 72), seed)
+        for seed in (0, 0, 1)
+    ]
+    weights = [m.model.layers[0].mlp.up_proj.weight for m in models]
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(tiny_run):
+    before = tensor_hashes(tiny_run)
+    assert train_tiny(tiny_run.parent) == 0
+    assert tensor_hashes(tiny_run) == before
+
+
+def test_killed_anywhere_the_same_command_goes_on_to_the_same_weights(tiny_run, tmp_path):
+    """kill -9 at moments spread over the run; what comes out equals the uninterrupted run."""
+    command = [
+        sys.executable, str(ROOT / "train.py"), TINY, "checkpoint_seconds=0.2",
+        "--runs", str(tmp_path),
+    ]  # fmt: skip
+    kills = 0
+    for delay in (7, 9, 11, 13):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    assert train_tiny(tmp_path, "checkpoint_seconds=0.2") == 0
+    assert tensor_hashes(tmp_path / "tiny") == tensor_hashes(tiny_run)
+
+
+def test_ask_prints_every_models_answer(tiny_run, capsys):
+    assert judge.main([str(tiny_run), "--ask", "deepseek", "distillation"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("deepseek", "teacher", "distilled", "alone", "p = ", "(not listed)"):
+        assert expected in printed
+    assert "D IH S T AH L EY SH AH N" in printed  # the dictionary's own answer
+
+
+def test_the_report_is_one_file_that_needs_no_other(tiny_run):
+    report = (tiny_run / "report.html").read_text(encoding="utf-8")
+    for heading in ("Learning curves", "Fidelity against cost", "Reliability", "Dark knowledge"):
+        assert heading in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert "<script src" not in report
+    assert "{{" not in report
+
+
+# -- bad input: one clear line, exit code 2, nothing lost ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["teacher.epoch=3"], "unknown key 'teacher.epoch'; did you mean 'epochs'?"),
+        (["recipes.distilled.acess=text"], "did you mean 'access'?"),
+        (["teacher.epochs=many"], "teacher.epochs: found 'many'"),
+        (["seeds=[0, 0]"], "seeds [0, 0] repeat"),
+        (["students.budget=-1"], "students.budget: found -1"),
+        (["recipes.distilled.access=text"], "access 'text' reveals none"),
+        (["recipes.distilled.objective=forward_lk"], "did you mean 'forward_kl'?"),
+        (["recipes.distilled.objective={forward_kl: 2}"], "sum to 2, expected 1"),
+        (["recipes.top.temperature=2"], "temperature other than 1 needs access logits"),
+        (["students.model.hidden_size=15"], "not a multiple of num_attention_heads"),
+        (["teacher.model.architecture=lama"], "'lama' is not one that transformers has"),
+        (["teacher.model.settings.rope=1"], "model.settings.rope is no setting of llama"),
+        (["students.budget=0.000001"], "leaves none for training"),
+        (["nonsense"], "must read key=value"),
+        (["name=a/b"], "name: found 'a/b'"),
+        (["task={limit: &a 3, name: *a}"], "aliases"),
+        (["task=!!python/object:os.system {}"], "not plain YAML"),
+        (["verdicts=[{claim: distiled beats alone}]"], "did you mean 'distilled'?"),
+    ],
+    ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
+)
+def test_a_config_that_cannot_work_is_refused_in_one_line(overrides, said, tmp_path, capsys):
+    quick = ["teacher.epochs=0.2"] if "budget" in overrides[0] else []
+    assert train_tiny(tmp_path, *quick, *overrides) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_missing_config_names_the_nearest(capsys):
+    assert train.main([str(ROOT / "configs" / "tinny.yaml")]) == 2
+    assert "did you mean 'tiny.yaml'?" in capsys.readouterr().err
+
+
+def test_a_config_that_is_not_text_is_refused(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_bytes(b"name: \xff\xfe")
+    assert train.main([str(tmp_path / "bad.yaml")]) == 2
+    assert "is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_run_folder_of_another_config_is_refused_and_kept(tiny_run, capsys):
+    before = tensor_hashes(tiny_run)
+    assert train_tiny(tiny_run.parent, "teacher.epochs=3") == 2
+    assert "teacher.epochs: 5.0 there, 3.0 here" in capsys.readouterr().err
+    assert tensor_hashes(tiny_run) == before
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+
+
+def test_missing_and_half_written_runs_are_named(copy, tmp_path, capsys):
+    assert judge.main([str(tmp_path / "nowhere")]) == 2
+    assert "no run folder" in capsys.readouterr().err
+    (copy / "manifest.json").write_text((copy / "manifest.json").read_text()[:100])
+    assert judge.main([str(copy)]) == 2
+    assert "manifest.json is damaged" in capsys.readouterr().err
+    (copy / "manifest.json").unlink()
+    assert judge.main([str(copy)]) == 2
+    assert "no " in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_finished_is_not_judged(copy, capsys):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"finished": None}))
+    assert judge.main([str(copy)]) == 2
+    assert "is not finished; run train.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
+def test_a_damaged_model_is_refused_by_name(damage, copy, capsys):
+    file = copy / "students" / "alone" / "seed-1" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    else:
+        content[-100] ^= 1
+        file.write_bytes(content[:-60] if damage == "cut" else content)
+    assert judge.main([str(copy)]) == 2
+    error = capsys.readouterr().err
+    assert "alone/seed-1" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_student_of_another_vocabulary_is_refused(copy, capsys):
+    from teacher.model import load_model, save_model
+
+    folder = copy / "students" / "alone" / "seed-0"
+    model = load_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.resize_token_embeddings(80)
+    save_model(model, tokenizer, folder, "another")
+    assert judge.main([str(copy)]) == 2
+    assert "is not the model that this run trained" in capsys.readouterr().err
+
+
+def test_a_damaged_output_stops_the_training_that_needs_it(copy, capsys):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["stages"]["students/distilled/seed-0"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    shard = next((copy / "outputs" / "data-logits").glob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert train_tiny(copy.parent) == 2
+    assert "is damaged; delete" in capsys.readouterr().err
+
+
+def test_two_runs_in_one_folder_are_refused(copy, capsys):
+    from configs.runs import Run
+
+    with Run(copy).locked():
+        assert train_tiny(copy.parent) == 2
+    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+
+
+def test_ask_refuses_letters_that_it_cannot_spell(tiny_run, capsys):
+    assert judge.main([str(tiny_run), "--ask", "naïve"]) == 2
+    assert "'ï' is not one of the letters" in capsys.readouterr().err
+
+
+def test_another_dictionary_is_named_instead_of_giving_other_rows(tmp_path):
+    from configs.schema import LabError
+    from tasks.pronounce import dictionary_file, read_dictionary
+
+    other = tmp_path / "other.dict"
+    other.write_bytes(dictionary_file().read_bytes() + b"zzz Z\n")
+    with pytest.raises(LabError, match="another version of the dictionary"):
+        read_dictionary(other)
+
+
+def test_hash_of_a_file_is_not_what_identifies_a_model(tiny_run):
+    """Two files of one model may differ in bytes; their tensors' hash is the same."""
+    from safetensors.torch import load_file, save_file
+
+    from configs.runs import sha256_of_tensors
+
+    file = tiny_run / "teacher" / "model.safetensors"
+    tensors = load_file(file)
+    copy = tiny_run / "copy.safetensors"
+    save_file(tensors, copy, metadata={"other": "metadata"})
+    assert hashlib.sha256(copy.read_bytes()).digest() != hashlib.sha256(file.read_bytes()).digest()
+    assert sha256_of_tensors(load_file(copy)) == tensor_hashes(tiny_run)["teacher"]
+    copy.unlink()
