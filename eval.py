@@ -26,6 +26,7 @@ from configs.schema import Config, LabError
 from measure.answers import Answers, completion_logits, fidelity_columns, free_running
 from measure.cost import CountedForward, Stopwatch
 from measure.provenance import environment
+from measure.readme import with_tables
 from measure.report import SHOWN_WORDS, render_report
 from measure.statistics import (
     Metric,
@@ -154,6 +155,8 @@ def judge(run: Run, config: Config, split: str, update: bool) -> None:
         write_atomically(run.folder / "report.html", report)
         if update:
             write_json(RESULTS / f"{config.name}.json", result)
+            readme = RESULTS.parent / "README.md"
+            write_atomically(readme, with_tables(readme.read_text(encoding="utf-8"), RESULTS))
     print_result(result, run, split)
 
 

@@ -9,10 +9,15 @@ Stopped at any moment, the same command goes on where it was. Judge the run with
 import argparse
 import hashlib
 import math
-import shutil
+import multiprocessing
+import os
+import signal
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -76,37 +81,99 @@ class Lab:
     validation: Rows
 
 
+# What a stage hands back for the run's books: its cost, and what it made.
+Closing = tuple[dict[str, Any], dict[str, Any]]
+
+
 def story(config: Config, folder: Path) -> None:
     """The whole training story: rows, teacher, outputs, students and controls."""
     threads = config.threads or min(8, torch.get_num_threads())
     torch.set_num_threads(threads)
     with Run(folder).locked():
         run = Run.open(folder, config, environment(threads))
-        task = load_task(config.task)
-        lab = Lab(config, run, task, task.rows("train"), task.rows("validation"))
-        recipes = recipes_of(config)
-
-        train_teacher(lab, "teacher", config.teacher.seed)
+        lab = open_lab(config, run)
+        teachers = {"teacher": (train_teacher, config.teacher.seed)}
         if "twin" in config.controls:
-            train_teacher(lab, "twin", config.teacher.seed + 1)
+            teachers["twin"] = (train_teacher, config.teacher.seed + 1)
+        train_all(lab, teachers)
+
+        recipes = recipes_of(config)
         for recipe in recipes.values():
             if recipe.access != "none":
                 produce_outputs(lab, recipe)
-        for seed in config.seeds:
-            for name, recipe in recipes.items():
-                train_student(lab, name, recipe, seed)
+
+        train_all(
+            lab,
+            {
+                f"students/{name}/seed-{seed}": (train_student, name, recipe, seed)
+                for seed in config.seeds
+                for name, recipe in recipes.items()
+            },
+        )
         run.close()
     farewell(run)
 
 
-def train_teacher(lab: Lab, stage: str, seed: int) -> None:
-    """The teacher, or its twin from another seed, learns the task's own rows."""
-    if lab.run.stage_done(stage):
+def train_all(lab: Lab, jobs: dict[str, tuple]) -> None:
+    """Run the training stages that are not done yet: {stage: (function, *arguments)}.
+
+    With `workers` above 1 that many processes share the threads: tiny models gain little from a
+    second thread, but two of them train side by side. What a stage computes does not depend on
+    when it runs, nor on its neighbours.
+    """
+    waiting = {stage: job for stage, job in jobs.items() if not lab.run.stage_done(stage)}
+    if lab.config.workers == 1 or len(jobs) == 1:
+        for stage, (function, *arguments) in waiting.items():
+            lab.run.close_stage(stage, *function(lab, stage, *arguments))
         return
+    threads = max(1, torch.get_num_threads() // lab.config.workers)
+    with ProcessPoolExecutor(
+        lab.config.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=start_worker,
+        initargs=(lab.config, lab.run.folder, threads),
+    ) as pool:
+        try:
+            running = {
+                pool.submit(work, function, stage, *arguments): stage
+                for stage, (function, *arguments) in waiting.items()
+            }
+            for done in as_completed(running):
+                lab.run.close_stage(running[done], *done.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def start_worker(config: Config, folder: Path, threads: int) -> None:
+    """A worker opens the lab once. It leaves Ctrl-C to its parent, and ends when that ends."""
+    global worker_lab
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(threads)
+    worker_lab = open_lab(config, Run(folder).reload())
+
+
+def work(function: Callable[..., Closing], stage: str, *arguments: Any) -> Closing:
+    """One training stage, in a worker."""
+    worker_lab.run.reload()
+    return function(worker_lab, stage, *arguments)
+
+
+def open_lab(config: Config, run: Run) -> Lab:
+    task = load_task(config.task)
+    return Lab(config, run, task, task.rows("train"), task.rows("validation"))
+
+
+def train_teacher(lab: Lab, stage: str, seed: int) -> Closing:
+    """The teacher, or its twin from another seed, learns the task's own rows."""
     settings = lab.config.teacher
     model = build_model(settings.model, lab.task.tokenizer, lab.task.longest_row)
     order = batch_order(lab.rows.lengths, settings.training.batch_rows, seed)
-    fit(
+    return fit(
         lab,
         stage,
         initialise(model, seed),
@@ -150,14 +217,11 @@ def binding_of(lab: Lab, recipe: Recipe) -> dict[str, Any]:
     )
 
 
-def train_student(lab: Lab, name: str, recipe: Recipe, seed: int) -> None:
+def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) -> Closing:
     """One student or control: the same starting weights per seed, other lessons and objective.
 
     All cost the same FLOPs, outputs included: who does not pay for outputs trains for more steps.
     """
-    stage = f"students/{name}/seed-{seed}"
-    if lab.run.stage_done(stage):
-        return
     settings = lab.config.students
     model = build_model(settings.model, lab.task.tokenizer, lab.task.longest_row)
     budget = settings.budget * lab.run.cost_of("teacher")["flops"]
@@ -173,7 +237,7 @@ def train_student(lab: Lab, name: str, recipe: Recipe, seed: int) -> None:
             f"{name}: students.budget {settings.budget:g} of the teacher's FLOPs leaves none for "
             "training after the outputs; raise it, or lower the recipe's transfer_rows"
         )
-    fit(
+    return fit(
         lab,
         stage,
         initialise(model, seed),
@@ -225,13 +289,13 @@ def fit(
     steps: int,
     seed: int,
     lineage: str,
-) -> None:
+) -> Closing:
     """THE training loop: teacher, student and control differ only by what they are handed.
 
     Batch by step number, forward, objective, backward, clip, step, log, checkpoint. Ends with the
-    saved model at <run>/<stage> and the stage's cost in the ledger.
+    saved model at <run>/<stage>; returns what the run enters in its books.
     """
-    run, pad = lab.run, lab.task.tokenizer.pad_token_id
+    pad = lab.task.tokenizer.pad_token_id
     accelerator = Accelerator()
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=training.betas, weight_decay=training.weight_decay, fused=True
@@ -239,9 +303,8 @@ def fit(
     model, optimizer = accelerator.prepare(model, optimizer)
     order = batch_order(lessons.rows.lengths, training.batch_rows, seed)
     costs = TrainingFlops(model)
-    checkpoints = run.folder / "checkpoints" / stage.replace("/", "-")
+    checkpoints = lab.run.checkpoints(stage)
     first, flops, cost_before = restore(checkpoints, model, optimizer)
-    run.forget_metrics(stage, after=first)
     watch = Stopwatch(lab.config.cost, torch.get_num_threads(), cost_before)
     journal = Journal(lab, stage, steps, first)
     saved_at = watch.elapsed()
@@ -274,11 +337,10 @@ def fit(
             saved_at = watch.elapsed()
     journal.close()
     model = accelerator.unwrap_model(model)
-    folder = run.folder / stage
+    folder = lab.run.folder / stage
     save_model(model, lab.task.tokenizer, folder, card(stage, model, lineage, steps))
-    artifact = {"sha256": sha256_of_model(folder), "params": size_of(model)}
-    run.close_stage(stage, {**watch.read(flops), "steps": steps}, artifact)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    cost = {**watch.read(flops), "steps": steps}
+    return cost, {"sha256": sha256_of_model(folder), "params": size_of(model)}
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:
@@ -301,10 +363,16 @@ class Journal:
         self.lab, self.stage, self.steps, self.validated = lab, stage, steps, first
         self.losses: list[torch.Tensor] = []
         self.tokens, self.watch = 0, Stopwatch(lab.config.cost, 1)
+        lab.run.forget_metrics(stage, after=first)
         self.bar = tqdm(
-            total=steps, initial=first, desc=stage, unit="step", ascii=True, disable=None,
+            total=steps,
+            initial=first,
+            desc=stage,
+            unit="step",
+            ascii=True,
             leave=False,
-        )  # fmt: skip
+            disable=True if multiprocessing.parent_process() else None,
+        )
 
     def note(
         self,
@@ -331,7 +399,7 @@ class Journal:
             line["validation_nll"] = validation_nll(model, self.lab.task, self.lab.validation)
             text += f"  validation {line['validation_nll']:.4f}"
             self.validated = step
-        self.lab.run.log(stage=self.stage, step=step, **line)
+        self.lab.run.log(self.stage, step=step, **line)
         tqdm.write(text)
         if not math.isfinite(loss):
             raise LabError(f"{self.stage}: the loss is {loss} at step {step}; lower learning_rate")

@@ -8,6 +8,7 @@ ever unpickled.
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,10 +104,10 @@ class Run:
                     f"{folder} was made with another config ({differing[0]}); "
                     "give this one another name=..., or delete the folder"
                 )
-            run.manifest = read_json(folder / "manifest.json")
-            run.ledger = read_json(folder / "ledger.json")
+            run.reload()
         else:
-            if any(not p.name.startswith(("run.", ".")) for p in folder.iterdir()):
+            begun = {"manifest.json", "ledger.json"}  # all there is if the very start was killed
+            if any(p.name not in begun and p.name[:4] != "run." for p in folder.glob("[!.]*")):
                 raise LabError(f"{folder} exists and holds no run; choose another name=...")
             run.manifest = {"schema": SCHEMA, "started": now(), "finished": None, "stages": {}}
             write_json(folder / "ledger.json", run.ledger)
@@ -114,8 +115,9 @@ class Run:
             write_atomically(
                 folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, width=100)
             )
-        run.manifest["environment"] = environment
-        run.save()
+        if not run.manifest["finished"]:
+            run.manifest["environment"] = environment
+            run.save()
         return run
 
     @classmethod
@@ -124,8 +126,7 @@ class Run:
         run = cls(folder)
         if not run.folder.is_dir():
             raise LabError(f"no run folder {run.folder}; train.py CONFIG makes one under runs/")
-        run.manifest = read_json(run.folder / "manifest.json")
-        run.ledger = read_json(run.folder / "ledger.json")
+        run.reload()
         if run.manifest.get("schema") != SCHEMA:
             raise LabError(
                 f"{run.folder} has schema {run.manifest.get('schema')}, this version reads "
@@ -134,6 +135,12 @@ class Run:
         if not run.manifest.get("finished"):
             raise LabError(f"{run.folder} is not finished; run train.py on its config to go on")
         return run
+
+    def reload(self) -> "Run":
+        """Read the books anew."""
+        self.manifest = read_json(self.folder / "manifest.json")
+        self.ledger = read_json(self.folder / "ledger.json")
+        return self
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -165,31 +172,31 @@ class Run:
     def teacher(self) -> Path:
         return self.folder / "teacher"
 
-    @property
-    def twin(self) -> Path:
-        return self.folder / "twin"
-
-    def outputs(self, name: str) -> Path:
-        return self.folder / "outputs" / name
-
-    def student(self, name: str, seed: int) -> Path:
-        return self.folder / "students" / name / f"seed-{seed}"
+    def checkpoints(self, stage: str) -> Path:
+        """Where a stage under way keeps its checkpoints and its log."""
+        return self.folder / "checkpoints" / stage.replace("/", "-")
 
     # -- what happened ------------------------------------------------------------------------
 
     def save(self) -> None:
-        write_json(self.folder / "manifest.json", self.manifest)
         write_json(self.folder / "ledger.json", self.ledger)
+        write_json(self.folder / "manifest.json", self.manifest)  # last: a stage in it is done
 
     def stage_done(self, stage: str) -> bool:
         return stage in self.manifest["stages"]
 
     def close_stage(self, stage: str, cost: dict[str, Any], artifact: dict[str, Any]) -> None:
-        """Enter a finished stage in the ledger and its artifact in the manifest."""
+        """Enter a finished stage: its cost in the ledger, its artifact in the manifest, its log in
+        metrics.jsonl. Its checkpoints go."""
         self.ledger = [row for row in self.ledger if row["stage"] != stage]
         self.ledger.append({"stage": stage, **cost})
+        lines = [line for line in self.metrics() if line["stage"] != stage]
+        lines += self.metrics(self.checkpoints(stage))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(self.folder / "metrics.jsonl", text)
         self.manifest["stages"][stage] = {"finished": now(), **artifact}
         self.save()
+        shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
 
     def close(self) -> None:
         self.manifest["finished"] = now()
@@ -202,29 +209,25 @@ class Run:
         """FLOPs of all outputs together."""
         return sum(row["flops"] for row in self.ledger if row["stage"].startswith("outputs/"))
 
-    def log(self, **line: Any) -> None:
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def log(self, stage: str, **line: Any) -> None:
+        """Append a line to the log of a stage that is under way."""
+        folder = self.checkpoints(stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, **line}) + "\n")
 
-    def metrics(self) -> list[dict[str, Any]]:
-        file = self.folder / "metrics.jsonl"
-        if not file.exists():
-            return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    def metrics(self, folder: Path | None = None) -> list[dict[str, Any]]:
+        """The log of the finished stages, or that in the folder of one under way."""
+        file = (folder or self.folder) / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a kill tears the last
 
     def forget_metrics(self, stage: str, after: int) -> None:
-        """Drop lines logged past the checkpoint that a stage continues from."""
-        file = self.folder / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # torn by a kill in mid-line
-            if entry["stage"] != stage or entry["step"] <= after:
-                kept.append(line + "\n")
-        write_atomically(file, "".join(kept))
+        """Drop lines logged past the checkpoint that a stage goes on from."""
+        folder = self.checkpoints(stage)
+        kept = [line for line in self.metrics(folder) if line["step"] <= after]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(folder / "metrics.jsonl", text)
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:

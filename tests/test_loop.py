@@ -1,0 +1,118 @@
+"""The one training loop."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from configs.runs import Run, load_checkpoint, save_checkpoint
+from configs.schema import LabError, Training, read_config
+from measure.cost import TrainingFlops
+from student.lessons import Lessons
+from student.objectives import cross_entropy
+from tasks.rows import collate
+from teacher.model import build_model, initialise
+
+TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
+
+
+@pytest.fixture
+def lab(tmp_path):
+    config = read_config(TINY, ["log_every=1"])
+    (tmp_path / "run").mkdir()
+    return train.open_lab(config, Run.open(tmp_path / "run", config, {}))
+
+
+def fit(lab, objective=cross_entropy, steps=5, stage="teacher", **changed):
+    settings = lab.config.teacher
+    model = build_model(settings.model, lab.task.tokenizer, lab.task.longest_row)
+    training = settings.training.model_copy(update=changed)
+    closing = train.fit(
+        lab, stage, initialise(model, 0), Lessons(lab.rows), objective, training,
+        steps=steps, seed=0, lineage="",
+    )  # fmt: skip
+    lab.run.close_stage(stage, *closing)
+    return closing
+
+
+def losses(lab, stage):
+    return [line["loss"] for line in lab.run.metrics() if line["stage"] == stage]
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.3])
+def test_the_loss_does_not_depend_on_accumulation(lab, prompt_weight):
+    """The mean of means of micro-batches would, as rows differ in length."""
+    fit(lab, stage="whole", prompt_weight=prompt_weight)
+    fit(lab, stage="parts", prompt_weight=prompt_weight, accumulation=5)
+    np.testing.assert_allclose(losses(lab, "whole"), losses(lab, "parts"), rtol=1e-5)
+    assert len(losses(lab, "whole")) == 5
+
+
+def test_the_first_loss_is_the_mean_per_counted_token(lab):
+    """Once divided by the number of tokens: not twice, not by rows, not by padded positions."""
+    fit(lab, steps=1, prompt_weight=0.0)
+    model = initialise(
+        build_model(lab.config.teacher.model, lab.task.tokenizer, lab.task.longest_row), 0
+    )
+    order = train.batch_order(lab.rows.lengths, 32, 0)
+    batch = collate(lab.rows, order(0), 0)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(
+            model(batch.input_ids).logits[batch.counted], batch.targets
+        )
+    assert losses(lab, "teacher")[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_in_one_line(lab):
+    with pytest.raises(LabError, match="teacher: the loss is nan at step 1"):
+        fit(lab, objective=lambda logits, signal: cross_entropy(logits, signal) * float("nan"))
+
+
+def test_flops_are_those_that_torch_counts_over_the_whole_step(lab):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    closing, _ = fit(lab, steps=3)
+    model = build_model(lab.config.teacher.model, lab.task.tokenizer, lab.task.longest_row)
+    order = train.batch_order(lab.rows.lengths, 32, 0)
+    with FlopCounterMode(display=False) as counter:
+        for step in range(3):
+            ids = collate(lab.rows, order(step), 0).input_ids
+            model(ids, use_cache=False).logits.sum().backward()
+    assert closing["flops"] == counter.get_total_flops()
+    # and are not what 6ND says: toy models are mostly attention and vocabulary
+    assert TrainingFlops(model).of_row(16) == pytest.approx(6 * 16 * train.size_of(model), rel=0.3)
+
+
+def test_warm_up_then_cosine():
+    training = Training(learning_rate=1.0, warmup_fraction=0.1, final_fraction=0.1)
+    rates = [train.learning_rate(training, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.55, abs=0.01)
+    assert rates[99] == pytest.approx(0.1, abs=0.01)
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+
+
+def test_a_torn_checkpoint_is_passed_over_and_said(tmp_path, capsys):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"w": torch.full((3,), float(step))}, {"flops": step})
+    files = sorted(tmp_path.glob("step-*"))
+    assert len(files) == 2
+    files[-1].write_bytes(files[-1].read_bytes()[:-4])
+    tensors, meta = load_checkpoint(tmp_path)
+    assert meta == {"step": 2, "flops": 2}
+    assert tensors["w"].tolist() == [2.0] * 3
+    assert "is damaged" in capsys.readouterr().out
+
+
+def test_the_log_of_a_killed_stage_loses_its_torn_line_and_what_the_checkpoint_lacks(lab):
+    for step in (1, 2, 3):
+        lab.run.log("teacher", step=step)
+    with open(lab.run.checkpoints("teacher") / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "teacher", "st')
+    lab.run.forget_metrics("teacher", after=2)
+    assert [line["step"] for line in lab.run.metrics(lab.run.checkpoints("teacher"))] == [1, 2]
+    assert json.loads((lab.run.folder / "ledger.json").read_text()) == []

@@ -1,0 +1,138 @@
+"""The measures, against hand values; the verdicts, against simulated runs."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from measure.fidelity import ECE_BINS, calibration_columns, compare, sum_by_row
+from measure.readme import BLOCK, with_tables
+from measure.statistics import (
+    Metric,
+    expected_calibration_error,
+    share_of_gap,
+    verdict,
+    verdict_line,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_fidelity_hand_values():
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
+    found = compare(p.log(), q.log(), torch.tensor([0]))
+    assert found["kl_teacher_student"].item() == pytest.approx(0.25 * np.log(2))
+    assert found["nll_gap"].item() == pytest.approx(np.log(2))  # -ln .25 + ln .5
+    assert found["top1_agreement"].item() == 0
+
+
+def test_a_model_compared_with_itself_is_perfect(generator):
+    logits = torch.randn(50, 9, generator=generator)
+    found = compare(logits, logits, torch.arange(50) % 9)
+    assert found["top1_agreement"].min() == 1
+    for name in ("kl_teacher_student", "kl_student_teacher", "nll_gap"):
+        assert found[name].abs().max() == 0
+
+
+def test_calibration_error_hand_value():
+    # four positions at confidence 0.75, three of them right: calibrated; one at 0.9, wrong
+    sure, surer = [0.75, 0.25, 0.0], [0.9, 0.05, 0.05]
+    logits = (torch.tensor([sure] * 4 + [surer]) + 1e-12).log()
+    columns = calibration_columns(logits, torch.tensor([0, 0, 0, 1, 1]))
+    assert columns.shape == (5, 3 * ECE_BINS)
+    assert expected_calibration_error(columns.sum(0).numpy()) == pytest.approx(0.9 / 5)
+
+
+def test_sums_by_row():
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert sum_by_row(values, [1, 0, 3]).tolist() == [1.0, 0.0, 9.0]
+
+
+def coin(generator, seeds, rows, chance, spread=0.0):
+    chances = chance + spread * generator.standard_normal((seeds, 1))
+    hits = generator.random((seeds, rows)) < chances
+    return Metric(np.stack([hits, np.ones_like(hits)], axis=-1).astype(float))
+
+
+def test_the_interval_of_one_seed_is_the_binomial_one():
+    metric = coin(np.random.default_rng(0), 1, 4000, 0.3)
+    low, high = metric.summary()["ci95"]
+    half = 1.96 * np.sqrt(0.3 * 0.7 / 4000)
+    assert high - low == pytest.approx(2 * half, rel=0.1)
+    assert low < metric.mean < high
+
+
+def test_seeds_that_differ_widen_the_interval():
+    generator = np.random.default_rng(0)
+    calm, noisy = (coin(generator, 5, 2000, 0.5, spread) for spread in (0.0, 0.05))
+    width = [m.summary()["ci95"][1] - m.summary()["ci95"][0] for m in (calm, noisy)]
+    assert width[1] > 1.5 * width[0]
+
+
+def test_differences_are_paired_by_row_and_seed():
+    metric = coin(np.random.default_rng(0), 3, 1000, 0.4)
+    shifted = Metric(metric.columns + np.array([0.1, 0.0]))
+    found = verdict("a beats b", "sequence_agreement", 0.0, shifted, metric)
+    assert found["difference"] == pytest.approx(0.1)
+    assert found["ci95"] == pytest.approx([0.1, 0.1])
+    assert found["result"] == "beats"
+
+
+@pytest.mark.parametrize(
+    ("metric", "first", "second", "threshold", "result"),
+    [
+        ("sequence_agreement", 0.6, 0.4, 0.0, "beats"),
+        ("sequence_agreement", 0.6, 0.4, 0.3, "does not beat"),
+        ("sequence_agreement", 0.6, 0.4, 0.2, "inconclusive"),
+        ("word_error_rate", 0.6, 0.4, 0.0, "does not beat"),
+        ("word_error_rate", 0.4, 0.6, 0.0, "beats"),
+    ],
+)
+def test_verdicts(metric, first, second, threshold, result):
+    generator = np.random.default_rng(0)
+    arms = coin(generator, 5, 4000, first), coin(generator, 5, 4000, second)
+    assert verdict("a beats b", metric, threshold, *arms)["result"] == result
+
+
+def test_the_verdict_line_says_it_in_words():
+    arms = (coin(np.random.default_rng(i), s, 4000, c) for i, s, c in ((0, 5, 0.6), (1, 5, 0.4)))
+    line = verdict_line(verdict("a beats b", "sequence_agreement", 0.0, *arms))
+    assert re.fullmatch(
+        r"a beats b by (19|20)\.\d points of sequence agreement \[1\d\.\d, 2\d\.\d\] over 5 seeds: "
+        "BEATS",
+        line,
+    )
+    one = coin(np.random.default_rng(0), 1, 400, 0.5)
+    assert "over 1 seed (the interval is over rows alone)" in verdict_line(
+        verdict("a beats b", "word_error_rate", 0.0, one, one)
+    )
+
+
+def test_share_of_gap():
+    metrics = [Metric(np.full((1, 100, 2), [value, 1.0])) for value in (0.6, 0.4, 0.3)]
+    found = share_of_gap(*metrics)
+    assert found["share"] == pytest.approx(2 / 3)
+    assert found["ci95"] == pytest.approx([2 / 3, 2 / 3])
+    assert share_of_gap(metrics[0], metrics[1], metrics[0])["share"] is None
+
+
+# -- the committed results and the README ----------------------------------------------------------
+
+
+def test_the_numbers_in_the_readme_equal_those_in_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = {match[2] for match in BLOCK.finditer(readme)}
+    assert named == {file.stem for file in (ROOT / "results").glob("*.json")}
+    assert with_tables(readme, ROOT / "results") == readme
+
+
+def test_a_changed_result_would_change_the_readme(tmp_path):
+    for file in (ROOT / "results").glob("*.json"):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        result["teacher"]["quality"]["word_error_rate"]["mean"] += 0.01
+        (tmp_path / file.name).write_text(json.dumps(result), encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_tables(readme, tmp_path) != readme
