@@ -5,48 +5,40 @@ Reads a finished run's files and what the evaluation handed over; computes no me
 
 import base64
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib as mpl
 import numpy as np
+import torch
 
 from configs.runs import Run
 from measure.fidelity import ECE_BINS
-from measure.statistics import verdict_line
+from measure.judged import Judged, Reference
+from measure.tables import COLUMNS, arms_in, cells_of, facts_of
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = ["#1b6ca8", "#d1495b", "#66a182", "#edae49", "#8d6a9f", "#30343f", "#00798c", "#c17c74"]
+COLOURS = mpl.colormaps["tab20"].colors[::2] + mpl.colormaps["tab20"].colors[1::2]
 EXAMPLES = 24
 SHOWN_WORDS = 4
 
-QUALITY = {"word_error_rate": "word errors %", "phoneme_error_rate": "phoneme errors %"}
-FIDELITY = {
-    "sequence_agreement": "same answer %",
-    "agreement_on_teacher_errors": "copied errors %",
-    "top1_agreement": "top-1 agreement %",
-    "ece": "ECE %",
-    "kl_teacher_student": "KL(t,s) nats",
-    "kl_student_teacher": "KL(s,t) nats",
-    "nll_gap": "NLL gap nats",
-}
-
 
 def render_report(
-    run: Run,
-    result: dict[str, Any],
-    calibration: dict[str, np.ndarray],
-    answers: list[dict[str, Any]],
-    knowledge: list[dict[str, Any]],
+    run: Run, result: dict[str, Any], reference: Reference, first: dict[str, Judged]
 ) -> str:
-    """HTML. `calibration`: arm -> [3 * bins] column sums; `answers`: words where teacher and
-    student differ or err alike; `knowledge`: the teacher's likeliest tokens on a few words."""
-    arms = {"teacher": result["teacher"], **result["students"], **result["controls"]}
-    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
+    """HTML. `first`: the first seed of every arm on the held-out rows of `reference`."""
+    arms = arms_in(result)
+    colours = dict(zip(arms, itertools.cycle(COLOURS), strict=False))
     main = next(iter(result["students"]))
+    shown = [arm for arm in ("teacher", main, "alone") if arm in arms]
+    answers = side_by_side(reference, first, shown)
+    splits = {"held-out words": arms}
+    if "long" in result["teacher"]:
+        splits["long words"] = {arm: {**entry, **entry["long"]} for arm, entry in arms.items()}
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     )
@@ -54,10 +46,11 @@ def render_report(
         name=result["config"]["name"],
         main=main,
         result=result,
-        verdicts=[verdict_line(verdict) for verdict in result["verdicts"]],
+        facts=facts_of(result),
+        headings=["parameters", "TFLOPs", *COLUMNS, "ms per answer", "answers per s"],
         tables={
-            "held-out words": table(arms, None),
-            **{f"{split} words": table(arms, split) for split in ("long",) if split in arms[main]},
+            title: {arm: report_cells(entry) for arm, entry in entries.items()}
+            for title, entries in splits.items()
         },
         figures={
             "Learning curves": (
@@ -67,46 +60,70 @@ def render_report(
             ),
             "Fidelity against cost": (
                 fidelity_against_cost(result, arms, colours),
-                "How often student and teacher give the very same answer, against what the student "
-                "cost in training, its outputs included, as a share of the teacher's FLOPs.",
+                "How often a student gives the teacher's very own answer, against what it cost, "
+                "its outputs included. All arms have the same budget by design.",
             ),
             "Reliability": (
-                reliability(calibration, colours),
+                reliability(first, colours),
                 "When a model is this sure of a phoneme, how often is it right? The diagonal is "
                 "perfect calibration.",
             ),
         },
+        arms=shown,
         differ=[a for a in answers if a["teacher"] != a[main]][:EXAMPLES],
         copied=[a for a in answers if a["teacher"] == a[main] and not a["right"]][:EXAMPLES],
-        arms=[arm for arm in answers[0] if arm in arms] if answers else [],
-        knowledge=knowledge[:SHOWN_WORDS],
+        knowledge=dark_knowledge(reference),
     )
 
 
-def table(arms: dict[str, Any], split: str | None) -> dict[str, Any]:
-    """Headings and cells with 95 % intervals, of one split."""
-    rows = []
-    for arm, entry in arms.items():
-        found = entry[split] if split else entry
-        cells = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
-        for group, keys in (("quality", QUALITY), ("fidelity", FIDELITY)):
-            for key, heading in keys.items():
-                cells.append(cell(found.get(group, {}).get(key), heading))
-        cells += [
-            f"{entry['cost']['latency_ms']:.1f}",
-            f"{entry['cost']['answers_per_second']:.0f}",
+def report_cells(entry: dict[str, Any]) -> list[str]:
+    cost = entry["cost"]
+    return [
+        f"{entry['params']:,}",
+        f"{cost['flops'] / 1e12:.2f}",
+        *cells_of(entry, COLUMNS, interval=True),
+        f"{cost['latency_ms']:.1f}",
+        f"{cost['answers_per_second']:.0f}",
+    ]
+
+
+def side_by_side(
+    reference: Reference, first: dict[str, Judged], arms: list[str]
+) -> list[dict[str, Any]]:
+    """Every row in the order of its id (a hash): the word, the answers, what is listed."""
+    task, rows = reference.task, reference.rows
+    right = reference.judged.columns["wrong"] == 0
+    return [
+        {
+            "word": task.question(rows, i),
+            "listed": task.words[task.question(rows, i)],
+            "right": bool(right[i]),
+            **{arm: first[arm].answers.texts[i] for arm in arms},
+        }
+        for i in np.argsort(rows.ids)
+    ]
+
+
+def dark_knowledge(reference: Reference) -> list[dict[str, Any]]:
+    """The words that the teacher is least sure of, with its likeliest tokens at each position."""
+    task, rows = reference.task, reference.rows
+    log_probs = torch.log_softmax(reference.logits, dim=-1)
+    by_row = log_probs.split((rows.lengths - rows.prompt_lengths).tolist())
+    entropy = [float(-(p.exp() * p).sum(-1).mean()) for p in by_row]
+    shown = []
+    for i in np.argsort(entropy, kind="stable")[::-1][:SHOWN_WORDS]:
+        top = by_row[i].exp().topk(5, dim=-1)
+        positions = [
+            {
+                "target": task.tokens[target],
+                "top": [(task.tokens[t], p) for t, p in zip(likeliest, chances, strict=True)],
+            }
+            for target, likeliest, chances in zip(
+                rows.completion(i), top.indices.tolist(), top.values.tolist(), strict=True
+            )
         ]
-        rows.append((arm, cells))
-    headings = ["parameters", "TFLOPs", *QUALITY.values(), *FIDELITY.values()]
-    return {"headings": [*headings, "ms per answer", "answers per s"], "rows": rows}
-
-
-def cell(metric: dict[str, Any] | None, heading: str) -> str:
-    if metric is None:
-        return "–"
-    scale, digits = (100, 1) if "%" in heading else (1, 3)
-    low, high = (scale * bound for bound in metric["ci95"])
-    return f"{scale * metric['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        shown.append({"word": task.question(rows, i), "positions": positions})
+    return shown
 
 
 def learning_curves(run: Run, colours: dict[str, str]) -> str:
@@ -135,21 +152,31 @@ def fidelity_against_cost(
         metric = entry["fidelity"].get("sequence_agreement")
         if metric is None:
             continue
-        own = entry["cost"]["flops"] / result["teacher"]["cost"]["flops"]
-        x = 100 * (shares[arm]["flops"] if arm in shares else own)
+        if arm not in shares:  # the twin cost what the teacher cost: a level to compare with
+            axes.axhline(100 * metric["mean"], color=colours[arm], lw=1, ls="--")
+            axes.annotate(
+                f"{arm} (a second teacher)",
+                (0.02, 100 * metric["mean"]),
+                xytext=(0, 4),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+            )
+            continue
+        x = 100 * shares[arm]["flops"]
         y = 100 * metric["mean"]
         error = [[y - 100 * metric["ci95"][0]], [100 * metric["ci95"][1] - y]]
         axes.errorbar(x, y, yerr=error, fmt="o", color=colours[arm], capsize=3)
         axes.annotate(arm, (x, y), xytext=(6, 4), textcoords="offset points")
-    axes.set(xscale="log", xlabel="% of the teacher's training FLOPs", ylabel="same answer %")
+    axes.set(xlabel="% of the teacher's training FLOPs", ylabel="same answer %")
+    axes.set_xlim(left=0)
     return picture(figure)
 
 
-def reliability(calibration: dict[str, np.ndarray], colours: dict[str, str]) -> str:
+def reliability(first: dict[str, Judged], colours: dict[str, str]) -> str:
     figure, axes = plt.subplots(figsize=(5, 4.4))
     axes.plot([0, 1], [0, 1], color="#999", lw=1, ls="--")
-    for arm, sums in calibration.items():
-        count, confidence, hits = np.split(sums, 3)
+    for arm, judged in first.items():
+        count, confidence, hits = np.split(judged.columns["calibration"].sum(0), 3)
         filled = count > 0
         axes.plot(
             confidence[filled] / count[filled],

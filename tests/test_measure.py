@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from measure.fidelity import ECE_BINS, calibration_columns, compare, sum_by_row
-from measure.readme import BLOCK, with_tables
 from measure.statistics import (
     Metric,
     expected_calibration_error,
@@ -17,6 +16,7 @@ from measure.statistics import (
     verdict,
     verdict_line,
 )
+from measure.tables import BLOCK, with_tables
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,0 +1,117 @@
+"""Ask a model, teacher-forced and free-running, and compare what it says with the teacher."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from measure.fidelity import calibration_columns, compare, sum_by_row
+from measure.statistics import Metric, expected_calibration_error
+from tasks.rows import Rows, collate
+from teacher.model import Forward, generate
+
+BATCH_ROWS = 512
+
+
+@dataclass
+class Answers:
+    """What a model says to the prompts of N rows: texts, and their log-probabilities in nats."""
+
+    texts: list[str]
+    log_probs: np.ndarray
+
+
+def free_running(forward: Forward, task: Any, rows: Rows) -> Answers:
+    """Greedy answers to every row's prompt."""
+    texts: list[str] = [""] * len(rows)
+    log_probs = np.zeros(len(rows))
+    for length in np.unique(rows.prompt_lengths):
+        group = np.flatnonzero(rows.prompt_lengths == length)
+        for indices in np.array_split(group, -(-len(group) // BATCH_ROWS)):
+            prompts = np.stack([rows.prompt(i) for i in indices]).astype(np.int64)
+            tokens, revealed = generate(
+                forward,
+                torch.from_numpy(prompts),
+                longest=task.longest_answer,
+                end=task.tokenizer.eos_token_id,
+                keep_log_probs=True,
+            )
+            for i, answer, chances in zip(indices, tokens, revealed, strict=True):
+                texts[i] = task.render(answer.tolist())
+                log_probs[i] = float(chances.gather(-1, answer[:, None]).sum())
+    return Answers(texts, log_probs)
+
+
+@torch.no_grad()
+def completion_logits(forward: Forward, task: Any, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Teacher-forced logits [M, V] and targets [M] at the M completion positions, row by row."""
+    order = np.argsort(rows.lengths, kind="stable")
+    logits: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    for indices in np.array_split(order, -(-len(rows) // BATCH_ROWS)):
+        batch = collate(rows, indices, task.tokenizer.pad_token_id)
+        flat = forward(batch.input_ids).logits[batch.counted].float()
+        for i, piece in zip(indices, flat.split(batch.counted.sum(1).tolist()), strict=True):
+            logits[i] = piece
+    targets = torch.from_numpy(np.concatenate([rows.completion(i) for i in range(len(rows))]))
+    return torch.cat(logits), targets.long()
+
+
+@dataclass
+class Judged:
+    """One model on one split: what it said, and per-row sums that every metric is made of."""
+
+    answers: Answers
+    columns: dict[str, np.ndarray]  # [rows], but calibration [rows, 3 * bins]
+
+
+class Reference:
+    """The teacher on the rows of one split: asked once, compared with every student."""
+
+    def __init__(self, teacher: Forward, task: Any, rows: Rows) -> None:
+        self.task, self.rows = task, rows
+        self.logits, self.targets = completion_logits(teacher, task, rows)
+        self.answers = free_running(teacher, task, rows)
+        self.judged = self.compare(self.answers, self.logits)
+
+    def judge(self, model: Forward) -> Judged:
+        """Ask a model the same, and compare."""
+        logits, _ = completion_logits(model, self.task, self.rows)
+        return self.compare(free_running(model, self.task, self.rows), logits)
+
+    def compare(self, answers: Answers, logits: torch.Tensor) -> Judged:
+        """Columns: those of `compare`, `positions`, `calibration`, the grader's, and whether the
+        free-running answer is the teacher's own (`same`)."""
+        positions = (self.rows.lengths - self.rows.prompt_lengths).tolist()
+        columns = compare(self.logits, logits, self.targets)
+        columns["calibration"] = calibration_columns(logits, self.targets)
+        sums = {name: sum_by_row(values, positions).numpy() for name, values in columns.items()}
+        same = [a == b for a, b in zip(answers.texts, self.answers.texts, strict=True)]
+        sums |= {"positions": np.asarray(positions, float), "same": np.asarray(same, float)}
+        return Judged(answers, sums | self.task.grade(self.rows.ids, answers.texts))
+
+    def metrics(self, seeds: list[Judged]) -> dict[str, dict[str, Metric]]:
+        """{"quality": …, "fidelity": …} of one arm, over its seeds."""
+        wrong = self.judged.columns["wrong"]
+        for one in seeds:
+            one.columns |= {"rows": np.ones(len(wrong)), "errors": wrong}
+            one.columns["copied"] = one.columns["same"] * wrong
+
+        def ratio_of(top: str, bottom: str) -> Metric:
+            pairs = [np.stack([s.columns[top], s.columns[bottom]], axis=-1) for s in seeds]
+            return Metric(np.stack(pairs))
+
+        calibration = np.stack([s.columns["calibration"] for s in seeds])
+        per_token = ("kl_teacher_student", "kl_student_teacher", "top1_agreement", "nll_gap")
+        return {
+            "quality": {
+                "word_error_rate": ratio_of("wrong", "rows"),
+                "phoneme_error_rate": ratio_of("edits", "length"),
+            },
+            "fidelity": {
+                **{name: ratio_of(name, "positions") for name in per_token},
+                "sequence_agreement": ratio_of("same", "rows"),
+                "agreement_on_teacher_errors": ratio_of("copied", "errors"),
+                "ece": Metric(calibration, expected_calibration_error),
+            },
+        }

@@ -1,0 +1,109 @@
+"""How results are written down: the same columns in the console, the README and the report."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from measure.statistics import verdict_line
+
+# heading: (group, metric, scale, digits); the first five stand everywhere, the report has all
+COLUMNS = {
+    "word errors %": ("quality", "word_error_rate", 100, 1),
+    "phoneme errors %": ("quality", "phoneme_error_rate", 100, 1),
+    "same answer as teacher %": ("fidelity", "sequence_agreement", 100, 1),
+    "its errors copied %": ("fidelity", "agreement_on_teacher_errors", 100, 1),
+    "KL to teacher, nats": ("fidelity", "kl_teacher_student", 1, 3),
+    "KL from teacher, nats": ("fidelity", "kl_student_teacher", 1, 3),
+    "top-1 agreement %": ("fidelity", "top1_agreement", 100, 1),
+    "NLL gap, nats": ("fidelity", "nll_gap", 1, 3),
+    "ECE %": ("fidelity", "ece", 100, 1),
+}
+SHORT = dict(list(COLUMNS.items())[:5])
+BLOCK = re.compile(r"(<!-- results/(\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def arms_in(result: dict[str, Any]) -> dict[str, Any]:
+    """Teacher, students and controls, by name."""
+    return {"teacher": result["teacher"], **result["students"], **result["controls"]}
+
+
+def cells_of(entry: dict[str, Any], columns: dict, interval: bool) -> list[str]:
+    """One cell per column: the mean and, if asked for, its 95 % interval."""
+    cells = []
+    for group, key, scale, digits in columns.values():
+        metric = entry.get(group, {}).get(key)
+        if metric is None:
+            cells.append("-")
+            continue
+        low, high = (f"{scale * bound:.{digits}f}" for bound in metric["ci95"])
+        mean = f"{scale * metric['mean']:.{digits}f}"
+        cells.append(f"{mean} [{low}, {high}]" if interval else mean)
+    return cells
+
+
+def facts_of(result: dict[str, Any]) -> list[str]:
+    """Verdicts, gaps closed and cost, a line each."""
+    facts = [verdict_line(verdict) for verdict in result["verdicts"]]
+    for arm, shares in result["gaps"].items():
+        for gap, share in shares.items():
+            words = gap.replace("_", " ")
+            if share["share"] is None:
+                facts.append(f"{arm}: there is no gap {words} in word errors to close")
+                continue
+            low, high = (100 * bound for bound in share["ci95"])
+            facts.append(
+                f"{arm} closes {100 * share['share']:.0f} % [{low:.0f}, {high:.0f}] of the gap "
+                f"{words} in word errors"
+            )
+    for arm in result["students"]:
+        cost = result["cost"]["fraction_of_teacher_by_student"][arm]
+        facts.append(
+            f"outputs + {arm} = {100 * cost['flops']:.1f} % of the teacher's training FLOPs"
+        )
+    return facts
+
+
+def console_table(result: dict[str, Any]) -> Table:
+    table = Table(box=box.ASCII, title=f"{result['config']['name']}, {result['split']} words")
+    table.add_column("")
+    for heading in ("params", "TFLOPs", *SHORT):
+        table.add_column(heading, justify="right")
+    for arm, entry in arms_in(result).items():
+        size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
+        table.add_row(arm, *size, *cells_of(entry, SHORT, interval=True))
+    return table
+
+
+def with_tables(readme: str, results: Path) -> str:
+    """The text with every block `<!-- results/NAME.json --> ... <!-- end -->` written anew from
+    results/NAME.json: by `eval.py RUN --update`, and by a test that compares."""
+
+    def block(match: re.Match) -> str:
+        file = results / f"{match[2]}.json"
+        if not file.exists():
+            return match[0]
+        return match[1] + markdown(json.loads(file.read_text(encoding="utf-8"))) + match[3]
+
+    return BLOCK.sub(block, readme)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One result as a Markdown table and a list of facts."""
+    headings = ["", "parameters", "TFLOPs", *SHORT]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for arm, entry in arms_in(result).items():
+        size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
+        lines.append(f"| {' | '.join([arm, *size, *cells_of(entry, SHORT, interval=False)])} |")
+    stages = result["cost"]["stages"]
+    where = result["environment"]["trained"]
+    facts = [
+        *facts_of(result),
+        f"{sum(stage['seconds'] for stage in stages) / 60:.0f} minutes of work, at most "
+        f"{max(stage['peak_memory_mb'] for stage in stages)} MB in a process, on "
+        f"{where['cores']} cores of {where['cpu']}",
+    ]
+    return "\n".join([*lines, "", *(f"- {fact}" for fact in facts), ""])
