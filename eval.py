@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help="also write results/<name>.json")
     options = parser.parse_args(arguments)
     try:
+        if options.update and options.split != "heldout":
+            raise LabError("results/ holds held-out figures; leave --split away with --update")
         run = Run.finished(options.run)
         config = run.config()
         torch.set_num_threads(run.manifest["environment"]["threads"])

@@ -299,7 +299,7 @@ def fit(
     saved model at <run>/<stage>; returns what the run enters in its books.
     """
     pad = lab.task.tokenizer.pad_token_id
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=training.betas, weight_decay=training.weight_decay, fused=True
     )

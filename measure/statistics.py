@@ -44,18 +44,21 @@ class Metric:
     def resamples(self) -> np.ndarray:
         """[RESAMPLES] bootstrap values of the mean, over seeds and over rows.
 
-        Rows and seeds are crossed: one draw of rows serves all seeds, and the draws are the same
-        for every metric of the same shape, so differences of two metrics are paired.
+        Rows and seeds are crossed: one draw of rows serves all seeds. The draws depend on the
+        number of rows and of seeds alone, so differences of two metrics are paired by row, and by
+        seed where both have as many.
         """
         seeds, rows, _ = self.columns.shape
-        generator = np.random.Generator(np.random.PCG64([seeds, rows]))
-        chosen = generator.integers(seeds, size=(RESAMPLES, seeds))
+        generator = np.random.Generator(np.random.PCG64(rows))
         values = np.empty((RESAMPLES, seeds))
-        for start in range(0, RESAMPLES, 250):
-            weights = generator.multinomial(rows, np.full(rows, 1 / rows), size=250)
+        for draws in np.array_split(np.arange(RESAMPLES), 8):
+            weights = generator.multinomial(rows, np.full(rows, 1 / rows), size=len(draws))
             for seed in range(seeds):
                 sums = weights.astype(np.float64) @ self.columns[seed]
-                values[start : start + 250, seed] = self.statistic(sums)
+                values[draws, seed] = self.statistic(sums)
+        chosen = np.random.Generator(np.random.PCG64(seeds)).integers(
+            seeds, size=(RESAMPLES, seeds)
+        )
         return np.take_along_axis(values, chosen, axis=1).mean(axis=1)
 
     def summary(self) -> dict:

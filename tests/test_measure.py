@@ -81,6 +81,12 @@ def test_differences_are_paired_by_row_and_seed():
     assert found["result"] == "beats"
 
 
+def test_differences_are_paired_by_row_between_one_seed_and_several():
+    metric = coin(np.random.default_rng(0), 1, 1000, 0.4)
+    several = Metric(np.repeat(metric.columns, 3, axis=0))
+    assert np.ptp(metric.resamples - several.resamples) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("metric", "first", "second", "threshold", "result"),
     [
