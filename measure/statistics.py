@@ -6,7 +6,7 @@ for instance wrong answers and answers, and their ratio.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -23,6 +23,14 @@ def expected_calibration_error(sums: np.ndarray) -> np.ndarray:
     the mean over positions of |confidence - accuracy| of their bin."""
     count, confidence, hits = np.split(sums, 3, axis=-1)
     return np.abs(confidence - hits).sum(-1) / np.maximum(count.sum(-1), 1e-12)
+
+
+@lru_cache(maxsize=4)
+def row_weights(rows: int) -> np.ndarray:
+    """[RESAMPLES, rows]: how often each row is drawn in each resample of that many rows."""
+    generator = np.random.Generator(np.random.PCG64(rows))
+    drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
+    return drawn.astype(np.uint8)  # a row is never drawn 256 times
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +57,11 @@ class Metric:
         seed where both have as many.
         """
         seeds, rows, _ = self.columns.shape
-        generator = np.random.Generator(np.random.PCG64(rows))
         values = np.empty((RESAMPLES, seeds))
         for draws in np.array_split(np.arange(RESAMPLES), 8):
-            weights = generator.multinomial(rows, np.full(rows, 1 / rows), size=len(draws))
+            weights = row_weights(rows)[draws].astype(np.float64)
             for seed in range(seeds):
-                sums = weights.astype(np.float64) @ self.columns[seed]
-                values[draws, seed] = self.statistic(sums)
+                values[draws, seed] = self.statistic(weights @ self.columns[seed])
         chosen = np.random.Generator(np.random.PCG64(seeds)).integers(
             seeds, size=(RESAMPLES, seeds)
         )
