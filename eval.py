@@ -74,12 +74,13 @@ def judge(run: Run, config: Config, split: str, update: bool) -> None:
     teacher = CountedForward(open_model(run, "teacher"))
     references = {name: Reference(teacher, task, task.rows(name)) for name in splits}
     judged = {"teacher": {name: [references[name].judged] for name in splits}}
-    speed = {"teacher": measure_speed(teacher.model, task)}
+    sample = task.rows("validation").take(np.arange(min(512, len(task.by_split["validation"]))))
+    speed = {"teacher": measure_speed(teacher.model, task, sample)}
     flops = teacher.flops
     for arm, seeds in arms.items():
         models = [CountedForward(open_model(run, stage_of(arm, seed))) for seed in seeds]
         judged[arm] = {name: [references[name].judge(m) for m in models] for name in splits}
-        speed[arm] = measure_speed(models[0].model, task)
+        speed[arm] = measure_speed(models[0].model, task, sample)
         flops += sum(model.flops for model in models)
     metrics = {
         arm: {name: references[name].metrics(seeds) for name, seeds in by_split.items()}
@@ -188,10 +189,8 @@ def open_model(run: Run, stage: str) -> torch.nn.Module:
     return model
 
 
-def measure_speed(model: torch.nn.Module, task: Pronounce) -> dict[str, float]:
-    """Latency of one greedy answer (median of 20), and answers per second in one large batch."""
-    rows = task.rows("validation")
-    sample = rows.take(np.arange(min(512, len(rows))))
+def measure_speed(model: torch.nn.Module, task: Pronounce, sample: Rows) -> dict[str, float]:
+    """Latency of one greedy answer (median of 20), and answers per second all at once."""
     times = []
     for i in range(20):
         started = time.perf_counter()

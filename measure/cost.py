@@ -46,12 +46,20 @@ class TrainingFlops:
         return len(lengths) * self.of_row(int(lengths.max()))
 
 
+# FLOPs per row of a forward pass, by the shape of the model (its config), tokens and cached tokens
+FORWARD_FLOPS: dict[str, dict[tuple[int, int], float]] = {}
+
+
 class CountedForward:
-    """A model whose forward passes are counted, with or without a KV cache."""
+    """A model whose forward passes are counted, with or without a KV cache.
+
+    Each shape is counted once, by torch, in the first pass that has it; models of one config
+    share the figures.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.per_row: dict[tuple[int, int], float] = {}
+        self.per_row = FORWARD_FLOPS.setdefault(model.config.to_json_string(), {})
         self.flops = 0.0
 
     def __call__(self, input_ids: torch.Tensor, **options: Any) -> Any:

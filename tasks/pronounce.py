@@ -110,6 +110,13 @@ class Pronounce:
         self.separator = self.token_ids["="]
 
     @cached_property
+    def by_split(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {split: [] for split in SPLITS}
+        for word in self.words:
+            found[split_of(word)].append(word)
+        return found
+
+    @cached_property
     def by_id(self) -> dict[int, str]:
         return {self.id_of(word): word for word in self.words}
 
@@ -118,7 +125,7 @@ class Pronounce:
 
     def dataset(self, split: str) -> datasets.Dataset:
         """The split as text: columns id, prompt, completion."""
-        words = [word for word in self.words if split_of(word) == split]
+        words = self.by_split[split]
         return datasets.Dataset.from_dict(
             {
                 "id": [self.id_of(word) for word in words],
