@@ -39,7 +39,7 @@ from configs.runs import (
 from configs.schema import Config, LabError, Recipe, Training, read_config
 from measure.cost import CountedForward, Stopwatch, TrainingFlops
 from measure.provenance import environment
-from student.lessons import Lessons, scarce, smoothed_labels, with_labels_elsewhere
+from student.lessons import Lessons, scarce, smoothed_labels
 from student.objectives import Objective, cross_entropy
 from student.recipe import objective_of, recipes_of
 from tasks import load_task
@@ -257,10 +257,7 @@ def lessons_of(lab: Lab, recipe: Recipe, seed: int) -> Lessons:
         outputs = Outputs(lab.run.folder / stage, binding_of(lab, recipe))
         if recipe.shuffled:
             outputs = outputs.shuffle(seed)
-        lessons = Lessons(outputs.rows, outputs.signal)
-        if recipe.labels_elsewhere:
-            lessons = with_labels_elsewhere(lessons, lab.rows, len(lab.task.tokenizer))
-        return lessons
+        return Lessons(outputs.rows, outputs.signal)
     if recipe.smoothed:
         softest = next(r for r in lab.config.recipes.values() if r.access == "logits")
         entropy = Outputs(lab.run.folder / f"outputs/{name_of(softest)}").mean_entropy()

@@ -79,9 +79,6 @@ class Recipe(Section):
     sampling_temperature: float = Field(0.0, ge=0)  # sequences teacher: 0 writes greedily
     prompts: Literal["train", "invented"] = "train"  # sequences teacher: whose words it answers
     transfer_rows: int | None = Field(None, gt=0)  # how many rows the teacher answers; null: all
-    # Learn the training rows that the teacher did not answer too, from their labels: they cost it
-    # nothing. A label is a distribution with one outcome, so the same objective serves both.
-    labels_elsewhere: bool = False
     label_fraction: float = Field(1.0, gt=0, le=1)  # access none: share of training words labelled
     shuffled: bool = False  # outputs of the wrong rows (a control)
     smoothed: bool = False  # uniform label smoothing, as much entropy as the teacher's (a control)
@@ -121,13 +118,6 @@ class Recipe(Section):
             raise ValueError(
                 "access text over sequences data is training on the data itself: nothing of the "
                 "teacher is used; use sequences teacher, or access none for a control"
-            )
-        if self.labels_elsewhere and (
-            self.access != "logits" or set(self.objective) != {"forward_kl"}
-        ):
-            raise ValueError(
-                "labels_elsewhere needs access logits and objective forward_kl: a label is a "
-                "distribution with one outcome, to which other divergences are infinite or sparse"
             )
         if self.access == "top_k" and self.temperature != 1:
             raise ValueError(

@@ -1,7 +1,7 @@
 """What a student learns from: rows, and the signal at the positions of a batch of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,28 +22,6 @@ class Lessons:
 
     rows: Rows
     signal: Callable[[Batch], Signal] = text_signal
-
-
-def with_labels_elsewhere(answered: Lessons, rows: Rows, vocabulary: int) -> Lessons:
-    """The teacher's outputs where it answered, and the labels of all other rows of the data.
-
-    A label is a distribution with one outcome, so one objective serves both: forward KL to it is
-    cross-entropy.
-    """
-    others = rows.take(np.flatnonzero(~np.isin(rows.ids, answered.rows.ids)))
-    labels = smoothed_labels(vocabulary, entropy=0.0)
-
-    def signal(batch: Batch) -> Signal:
-        log_probs = labels(batch).log_probs
-        mine = batch.indices < len(answered.rows)
-        if mine.any():
-            positions = batch.counted.sum(1)
-            place = torch.repeat_interleave(torch.from_numpy(mine), positions)
-            part = replace(batch, indices=batch.indices[mine], targets=batch.targets[place])
-            log_probs[place] = answered.signal(part).log_probs.float()
-        return Signal(batch.targets, log_probs)
-
-    return Lessons(Rows.concatenate(answered.rows, others), signal)
 
 
 def scarce(rows: Rows, fraction: float) -> Rows:

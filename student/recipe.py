@@ -42,7 +42,7 @@ def control_recipe(control: str, student: Recipe) -> Recipe:
     return {
         "alone": data,
         "scarce": data.model_copy(update={"label_fraction": 0.05}),
-        "shuffled": student.model_copy(update={"shuffled": True, "labels_elsewhere": False}),
+        "shuffled": student.model_copy(update={"shuffled": True}),
         "smoothed": data.model_copy(update={"smoothed": True, "objective": {"forward_kl": 1.0}}),
     }[control]
 

@@ -45,15 +45,6 @@ class Rows:
     ) -> "Rows":
         return cls(ids, tokens, np.concatenate([[0], np.cumsum(lengths)]), prompt_lengths)
 
-    @classmethod
-    def concatenate(cls, first: "Rows", second: "Rows") -> "Rows":
-        return cls.build_flat(
-            *(
-                np.concatenate([getattr(rows, name) for rows in (first, second)])
-                for name in ("ids", "tokens", "lengths", "prompt_lengths")
-            )
-        )
-
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from configs.schema import Recipe
-from student.lessons import Lessons, scarce, smoothed_labels, with_labels_elsewhere
+from student.lessons import scarce, smoothed_labels
 from student.objectives import cross_entropy, forward_kl
 from student.recipe import control_recipe
 from tasks.rows import Rows, collate, row_id
-from teacher.signal import Signal
 
 V = 60
 
@@ -40,25 +39,6 @@ def test_without_smoothing_forward_kl_is_cross_entropy(rows, generator):
     )
 
 
-def test_labels_elsewhere_leaves_the_teachers_answers_as_they_are(rows):
-    answered = rows.take(np.arange(0, 50, 3))
-    certain = torch.zeros(V).index_fill(0, torch.tensor([7]), 5.0).log_softmax(-1)
-
-    def teacher(batch):
-        return Signal(batch.targets, certain.expand(len(batch.targets), V))
-
-    lessons = with_labels_elsewhere(Lessons(answered, teacher), rows, V)
-    assert sorted(lessons.rows.ids) == sorted(rows.ids)
-    batch = collate(lessons.rows, np.random.default_rng(0).permutation(50), 0)
-    found = lessons.signal(batch).log_probs.split(batch.counted.sum(1).tolist())
-    for row, log_probs in zip(batch.indices, found, strict=True):
-        if lessons.rows.ids[row] in answered.ids:
-            assert log_probs.equal(certain.expand_as(log_probs))
-        else:
-            assert log_probs.argmax(-1).tolist() == lessons.rows.completion(row).tolist()
-            assert log_probs.max(-1).values.abs().max() < 1e-6
-
-
 def test_scarce_rows_are_the_same_in_any_order_and_nested(rows):
     some = scarce(rows, 0.2)
     assert len(some) == 10
@@ -68,12 +48,11 @@ def test_scarce_rows_are_the_same_in_any_order_and_nested(rows):
 
 
 def test_controls_take_nothing_from_the_teacher_but_what_their_name_says():
-    student = Recipe(temperature=0.5, labels_elsewhere=True, transfer_rows=10)
+    student = Recipe(temperature=0.5, transfer_rows=10)
     for name in ("alone", "scarce", "smoothed"):
         assert control_recipe(name, student).access == "none"
     assert control_recipe("scarce", student).label_fraction == 0.05
     shuffled = control_recipe("shuffled", student)
     assert shuffled.shuffled
-    assert not shuffled.labels_elsewhere
     assert shuffled.objective == student.objective
     assert shuffled.temperature == 0.5
