@@ -92,14 +92,14 @@ def share_of_gap(low: Metric, student: Metric, high: Metric) -> dict:
     return {"share": (low.mean - student.mean) / gap, "ci95": interval(resampled), "gap": gap}
 
 
-LOWER_IS_BETTER = ("error_rate", "kl_", "nll_gap", "ece")
+LOWER_IS_BETTER = ("word_error_rate", "phoneme_error_rate", "kl_", "nll_gap", "ece")
 
 
 def verdict(claim: str, metric: str, threshold: float, first: Metric, second: Metric) -> dict:
     """Does `first` beat `second` by more than the threshold? From the 95 % interval of the paired
     difference, oriented so that positive is better: all of it above the threshold beats, all of it
     at or below does not, anything else is inconclusive."""
-    sign = -1 if metric.startswith(LOWER_IS_BETTER) or "error_rate" in metric else 1
+    sign = -1 if metric.startswith(LOWER_IS_BETTER) else 1
     difference = sign * (first.mean - second.mean)
     low, high = interval(sign * (first.resamples - second.resamples))
     seeds = len(first.per_seed)
