@@ -11,7 +11,7 @@ import hashlib
 import math
 import multiprocessing
 import os
-import signal
+import signal as signals
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -39,6 +39,7 @@ from configs.runs import (
 from configs.schema import Config, LabError, Recipe, Training, read_config
 from measure.cost import CountedForward, Stopwatch, TrainingFlops
 from measure.provenance import environment
+from student.hidden import Projected, hidden_match
 from student.lessons import Lessons, scarce, smoothed_labels
 from student.objectives import Objective, cross_entropy
 from student.recipe import objective_of, recipes_of
@@ -150,7 +151,7 @@ def train_all(lab: Lab, jobs: dict[str, tuple]) -> None:
 def start_worker(config: Config, folder: Path, threads: int) -> None:
     """A worker opens the lab once. It leaves Ctrl-C to its parent, and ends when that ends."""
     global worker_lab
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals.signal(signals.SIGINT, signals.SIG_IGN)
     parent = multiprocessing.parent_process()
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
@@ -231,6 +232,9 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
         teacher = lab.run.manifest["stages"]["teacher"]["sha256"][:16]
         lineage += f"teacher {teacher} <- "
     lessons = lessons_of(lab, recipe, seed)
+    model = initialise(model, seed)
+    if lessons.hidden_width:
+        model = Projected(model, lessons.hidden_width, seed)
     steps = affordable_steps(model, lessons.rows, settings.training, seed, budget)
     if steps < 1:
         raise LabError(
@@ -240,13 +244,14 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
     return fit(
         lab,
         stage,
-        initialise(model, seed),
+        model,
         lessons,
         objective_of(recipe),
         settings.training,
         steps=steps,
         seed=seed,
         lineage=f"{lineage}data `{lab.task.name}`. Recipe: `{recipe.model_dump_json()}`.",
+        hidden_weight=recipe.objective.get("hidden_match", 0.0),
     )
 
 
@@ -257,9 +262,10 @@ def lessons_of(lab: Lab, recipe: Recipe, seed: int) -> Lessons:
         outputs = Outputs(lab.run.folder / stage, binding_of(lab, recipe))
         if recipe.shuffled:
             outputs = outputs.shuffle(seed)
-        return Lessons(outputs.rows, outputs.signal)
+        width = outputs.hidden_width if recipe.access == "hidden" else 0
+        return Lessons(outputs.rows, outputs.signal, width)
     if recipe.smoothed:
-        softest = next(r for r in lab.config.recipes.values() if r.access == "logits")
+        softest = next(r for r in lab.config.recipes.values() if r.access in ("logits", "hidden"))
         entropy = Outputs(lab.run.folder / f"outputs/{name_of(softest)}").mean_entropy()
         return Lessons(lab.rows, smoothed_labels(len(lab.task.tokenizer), entropy))
     return Lessons(scarce(lab.rows, recipe.label_fraction))
@@ -289,6 +295,7 @@ def fit(
     steps: int,
     seed: int,
     lineage: str,
+    hidden_weight: float = 0.0,
 ) -> Closing:
     """THE training loop: teacher, student and control differ only by what they are handed.
 
@@ -301,6 +308,7 @@ def fit(
         model.parameters(), betas=training.betas, weight_decay=training.weight_decay, fused=True
     )
     model, optimizer = accelerator.prepare(model, optimizer)
+    device = accelerator.device
     order = batch_order(lessons.rows.lengths, training.batch_rows, seed)
     costs = TrainingFlops(model)
     checkpoints = lab.run.checkpoints(stage)
@@ -317,12 +325,18 @@ def fit(
             collate(lessons.rows, part, pad, training.prompt_weight)
             for part in np.array_split(indices, min(training.accumulation, len(indices)))
         ]
-        total = sum(part.weights.sum() for part in parts)  # of the whole step, not of a part
+        # Denominators are those of the whole step, not of a part.
+        total = sum(part.weights.sum() for part in parts)
+        positions = sum(part.positions.sum() for part in parts)
         loss = 0.0
         for part in parts:
-            logits = model(part.input_ids.to(model.device), use_cache=False).logits[part.counted]
-            losses = objective(logits, lessons.signal(part).to(model.device))
-            part_loss = (losses * part.weights.to(model.device)).sum() / total
+            signal = lessons.signal(part).to(device)
+            shown = model(part.input_ids.to(device), use_cache=False)
+            losses = objective(shown.logits[part.counted], signal)
+            part_loss = (losses * part.weights.to(device)).sum() / total
+            if hidden_weight:
+                misses = hidden_match(shown.projected[part.positions], signal)
+                part_loss = part_loss + hidden_weight * misses.sum() / positions
             accelerator.backward(part_loss)
             loss += part_loss.detach()
         norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
@@ -337,6 +351,8 @@ def fit(
             saved_at = watch.elapsed()
     journal.close()
     model = accelerator.unwrap_model(model)
+    if isinstance(model, Projected):
+        model = model.student
     folder = lab.run.folder / stage
     save_model(model, lab.task.tokenizer, folder, card(stage, model, lineage, steps))
     cost = {**watch.read(flops), "steps": steps}

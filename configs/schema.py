@@ -70,12 +70,13 @@ class Teacher(Section):
 class Recipe(Section):
     """A distillation method is three choices: access, sequences, objective. The rest is dosage."""
 
-    access: Literal["none", "text", "top_k", "logits"] = "logits"
+    access: Literal["none", "text", "top_k", "logits", "hidden"] = "logits"
     sequences: Literal["data", "teacher"] = "data"
     objective: dict[str, float] = {"forward_kl": 1.0}  # terms and their weights, summing to 1
     temperature: float = Field(1.0, gt=0)  # of the divergence: both distributions are softened
     beta: float = Field(0.5, gt=0, lt=1)  # generalised JSD: share of the teacher in the mixture
     k: int = Field(8, gt=0)  # access top_k: how many probabilities the teacher reveals
+    hidden_layers: list[int] = []  # access hidden: a layer of the teacher for each of the student
     sampling_temperature: float = Field(0.0, ge=0)  # sequences teacher: 0 writes greedily
     prompts: Literal["train", "invented"] = "train"  # sequences teacher: whose words it answers
     transfer_rows: int | None = Field(None, gt=0)  # how many rows the teacher answers; null: all
@@ -90,7 +91,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def possible(self) -> "Recipe":
-        known = ("cross_entropy", "forward_kl", "reverse_kl", "generalised_jsd")
+        known = ("cross_entropy", "forward_kl", "reverse_kl", "generalised_jsd", "hidden_match")
         for name in self.objective:
             if name not in known:
                 raise ValueError(f"no objective {name!r}{nearest(name, known)}; there are {known}")
@@ -101,13 +102,28 @@ class Recipe(Section):
                 f"objective weights sum to {sum(self.objective.values()):g}, expected 1: a larger "
                 "sum is a larger learning rate in disguise"
             )
-        compares = [name for name in self.objective if name != "cross_entropy"]
+        matches = "hidden_match" in self.objective
+        if matches != (self.access == "hidden"):
+            raise ValueError(
+                f"objective hidden_match and access hidden need each other; found access "
+                f"{self.access!r} with objectives {list(self.objective)}"
+            )
+        if matches and len(self.objective) == 1:
+            raise ValueError(
+                "objective hidden_match alone leaves the output layer untrained; add forward_kl"
+            )
+        if matches != bool(self.hidden_layers):
+            raise ValueError(
+                "hidden_layers names the teacher's layers for access hidden, as in [2, 4]; found "
+                f"{self.hidden_layers} with access {self.access!r}"
+            )
+        compares = [n for n in self.objective if n not in ("cross_entropy", "hidden_match")]
         if compares and self.access in ("none", "text"):
             raise ValueError(
                 f"objective {compares[0]} compares distributions, but access {self.access!r} "
                 "reveals none; use access top_k or logits, or objective cross_entropy"
             )
-        if self.access in ("top_k", "logits") and not compares and not self.smoothed:
+        if self.access not in ("none", "text") and not compares and not self.smoothed:
             raise ValueError(
                 f"access {self.access!r} is paid for but objective cross_entropy never uses it; "
                 "use access text, or add a divergence"
@@ -193,11 +209,20 @@ class Config(Section):
             raise ValueError(f"seeds {self.seeds} repeat; every seed is one independent student")
         if self.students.training.prompt_weight > 0:
             for name, recipe in self.recipes.items():
-                if recipe.access in ("top_k", "logits"):
+                if recipe.access not in ("none", "text"):
                     raise ValueError(
                         f"students.training.prompt_weight is above 0, but {name} learns from "
                         f"access {recipe.access!r}, which is revealed for completions only"
                     )
+        shallow = self.students.model.num_hidden_layers
+        deep = self.teacher.model.num_hidden_layers
+        for name, recipe in self.recipes.items():
+            layers = recipe.hidden_layers
+            if layers and (len(layers) != shallow or not all(1 <= n <= deep for n in layers)):
+                raise ValueError(
+                    f"recipes.{name}.hidden_layers {layers}: expected {shallow} layers, one for "
+                    f"each of the student's, from 1 to the teacher's {deep}"
+                )
         known = {*self.recipes, *self.controls}
         for verdict in self.verdicts:
             for name in verdict.claim.split(" beats "):

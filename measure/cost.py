@@ -36,7 +36,10 @@ class TrainingFlops:
         if length not in self.per_row:
             with FlopCounterMode(display=False) as counter:
                 ids = torch.zeros((1, length), dtype=torch.long, device=self.model.device)
-                self.model(ids, use_cache=False).logits.sum().backward()
+                shown = self.model(ids, use_cache=False)
+                projected = getattr(shown, "projected", None)  # a student that matches states
+                total = shown.logits.sum() + (0 if projected is None else projected.sum())
+                total.backward()
             self.model.zero_grad(set_to_none=True)
             self.per_row[length] = counter.get_total_flops()
         return self.per_row[length]

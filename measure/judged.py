@@ -30,16 +30,16 @@ def free_running(forward: Forward, task: Any, rows: Rows) -> Answers:
         group = np.flatnonzero(rows.prompt_lengths == length)
         for indices in np.array_split(group, -(-len(group) // BATCH_ROWS)):
             prompts = np.stack([rows.prompt(i) for i in indices]).astype(np.int64)
-            tokens, revealed = generate(
+            written = generate(
                 forward,
                 torch.from_numpy(prompts),
                 longest=task.longest_answer,
                 end=task.tokenizer.eos_token_id,
                 keep_log_probs=True,
             )
-            for i, answer, chances in zip(indices, tokens, revealed, strict=True):
-                texts[i] = task.render(answer.tolist())
-                log_probs[i] = float(chances.gather(-1, answer[:, None]).sum())
+            for i, answer in zip(indices, written, strict=True):
+                texts[i] = task.render(answer.tokens.tolist())
+                log_probs[i] = float(answer.log_probs.gather(-1, answer.tokens[:, None]).sum())
     return Answers(texts, log_probs)
 
 

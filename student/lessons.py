@@ -18,10 +18,12 @@ def text_signal(batch: Batch) -> Signal:
 
 @dataclass(frozen=True)
 class Lessons:
-    """Rows and what is revealed at a batch of them. Without a teacher that is the text itself."""
+    """Rows and what is revealed at a batch of them. Without a teacher that is the text itself.
+    `hidden_width` is W of the teacher's states, 0 where none are revealed."""
 
     rows: Rows
     signal: Callable[[Batch], Signal] = text_signal
+    hidden_width: int = 0
 
 
 def scarce(rows: Rows, fraction: float) -> Rows:

@@ -11,7 +11,10 @@ from teacher.signal import Signal
 
 
 def objective_of(recipe: Recipe) -> Objective:
-    """The weighted sum of the recipe's terms as one function of (student_logits, signal) -> [M]."""
+    """The weighted sum of the recipe's terms as one function of (student_logits, signal) -> [M].
+
+    hidden_match is no term of it: it compares states at all positions, see student/hidden.py.
+    """
     divergence = {"temperature": recipe.temperature}
     functions = {
         "cross_entropy": objectives.cross_entropy,
@@ -24,6 +27,7 @@ def objective_of(recipe: Recipe) -> Objective:
         terms = [
             weight * functions[name](student_logits, signal)
             for name, weight in recipe.objective.items()
+            if name != "hidden_match"
         ]
         return sum(terms[1:], start=terms[0])
 

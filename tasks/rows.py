@@ -78,12 +78,14 @@ class Rows:
 
 @dataclass
 class Batch:
-    """Right-padded rows. input_ids [B, L]; counted [B, L]: logits at t, which predict token t+1,
-    count for the loss; targets [M]: the tokens that the M counted positions must predict;
-    weights [M]: 1 for a token of a completion, less for one of a prompt."""
+    """Right-padded rows. input_ids [B, L]; positions [B, L]: another token of the row follows;
+    counted [B, L]: logits at t, which predict token t+1, count for the loss; targets [M]: the
+    tokens that the M counted positions must predict; weights [M]: 1 for a token of a completion,
+    less for one of a prompt."""
 
     indices: np.ndarray
     input_ids: torch.Tensor
+    positions: torch.Tensor
     counted: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
@@ -100,11 +102,12 @@ def collate(rows: Rows, indices: np.ndarray, pad: int, prompt_weight: float = 0.
     input_ids = np.full(filled.shape, pad, np.int64)
     input_ids[filled] = rows.take(indices).tokens
     answering = place >= rows.prompt_lengths[indices][:, None] - 1
-    counted = (place < lengths[:, None] - 1) & (answering | (prompt_weight > 0))
+    positions = place < lengths[:, None] - 1
+    counted = positions & (answering | (prompt_weight > 0))
     targets = np.roll(input_ids, -1, axis=1)[counted]
     weights = np.where(answering, np.float32(1), np.float32(prompt_weight))[counted]
-    tensors = [torch.from_numpy(array) for array in (input_ids, counted, targets, weights)]
-    return Batch(indices, *tensors)
+    arrays = (input_ids, positions, counted, targets, weights)
+    return Batch(indices, *(torch.from_numpy(array) for array in arrays))
 
 
 def batch_order(lengths: np.ndarray, batch_rows: int, seed: int) -> Callable[[int], np.ndarray]:

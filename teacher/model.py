@@ -6,7 +6,8 @@ The student is built here as well: it is the same kind of thing, only smaller.
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,18 @@ def load_model(folder: Path) -> nn.Module:
     return model.eval()
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after one prompt: its n new tokens, end mark included, and, if asked for,
+    its own log-probabilities [n, V] there (nats at temperature 1, whatever the sampling
+    temperature) and its states [P + n - 1, layers, W] after some layers, from the first token of
+    the prompt to the last but one of the row."""
+
+    tokens: Tensor
+    log_probs: Tensor | None = None
+    hidden: Tensor | None = None
+
+
 @torch.no_grad()
 def generate(
     forward: Forward,
@@ -129,42 +142,59 @@ def generate(
     separator: int | None = None,
     spelling_temperature: float = 1.0,
     keep_log_probs: bool = False,
-) -> tuple[list[Tensor], list[Tensor]]:
+    keep_layers: Sequence[int] = (),
+) -> list[Written]:
     """Let a model write: prompts [B, P], all of one length, to B continuations up to `end`.
 
-    Returns the new tokens of every row (end mark included) and, if asked for, the model's own
-    log-probabilities [n, V] there: nats at temperature 1, whatever the sampling temperature.
     Temperature 0 takes the likeliest token. No top-p, top-k or repetition penalty hides here.
     With a `separator`, tokens up to it are sampled at `spelling_temperature` (a model that
-    invents its own prompts), those after it at `temperature`.
+    invents its own prompts), those after it at `temperature`. `keep_layers` counts from 1.
     """
-    rows = prompts.shape[0]
+    rows, prompt_length = prompts.shape
     alive = torch.arange(rows)
     answering = torch.full((rows,), separator is None)
-    written: list[list[Tensor]] = [[] for _ in range(rows)]
-    revealed: list[list[Tensor]] = [[] for _ in range(rows)]
+    tokens = torch.empty((rows, longest), dtype=torch.long)
+    lengths = torch.full((rows,), longest)
+    log_probs: Tensor | None = None
+    hidden: Tensor | None = None
     cache = DynamicCache()
     inputs = prompts
-    for _ in range(longest):
-        logits = forward(inputs, past_key_values=cache, use_cache=True).logits[:, -1].float()
-        log_probs = torch.log_softmax(logits, dim=-1)
-        tokens = log_probs.argmax(-1)
+    options = {"use_cache": True, "output_hidden_states": bool(keep_layers)}
+    for step in range(longest):
+        output = forward(inputs, past_key_values=cache, **options)
+        logits = output.logits[:, -1].float()
+        if keep_layers:
+            states = torch.stack([output.hidden_states[layer] for layer in keep_layers], dim=2)
+            if hidden is None:
+                hidden = states.new_empty((rows, prompt_length + longest - 1, *states.shape[2:]))
+            first = 0 if step == 0 else prompt_length + step - 1
+            hidden[alive, first : prompt_length + step] = states
+        if keep_log_probs:
+            if log_probs is None:
+                log_probs = logits.new_empty((rows, longest, logits.shape[-1]))
+            log_probs[alive, step] = torch.log_softmax(logits, dim=-1)
+        chosen = logits.argmax(-1)
         for sampled, heat in ((answering, temperature), (~answering, spelling_temperature)):
             if heat > 0 and bool(sampled.any()):
                 chances = torch.softmax(logits[sampled] / heat, dim=-1)
-                tokens[sampled] = torch.multinomial(chances, 1, generator=generator)[:, 0]
-        for place, row in enumerate(alive.tolist()):
-            written[row].append(tokens[place])
-            if keep_log_probs:
-                revealed[row].append(log_probs[place])
+                chosen[sampled] = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        tokens[alive, step] = chosen
         if separator is not None:
-            answering = answering | (tokens == separator)
-        going = tokens != end
+            answering = answering | (chosen == separator)
+        going = chosen != end
+        lengths[alive[~going]] = step + 1
         if not bool(going.any()):
             break
         # Rows that are done leave the batch, so that a few long ones do not hold up the rest.
         keep = going.nonzero()[:, 0]
-        alive, answering, inputs = alive[keep], answering[keep], tokens[keep, None]
+        alive, answering, inputs = alive[keep], answering[keep], chosen[keep, None]
         if len(keep) < len(going):
             cache.batch_select_indices(keep)
-    return [torch.stack(row) for row in written], [torch.stack(r) for r in revealed if r]
+    return [
+        Written(
+            tokens[row, :n],
+            None if log_probs is None else log_probs[row, :n],
+            None if hidden is None else hidden[row, : prompt_length + n - 1],
+        )
+        for row, n in enumerate(lengths.tolist())
+    ]

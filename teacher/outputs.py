@@ -1,13 +1,15 @@
 """The teacher's outputs: made once, stored by row id, bound to what made them, read by students.
 
 A folder of Arrow shards and a provenance.json. One record is one row: its id, its tokens, how
-many of them are the prompt, and the log-probabilities at the positions of the completion
-(float16, nats, temperature 1). Reading is memory-mapped: a student touches only its batch.
+many of them are the prompt, the log-probabilities at the positions of the completion (float16,
+nats, temperature 1), and for access `hidden` the states at all positions but the last (float16).
+Reading is memory-mapped: a student touches only its batch.
 """
 
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,18 @@ from configs.runs import read_json, write_json
 from configs.schema import LabError, Recipe
 from tasks.rows import Batch, Rows, collate, row_id
 from teacher.model import Forward, generate
-from teacher.signal import Signal
+from teacher.signal import TINY, Signal
 
 SHARD_ROWS = 8192
 BATCH_ROWS = 512
+HIDDEN_SAMPLE = 50_000  # positions that tell the mean and deviation of the states
 RAREST_WORDS = 0.02  # a teacher that invents fewer well-formed words than this is given up
 
 
 def name_of(recipe: Recipe) -> str:
     """The folder of the outputs that a recipe needs: recipes that need the same share it."""
     access = f"top_{recipe.k}" if recipe.access == "top_k" else recipe.access
-    parts = [recipe.sequences, access]
+    parts = [recipe.sequences, access, *map(str, recipe.hidden_layers)]
     if recipe.sequences == "teacher":
         parts += [recipe.prompts]
         if recipe.sampling_temperature:
@@ -49,6 +52,7 @@ def outputs_binding(
         "rows": rows.digest(),
         "access": recipe.access,
         "k": recipe.k if recipe.access == "top_k" else None,
+        "hidden_layers": list(recipe.hidden_layers),
         "sequences": recipe.sequences,
         "prompts": recipe.prompts,
         "transfer_rows": recipe.transfer_rows,
@@ -91,7 +95,7 @@ def make_outputs(
                 picked = np.arange(start, start + size) * len(rows) // count
                 answer = written if recipe.sequences == "teacher" else scored
                 records = answer(forward, task, rows.take(picked), recipe, generator, progress)
-            write_shard(file, records, recipe.k if recipe.access == "top_k" else None)
+            write_shard(file, records, recipe)
     shards = {}
     for number in range(len(starts)):
         file = folder / f"shard-{number:05d}.arrow"
@@ -99,7 +103,16 @@ def make_outputs(
     write_json(provenance, {"binding": binding, "shards": shards})
 
 
-Record = tuple[int, np.ndarray, int, torch.Tensor | None]  # id, tokens, prompt length, log-probs
+@dataclass(frozen=True)
+class Record:
+    """One row and what the teacher revealed there: log_probs [completion, V], hidden
+    [row - 1, layers, W], or neither."""
+
+    id: int
+    tokens: np.ndarray
+    prompt_length: int
+    log_probs: torch.Tensor | None
+    hidden: torch.Tensor | None = None
 
 
 def scored(
@@ -107,19 +120,25 @@ def scored(
 ) -> Iterator[Record]:
     """Sequences `data`: the teacher reads the data's own completions and says what it expected."""
     order = np.argsort(rows.lengths, kind="stable")
-    revealed: list[torch.Tensor | None] = [None] * len(rows)
+    records: list[Record | None] = [None] * len(rows)
+    layers = recipe.hidden_layers
     for indices in np.array_split(order, -(-len(rows) // BATCH_ROWS)):
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
         with torch.no_grad():
-            logits = forward(batch.input_ids).logits[batch.counted].float()
-        positions = batch.counted.sum(1).tolist()
-        for i, log_probs in zip(
-            indices, torch.log_softmax(logits, -1).split(positions), strict=True
-        ):
-            revealed[i] = log_probs
+            output = forward(batch.input_ids, output_hidden_states=bool(layers))
+        log_probs = torch.log_softmax(output.logits[batch.counted].float(), -1)
+        log_probs = log_probs.split(batch.counted.sum(1).tolist())
+        for place, i in enumerate(indices):
+            hidden = [output.hidden_states[layer][place, : rows.lengths[i] - 1] for layer in layers]
+            records[i] = Record(
+                int(rows.ids[i]),
+                rows.row(i),
+                int(rows.prompt_lengths[i]),
+                log_probs[place],
+                torch.stack(hidden, dim=1) if layers else None,
+            )
         progress(len(indices))
-    for i in range(len(rows)):
-        yield int(rows.ids[i]), rows.row(i), int(rows.prompt_lengths[i]), revealed[i]
+    yield from records
 
 
 def written(
@@ -131,12 +150,12 @@ def written(
     progress: Callable,
 ) -> Iterator[Record]:
     """Sequences `teacher`: it answers the rows' prompts, in batches of one prompt length."""
-    answers: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    records: list[Record | None] = [None] * len(rows)
     for length in np.unique(rows.prompt_lengths):
         group = np.flatnonzero(rows.prompt_lengths == length)
         for indices in np.array_split(group, -(-len(group) // BATCH_ROWS)):
             prompts = torch.from_numpy(np.stack([rows.prompt(i) for i in indices]).astype(np.int64))
-            tokens, revealed = generate(
+            answers = generate(
                 forward,
                 prompts,
                 longest=task.longest_answer,
@@ -144,14 +163,15 @@ def written(
                 temperature=recipe.sampling_temperature,
                 generator=generator,
                 keep_log_probs=recipe.access != "text",
+                keep_layers=recipe.hidden_layers,
             )
-            for place, i in enumerate(indices):
-                answers[int(i)] = (tokens[place], revealed[place] if revealed else None)
+            for i, answer in zip(indices, answers, strict=True):
+                row = np.concatenate([rows.prompt(i), answer.tokens.numpy()])
+                records[i] = Record(
+                    int(rows.ids[i]), row, int(length), answer.log_probs, answer.hidden
+                )
             progress(len(indices))
-    for i in range(len(rows)):
-        tokens, revealed = answers[i]
-        row = np.concatenate([rows.prompt(i), tokens.numpy()])
-        yield int(rows.ids[i]), row, int(rows.prompt_lengths[i]), revealed
+    yield from records
 
 
 def invented(
@@ -175,7 +195,7 @@ def invented(
             )
         tried += BATCH_ROWS
         start = torch.full((BATCH_ROWS, 1), task.tokenizer.bos_token_id)
-        tokens, revealed = generate(
+        rows = generate(
             forward,
             start,
             longest=task.longest_row - 1,
@@ -184,31 +204,40 @@ def invented(
             generator=generator,
             separator=task.separator,
             keep_log_probs=recipe.access != "text",
+            keep_layers=recipe.hidden_layers,
         )
-        for place, row in enumerate(tokens):
-            row = np.concatenate([[task.tokenizer.bos_token_id], row.numpy()])
+        for written_row in rows:
+            row = np.concatenate([[task.tokenizer.bos_token_id], written_row.tokens.numpy()])
             prompt_length = task.invented_prompt_length(row)
             if prompt_length is None or made == count:
                 continue
             made += 1
             progress(1)
-            log_probs = revealed[place][prompt_length - 1 :] if revealed else None
-            yield row_id(f"{task.name} {row.tolist()}"), row, prompt_length, log_probs
+            log_probs = written_row.log_probs
+            yield Record(
+                row_id(f"{task.name} {row.tolist()}"),
+                row,
+                prompt_length,
+                None if log_probs is None else log_probs[prompt_length - 1 :],
+                written_row.hidden,
+            )
 
 
-def write_shard(file: Path, records: Iterator[Record], k: int | None) -> None:
-    """One shard as an Arrow stream; of the log-probabilities, all or the k largest per position."""
-    ids, tokens, prompts, values, indices = [], [], [], [], []
-    for row, words, prompt_length, log_probs in records:
-        ids.append(row)
-        tokens.append(np.asarray(words, np.int32))
-        prompts.append(prompt_length)
-        if log_probs is not None and k:
-            top = log_probs.topk(k, dim=-1)
+def write_shard(file: Path, records: Iterator[Record], recipe: Recipe) -> None:
+    """One shard as an Arrow stream: no more than the access of the recipe reveals."""
+    ids, tokens, prompts, values, indices, hidden = [], [], [], [], [], []
+    for record in records:
+        ids.append(record.id)
+        tokens.append(np.asarray(record.tokens, np.int32))
+        prompts.append(record.prompt_length)
+        if recipe.access == "top_k":
+            top = record.log_probs.topk(recipe.k, dim=-1)
             values.append(top.values.half().numpy().ravel())
             indices.append(top.indices.int().numpy().ravel())
-        elif log_probs is not None:
-            values.append(log_probs.half().numpy().ravel())
+        elif recipe.access != "text":
+            values.append(record.log_probs.half().numpy().ravel())
+        if recipe.access == "hidden":
+            hidden.append(record.hidden.half().numpy().ravel())
     columns = {
         "id": pa.array(ids, pa.int64()),
         "tokens": ragged(tokens, pa.int32()),
@@ -218,6 +247,8 @@ def write_shard(file: Path, records: Iterator[Record], k: int | None) -> None:
         columns["log_probs"] = ragged(values, pa.float16())
     if indices:
         columns["indices"] = ragged(indices, pa.int32())
+    if hidden:
+        columns["hidden"] = ragged(hidden, pa.float16())
     table = pa.table(columns).combine_chunks()
     partial = file.with_name(f".{file.name}.partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
@@ -261,6 +292,7 @@ class Outputs:
         if not tables:
             raise LabError(f"{folder} is not finished; run train.py on the config to go on")
         self.k = provenance["binding"]["k"]
+        self.layers = len(provenance["binding"]["hidden_layers"])
         self.rows = Rows.build_flat(
             ids=joined(tables, "id"),
             tokens=np.concatenate([flat(table, "tokens")[0] for table in tables]),
@@ -268,22 +300,35 @@ class Outputs:
             prompt_lengths=joined(tables, "prompt_length"),
         )
         self.shard_starts = np.cumsum([0, *(len(table) for table in tables)])
-        self.values = [
-            flat(table, "log_probs") for table in tables if "log_probs" in table.column_names
-        ]
-        self.indices = [
-            flat(table, "indices") for table in tables if "indices" in table.column_names
-        ]
+        self.values, self.indices, self.hidden = (
+            [flat(table, column) for table in tables if column in table.column_names]
+            for column in ("log_probs", "indices", "hidden")
+        )
+        if self.hidden:  # of the first shard; its positions are those of its rows but the last
+            lengths = np.diff(flat(tables[0], "tokens")[1]) - 1
+            states = self.hidden[0][0].reshape(int(lengths.sum()), self.layers, -1)
+            self.hidden_width = states.shape[-1]
+            states = torch.from_numpy(states[:HIDDEN_SAMPLE].astype(np.float32))
+            self.hidden_mean, self.hidden_scale = states.mean(0), states.std(0) + TINY
         self.source = np.arange(len(self.rows))  # whose completion and log-probabilities row i has
 
     def shuffle(self, seed: int) -> "Outputs":
-        """Give every row the outputs of another row (a control): prompts stay, answers move."""
+        """Give every row the outputs of another row (a control): prompts stay, answers move.
+
+        Within prompts of one length, so that states stay at their positions and the control gets
+        answers of the right length for the wrong word. A prompt that is alone in its length would
+        keep its own answer; it is left out.
+        """
         order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self.rows))
-        self.source[order] = np.roll(order, 1)
-        rows = self.rows
+        lengths = self.rows.prompt_lengths[order]
+        groups = [order[lengths == length] for length in np.unique(lengths)]
+        for group in groups:
+            self.source[group] = np.roll(group, 1)
+        kept = np.sort(np.concatenate([group for group in groups if len(group) > 1]))
+        rows, self.source = self.rows, self.source[kept]
         self.rows = Rows.build(
-            rows.ids.tolist(),
-            [rows.prompt(i).tolist() for i in range(len(rows))],
+            rows.ids[kept].tolist(),
+            [rows.prompt(i).tolist() for i in kept],
             [rows.completion(i).tolist() for i in self.source],
         )
         return self
@@ -292,14 +337,17 @@ class Outputs:
         """What the teacher revealed at the counted positions of a batch of `rows`."""
         if not self.values:
             return Signal(batch.targets)
-        outcomes = self.k or -1
-        log_probs = torch.from_numpy(self.gather(self.values, batch.indices))
-        if not self.indices:
-            return Signal(batch.targets, log_probs.view(len(batch.targets), outcomes))
-        tokens = torch.from_numpy(self.gather(self.indices, batch.indices)).long()
-        return Signal(batch.targets, log_probs.view(-1, outcomes), tokens.view(-1, outcomes))
+        counted, indices, hidden = len(batch.targets), None, None
+        if self.indices:
+            indices = self.gather(self.indices, batch.indices).long().view(counted, self.k)
+        if self.hidden:
+            positions = int(batch.positions.sum())
+            hidden = self.gather(self.hidden, batch.indices).view(positions, self.layers, -1)
+            hidden = self.standardise(hidden)
+        log_probs = self.gather(self.values, batch.indices).view(counted, -1)
+        return Signal(batch.targets, log_probs, indices, hidden)
 
-    def gather(self, shards: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> np.ndarray:
+    def gather(self, shards: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> torch.Tensor:
         """The stored values of these rows, one after the other."""
         pieces = []
         for row in self.source[rows]:
@@ -307,7 +355,12 @@ class Outputs:
             values, offsets = shards[shard]
             place = row - self.shard_starts[shard]
             pieces.append(values[offsets[place] : offsets[place + 1]])
-        return np.concatenate(pieces)
+        return torch.from_numpy(np.concatenate(pieces))
+
+    def standardise(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States [P, layers, W] with mean 0 and variance 1 in every dimension: the large ones of a
+        deep layer would otherwise be all that a student looks at."""
+        return (hidden.float() - self.hidden_mean) / self.hidden_scale
 
     def mean_entropy(self) -> float:
         """Of the teacher's distributions over all positions, in nats (access `logits`)."""

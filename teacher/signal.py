@@ -15,6 +15,9 @@ class Signal:
     targets [M]: the tokens that stand in the text (all that access `text` reveals).
     log_probs [M, V] for access `logits`, [M, k] for `top_k`, None for `text`; nats, temperature 1.
     indices [M, k]: the token ids of the k log-probabilities, None otherwise.
+    hidden [P, layers, W]: for access `hidden`, the teacher's states after some of its layers, at
+    all P positions of the text that another token follows; those of the prompt too, so P > M.
+    Every dimension has mean 0 and variance 1 over the outputs.
 
     A signal read from disk and one computed a moment ago are the same type.
     """
@@ -22,9 +25,11 @@ class Signal:
     targets: Tensor
     log_probs: Tensor | None = None
     indices: Tensor | None = None
+    hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> "Signal":
-        moved = [t if t is None else t.to(device) for t in (self.log_probs, self.indices)]
+        optional = (self.log_probs, self.indices, self.hidden)
+        moved = [tensor if tensor is None else tensor.to(device) for tensor in optional]
         return Signal(self.targets.to(device), *moved)
 
     def outcomes(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,12 @@ import train
 from configs.runs import Run, load_checkpoint, save_checkpoint
 from configs.schema import LabError, Training, read_config
 from measure.cost import TrainingFlops
+from student.hidden import Projected
 from student.lessons import Lessons
 from student.objectives import cross_entropy
+from student.recipe import objective_of
 from tasks.rows import collate
-from teacher.model import build_model, initialise
+from teacher.model import build_model, initialise, load_model
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 
@@ -49,6 +51,26 @@ def test_the_loss_does_not_depend_on_accumulation(lab, prompt_weight):
     fit(lab, stage="parts", prompt_weight=prompt_weight, accumulation=5)
     np.testing.assert_allclose(losses(lab, "whole"), losses(lab, "parts"), rtol=1e-5)
     assert len(losses(lab, "whole")) == 5
+
+
+def test_the_loss_of_matched_states_does_not_depend_on_accumulation(lab, tmp_path):
+    """Its denominator is another one: all positions, not those of the answers."""
+    recipe = lab.config.recipes["states"]
+    fit(lab)
+    train.produce_outputs(lab, recipe)
+    lessons = train.lessons_of(lab, recipe, seed=0)
+    settings = lab.config.students
+    for stage, accumulation in (("whole", 1), ("parts", 5)):
+        model = build_model(settings.model, lab.task.tokenizer, lab.task.longest_row)
+        training = settings.training.model_copy(update={"accumulation": accumulation})
+        closing = train.fit(
+            lab, stage, Projected(initialise(model, 0), lessons.hidden_width, 0), lessons,
+            objective_of(recipe), training, steps=3, seed=0, lineage="", hidden_weight=0.5,
+        )  # fmt: skip
+        lab.run.close_stage(stage, *closing)
+    np.testing.assert_allclose(losses(lab, "whole"), losses(lab, "parts"), rtol=1e-5)
+    saved = load_model(lab.run.folder / "whole")  # without the projections
+    assert train.size_of(saved) == train.size_of(model)
 
 
 def test_the_first_loss_is_the_mean_per_counted_token(lab):

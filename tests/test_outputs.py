@@ -18,6 +18,20 @@ TOP = Recipe(access="top_k", sequences="data", k=5)
 TEXT = Recipe(access="text", sequences="teacher", objective="cross_entropy")
 INVENTED = Recipe(access="logits", sequences="teacher", prompts="invented", transfer_rows=40)
 
+HIDDEN = {
+    "objective": {"forward_kl": 0.5, "hidden_match": 0.5},
+    "access": "hidden",
+    "hidden_layers": [1, 1],
+}
+HIDDEN_DATA, HIDDEN_WRITTEN, HIDDEN_INVENTED = (
+    Recipe(**HIDDEN, **rest)
+    for rest in (
+        {"sequences": "data"},
+        {"sequences": "teacher"},
+        {"sequences": "teacher", "prompts": "invented", "transfer_rows": 40},
+    )
+)
+
 
 @pytest.fixture(scope="module")
 def task():
@@ -67,6 +81,31 @@ def test_stored_outputs_equal_live_ones_whatever_the_order_of_the_rows(
         )
 
 
+@pytest.mark.parametrize("recipe", [HIDDEN_DATA, HIDDEN_WRITTEN, HIDDEN_INVENTED], ids=name_of)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_stored_states_equal_live_ones_at_every_position_that_a_token_follows(
+    recipe, shuffled, make, teacher, generator
+):
+    honest = make(recipe)
+    stored = make(recipe).shuffle(seed=0) if shuffled else honest
+    order = torch.randperm(len(stored.rows), generator=generator).numpy()
+    for indices in np.array_split(order, 5):
+        batch = collate(stored.rows, indices, pad=0)
+        sources = stored.source[indices]
+        batch_there = collate(honest.rows, sources, pad=0)
+        with torch.no_grad():
+            output = teacher(batch_there.input_ids, output_hidden_states=True)
+        states = output.hidden_states[1][batch_there.positions]
+        found = stored.signal(batch).hidden
+        assert found.shape == (int(batch.positions.sum()), 2, stored.hidden_width)
+        for layer in range(2):
+            live = honest.standardise(states[:, None].expand(-1, 2, -1))[:, layer]
+            torch.testing.assert_close(found[:, layer], live, atol=2e-2, rtol=2e-3)
+        everything = honest.signal(collate(honest.rows, np.arange(30), pad=0)).hidden
+        torch.testing.assert_close(everything.mean(0), torch.zeros(2, 32), atol=1e-3, rtol=0)
+        torch.testing.assert_close(everything.std(0), torch.ones(2, 32), atol=1e-3, rtol=0)
+
+
 def test_a_stored_and_a_live_signal_give_the_same_loss(make, teacher, generator):
     from student.objectives import forward_kl
     from teacher.signal import Signal
@@ -111,11 +150,14 @@ def test_text_reveals_the_greedy_answers_and_nothing_more(make, teacher, task, r
 
 def test_shuffled_outputs_give_every_row_those_of_another(make, rows):
     honest, stored = make(DATA), make(DATA).shuffle(seed=0)
-    for i in range(len(rows)):
-        other = stored.source[i]
-        assert other != i
-        assert stored.rows.prompt(i).tolist() == rows.prompt(i).tolist()
+    places = {int(row): i for i, row in enumerate(rows.ids)}
+    assert len(stored.rows) > 0.9 * len(rows)
+    for i in range(len(stored.rows)):
+        own, other = places[int(stored.rows.ids[i])], stored.source[i]
+        assert other != own
+        assert stored.rows.prompt(i).tolist() == rows.prompt(own).tolist()
         assert stored.rows.completion(i).tolist() == rows.completion(other).tolist()
+        assert rows.prompt_lengths[own] == rows.prompt_lengths[other]
     moved = stored.signal(collate(stored.rows, np.array([4]), pad=0))
     kept = honest.signal(collate(honest.rows, stored.source[[4]], pad=0))
     assert torch.equal(moved.log_probs, kept.log_probs)
@@ -182,7 +224,7 @@ def test_generation_with_a_cache_counts_its_flops_exactly(task, teacher):
 def test_sampling_follows_the_models_own_distribution(task, teacher):
     """No hidden top-p or temperature: frequencies of 20,000 first tokens match the softmax."""
     prompts = torch.tensor([task.prompt("lab")]).repeat(20_000, 1)
-    tokens, log_probs = generate(
+    written = generate(
         teacher,
         prompts,
         longest=1,
@@ -191,5 +233,5 @@ def test_sampling_follows_the_models_own_distribution(task, teacher):
         generator=torch.Generator().manual_seed(0),
         keep_log_probs=True,
     )
-    found = torch.bincount(torch.cat(tokens), minlength=72) / 20_000
-    torch.testing.assert_close(found, log_probs[0][0].exp(), atol=0.015, rtol=0)
+    found = torch.bincount(torch.cat([w.tokens for w in written]), minlength=72) / 20_000
+    torch.testing.assert_close(found, written[0].log_probs[0].exp(), atol=0.015, rtol=0)

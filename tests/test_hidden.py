@@ -1,0 +1,71 @@
+"""Learning from hidden states: the match, the projections, and what they cost."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.schema import Model, Recipe
+from measure.cost import TrainingFlops
+from student.hidden import Projected, hidden_match
+from student.recipe import objective_of
+from tasks.pronounce import Pronounce
+from teacher.model import build_model, initialise
+from teacher.signal import Signal
+
+
+@pytest.fixture(scope="module")
+def student():
+    task = Pronounce(limit=100)
+    shape = Model(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    return initialise(build_model(shape, task.tokenizer, 72), 0)
+
+
+def signal_of(hidden):
+    return Signal(torch.zeros(1, dtype=torch.long), hidden=hidden)
+
+
+def test_hand_value():
+    teacher = torch.tensor([[[-1.0, 1.0], [0.0, 2.0]]])
+    found = hidden_match(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), signal_of(teacher))
+    assert found.tolist() == [(1 + 0 + 0 + 4) / 4]
+
+
+def test_zero_and_without_gradient_at_the_teachers_own_states(generator):
+    own = torch.randn(5, 2, 8, generator=generator).requires_grad_()
+    loss = hidden_match(own, signal_of(own.detach()))
+    loss.sum().backward()
+    assert loss.tolist() == [0] * 5
+    assert not own.grad.any()
+
+
+def test_projections_change_nothing_that_the_student_says(student, generator):
+    ids = torch.randint(1, 70, (3, 9), generator=generator)
+    shown = Projected(student, width=24, seed=0)(ids)
+    assert torch.equal(shown.logits, student(ids, use_cache=False).logits)
+    assert shown.projected.shape == (3, 9, 2, 24)
+    again = Projected(student, width=24, seed=0)(ids)
+    assert torch.equal(shown.projected, again.projected)
+    assert not torch.equal(shown.projected, Projected(student, width=24, seed=1)(ids).projected)
+
+
+def test_the_ledger_charges_the_projections(student):
+    plain = TrainingFlops(student).of_row(10)
+    charged = TrainingFlops(Projected(student, width=24, seed=0)).of_row(10)
+    per_token = 3 * 2 * 2 * 16 * 24  # forward and backward twice, 2 FLOPs, 2 layers of 16 x 24
+    assert charged - plain == 10 * per_token
+    with FlopCounterMode(display=False) as counter:
+        shown = Projected(student, width=24, seed=0)(torch.ones((4, 10), dtype=torch.long))
+        (shown.logits.sum() + shown.projected.sum()).backward()
+    assert counter.get_total_flops() == 4 * charged
+
+
+def test_the_match_is_no_term_over_the_vocabulary(generator):
+    recipe = Recipe(
+        access="hidden", hidden_layers=[1], objective={"forward_kl": 0.8, "hidden_match": 0.2}
+    )
+    logits = torch.randn(6, 9, generator=generator)
+    signal = Signal(torch.zeros(6, dtype=torch.long), torch.log_softmax(logits.flip(0), -1))
+    alone = objective_of(Recipe(access="logits", objective="forward_kl"))
+    torch.testing.assert_close(
+        objective_of(recipe)(logits, signal), 0.8 * alone(logits, signal), atol=0, rtol=1e-6
+    )
