@@ -39,10 +39,10 @@ from configs.runs import (
 from configs.schema import Config, LabError, Recipe, Training, read_config
 from measure.cost import CountedForward, Stopwatch, TrainingFlops
 from measure.provenance import environment
-from student.hidden import Projected, hidden_match
+from student.hidden import Projected
 from student.lessons import Lessons, scarce, smoothed_labels
 from student.objectives import Objective, cross_entropy
-from student.recipe import objective_of, recipes_of
+from student.recipe import Match, match_of, objective_of, recipes_of
 from tasks import load_task
 from tasks.pronounce import Pronounce
 from tasks.rows import Rows, batch_order, collate
@@ -251,7 +251,7 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
         steps=steps,
         seed=seed,
         lineage=f"{lineage}data `{lab.task.name}`. Recipe: `{recipe.model_dump_json()}`.",
-        hidden_weight=recipe.objective.get("hidden_match", 0.0),
+        match=match_of(recipe),
     )
 
 
@@ -295,7 +295,7 @@ def fit(
     steps: int,
     seed: int,
     lineage: str,
-    hidden_weight: float = 0.0,
+    match: Match | None = None,
 ) -> Closing:
     """THE training loop: teacher, student and control differ only by what they are handed.
 
@@ -334,9 +334,8 @@ def fit(
             shown = model(part.input_ids.to(device), use_cache=False)
             losses = objective(shown.logits[part.counted], signal)
             part_loss = (losses * part.weights.to(device)).sum() / total
-            if hidden_weight:
-                misses = hidden_match(shown.projected[part.positions], signal)
-                part_loss = part_loss + hidden_weight * misses.sum() / positions
+            if match:
+                part_loss = part_loss + match(shown, part.positions, signal).sum() / positions
             accelerator.backward(part_loss)
             loss += part_loss.detach()
         norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)

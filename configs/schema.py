@@ -91,7 +91,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def possible(self) -> "Recipe":
-        known = ("cross_entropy", "forward_kl", "reverse_kl", "generalised_jsd", "hidden_match")
+        inside = ("hidden_match", "attention_match")
+        known = ("cross_entropy", "forward_kl", "reverse_kl", "generalised_jsd", *inside)
         for name in self.objective:
             if name not in known:
                 raise ValueError(f"no objective {name!r}{nearest(name, known)}; there are {known}")
@@ -102,22 +103,23 @@ class Recipe(Section):
                 f"objective weights sum to {sum(self.objective.values()):g}, expected 1: a larger "
                 "sum is a larger learning rate in disguise"
             )
-        matches = "hidden_match" in self.objective
+        matches = bool({*inside} & {*self.objective})
         if matches != (self.access == "hidden"):
             raise ValueError(
-                f"objective hidden_match and access hidden need each other; found access "
-                f"{self.access!r} with objectives {list(self.objective)}"
+                f"objectives {' and '.join(inside)} and access hidden need each other; found "
+                f"access {self.access!r} with objectives {list(self.objective)}"
             )
-        if matches and len(self.objective) == 1:
+        if matches and {*self.objective} <= {*inside}:
             raise ValueError(
-                "objective hidden_match alone leaves the output layer untrained; add forward_kl"
+                f"objectives {list(self.objective)} alone leave the output layer untrained; add "
+                "forward_kl"
             )
         if matches != bool(self.hidden_layers):
             raise ValueError(
                 "hidden_layers names the teacher's layers for access hidden, as in [2, 4]; found "
                 f"{self.hidden_layers} with access {self.access!r}"
             )
-        compares = [n for n in self.objective if n not in ("cross_entropy", "hidden_match")]
+        compares = [n for n in self.objective if n not in ("cross_entropy", *inside)]
         if compares and self.access in ("none", "text"):
             raise ValueError(
                 f"objective {compares[0]} compares distributions, but access {self.access!r} "

@@ -1,8 +1,8 @@
-"""Learning from the teacher's hidden states: linear maps from student layers to teacher layers.
+"""Learning from what goes on inside the teacher: its states, and where it looks.
 
 The student is narrower, so its states are compared through learned projections, which training
 throws away (Romero et al. 2014, FitNets, arXiv 1412.6550, section 2.2; Jiao et al. 2019, TinyBERT,
-arXiv 1909.10351, equation 8).
+arXiv 1909.10351, equation 8). Attention needs none: both look at the same positions.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teacher.signal import Signal
+from teacher.signal import Signal, shows_states, states_of
+
+FLOOR = 1e-4
 
 
 @dataclass
 class Shown:
-    """What a student under training shows: logits [B, L, V], projected [B, L, layers, W]."""
+    """What a student under training shows: logits [B, L, V], projected [B, L, layers, W],
+    attention [B, L, layers, heads, L]."""
 
     logits: Tensor
     projected: Tensor
+    attention: Tensor
 
 
 class Projected(nn.Module):
@@ -44,10 +48,11 @@ class Projected(nn.Module):
         return self.student.device
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Shown:
-        output = self.student(input_ids, use_cache=use_cache, output_hidden_states=True)
-        states = zip(self.projections, output.hidden_states[1:], strict=True)
-        projected = torch.stack([projection(state) for projection, state in states], dim=2)
-        return Shown(output.logits, projected)
+        layers = range(1, len(self.projections) + 1)
+        output = self.student(input_ids, use_cache=use_cache, **shows_states(layers))
+        states, attention = states_of(output, layers)
+        projected = [layer(states[:, :, i]) for i, layer in enumerate(self.projections)]
+        return Shown(output.logits, torch.stack(projected, dim=2), attention)
 
 
 def hidden_match(projected: Tensor, signal: Signal) -> Tensor:
@@ -55,3 +60,17 @@ def hidden_match(projected: Tensor, signal: Signal) -> Tensor:
     1 for a student that says the mean, as the signal's dimensions have variance 1.
     """
     return (projected - signal.hidden).square().mean(dim=(1, 2))
+
+
+def attention_match(attention: Tensor, signal: Signal) -> Tensor:
+    """KL(teacher || student) between where they look, in nats, the mean over layers and heads:
+    [P, layers, heads, K] -> [P]. Wang et al. 2020 (MiniLM), arXiv 2002.10957, equation 5.
+
+    Models of different numbers of heads are compared by the mean of their heads. FLOOR keeps the
+    logarithm of a probability that was rounded to 0 finite.
+    """
+    teacher = signal.attention
+    if teacher.shape[2] != attention.shape[2]:
+        teacher, attention = teacher.mean(2, keepdim=True), attention.mean(2, keepdim=True)
+    ratio = (teacher + FLOOR).log() - (attention + FLOOR).log()
+    return (teacher * ratio).sum(-1).mean(dim=(1, 2))

@@ -1,11 +1,13 @@
 """From a recipe to an objective, and from a student's recipe to those of its controls."""
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
 
 from configs.schema import Config, Recipe
 from student import objectives
+from student.hidden import Shown, attention_match, hidden_match
 from student.objectives import Objective
 from teacher.signal import Signal
 
@@ -13,7 +15,7 @@ from teacher.signal import Signal
 def objective_of(recipe: Recipe) -> Objective:
     """The weighted sum of the recipe's terms as one function of (student_logits, signal) -> [M].
 
-    hidden_match is no term of it: it compares states at all positions, see student/hidden.py.
+    Terms that look inside are no part of it: they compare other positions, see `match_of`.
     """
     divergence = {"temperature": recipe.temperature}
     functions = {
@@ -27,11 +29,27 @@ def objective_of(recipe: Recipe) -> Objective:
         terms = [
             weight * functions[name](student_logits, signal)
             for name, weight in recipe.objective.items()
-            if name != "hidden_match"
+            if name in functions
         ]
         return sum(terms[1:], start=terms[0])
 
     return objective
+
+
+Match = Callable[[Shown, Tensor, Signal], Tensor]
+
+
+def match_of(recipe: Recipe) -> Match | None:
+    """The terms that look inside, as one function of (shown, positions [B, L], signal) -> [P];
+    None for a recipe without any."""
+    weights = {name: recipe.objective.get(name, 0) for name in ("hidden_match", "attention_match")}
+
+    def match(shown: Shown, positions: Tensor, signal: Signal) -> Tensor:
+        states = hidden_match(shown.projected[positions], signal)
+        looks = attention_match(shown.attention[positions], signal)
+        return weights["hidden_match"] * states + weights["attention_match"] * looks
+
+    return match if any(weights.values()) else None
 
 
 def control_recipe(control: str, student: Recipe) -> Recipe:

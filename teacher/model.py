@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.utils.logging import disable_progress_bar
 
 from configs.schema import LabError, Model, nearest
+from teacher.signal import shows_states, states_of
 
 disable_progress_bar()  # a bar per file of a toy model is noise
 
@@ -122,12 +123,14 @@ def load_model(folder: Path) -> nn.Module:
 class Written:
     """What a model wrote after one prompt: its n new tokens, end mark included, and, if asked for,
     its own log-probabilities [n, V] there (nats at temperature 1, whatever the sampling
-    temperature) and its states [P + n - 1, layers, W] after some layers, from the first token of
-    the prompt to the last but one of the row."""
+    temperature), its states [P + n - 1, layers, W] after some layers, from the first token of the
+    prompt to the last but one of the row, and where it looked from there, attention
+    [P + n - 1, layers, heads, P + n - 1]."""
 
     tokens: Tensor
     log_probs: Tensor | None = None
     hidden: Tensor | None = None
+    attention: Tensor | None = None
 
 
 @torch.no_grad()
@@ -157,18 +160,22 @@ def generate(
     lengths = torch.full((rows,), longest)
     log_probs: Tensor | None = None
     hidden: Tensor | None = None
+    attention: Tensor | None = None
     cache = DynamicCache()
     inputs = prompts
-    options = {"use_cache": True, "output_hidden_states": bool(keep_layers)}
+    options = {"use_cache": True} | shows_states(keep_layers)
     for step in range(longest):
         output = forward(inputs, past_key_values=cache, **options)
         logits = output.logits[:, -1].float()
         if keep_layers:
-            states = torch.stack([output.hidden_states[layer] for layer in keep_layers], dim=2)
+            states, looks = states_of(output, keep_layers)
             if hidden is None:
-                hidden = states.new_empty((rows, prompt_length + longest - 1, *states.shape[2:]))
-            first = 0 if step == 0 else prompt_length + step - 1
-            hidden[alive, first : prompt_length + step] = states
+                width = prompt_length + longest - 1
+                hidden = states.new_empty((rows, width, *states.shape[2:]))
+                attention = states.new_zeros((rows, width, *looks.shape[2:4], width))
+            first, last = 0 if step == 0 else prompt_length + step - 1, prompt_length + step
+            hidden[alive, first:last] = states
+            attention[alive, first:last, :, :, :last] = looks
         if keep_log_probs:
             if log_probs is None:
                 log_probs = logits.new_empty((rows, longest, logits.shape[-1]))
@@ -195,6 +202,9 @@ def generate(
             tokens[row, :n],
             None if log_probs is None else log_probs[row, :n],
             None if hidden is None else hidden[row, : prompt_length + n - 1],
+            None
+            if attention is None
+            else attention[row, : prompt_length + n - 1, ..., : prompt_length + n - 1],
         )
         for row, n in enumerate(lengths.tolist())
     ]

@@ -2,7 +2,8 @@
 
 A folder of Arrow shards and a provenance.json. One record is one row: its id, its tokens, how
 many of them are the prompt, the log-probabilities at the positions of the completion (float16,
-nats, temperature 1), and for access `hidden` the states at all positions but the last (float16).
+nats, temperature 1), and for access `hidden` the states and the attention at all positions but
+the last (float16).
 Reading is memory-mapped: a student touches only its batch.
 """
 
@@ -21,7 +22,7 @@ from configs.runs import read_json, write_json
 from configs.schema import LabError, Recipe
 from tasks.rows import Batch, Rows, collate, row_id
 from teacher.model import Forward, generate
-from teacher.signal import TINY, Signal
+from teacher.signal import TINY, Signal, shows_states, states_of
 
 SHARD_ROWS = 8192
 BATCH_ROWS = 512
@@ -106,13 +107,14 @@ def make_outputs(
 @dataclass(frozen=True)
 class Record:
     """One row and what the teacher revealed there: log_probs [completion, V], hidden
-    [row - 1, layers, W], or neither."""
+    [row - 1, layers, W], attention [row - 1, layers, heads, row - 1], or none of them."""
 
     id: int
     tokens: np.ndarray
     prompt_length: int
     log_probs: torch.Tensor | None
     hidden: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
 
 
 def scored(
@@ -125,17 +127,19 @@ def scored(
     for indices in np.array_split(order, -(-len(rows) // BATCH_ROWS)):
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
         with torch.no_grad():
-            output = forward(batch.input_ids, output_hidden_states=bool(layers))
+            output = forward(batch.input_ids, **shows_states(layers))
         log_probs = torch.log_softmax(output.logits[batch.counted].float(), -1)
         log_probs = log_probs.split(batch.counted.sum(1).tolist())
+        hidden, attention = states_of(output, layers) if layers else (None, None)
         for place, i in enumerate(indices):
-            hidden = [output.hidden_states[layer][place, : rows.lengths[i] - 1] for layer in layers]
+            n = rows.lengths[i] - 1
             records[i] = Record(
                 int(rows.ids[i]),
                 rows.row(i),
                 int(rows.prompt_lengths[i]),
                 log_probs[place],
-                torch.stack(hidden, dim=1) if layers else None,
+                hidden[place, :n] if layers else None,
+                attention[place, :n, ..., :n] if layers else None,
             )
         progress(len(indices))
     yield from records
@@ -168,7 +172,12 @@ def written(
             for i, answer in zip(indices, answers, strict=True):
                 row = np.concatenate([rows.prompt(i), answer.tokens.numpy()])
                 records[i] = Record(
-                    int(rows.ids[i]), row, int(length), answer.log_probs, answer.hidden
+                    int(rows.ids[i]),
+                    row,
+                    int(length),
+                    answer.log_probs,
+                    answer.hidden,
+                    answer.attention,
                 )
             progress(len(indices))
     yield from records
@@ -220,12 +229,13 @@ def invented(
                 prompt_length,
                 None if log_probs is None else log_probs[prompt_length - 1 :],
                 written_row.hidden,
+                written_row.attention,
             )
 
 
 def write_shard(file: Path, records: Iterator[Record], recipe: Recipe) -> None:
     """One shard as an Arrow stream: no more than the access of the recipe reveals."""
-    ids, tokens, prompts, values, indices, hidden = [], [], [], [], [], []
+    ids, tokens, prompts, values, indices, hidden, attention = [], [], [], [], [], [], []
     for record in records:
         ids.append(record.id)
         tokens.append(np.asarray(record.tokens, np.int32))
@@ -238,6 +248,7 @@ def write_shard(file: Path, records: Iterator[Record], recipe: Recipe) -> None:
             values.append(record.log_probs.half().numpy().ravel())
         if recipe.access == "hidden":
             hidden.append(record.hidden.half().numpy().ravel())
+            attention.append(record.attention.half().numpy().ravel())
     columns = {
         "id": pa.array(ids, pa.int64()),
         "tokens": ragged(tokens, pa.int32()),
@@ -249,6 +260,7 @@ def write_shard(file: Path, records: Iterator[Record], recipe: Recipe) -> None:
         columns["indices"] = ragged(indices, pa.int32())
     if hidden:
         columns["hidden"] = ragged(hidden, pa.float16())
+        columns["attention"] = ragged(attention, pa.float16())
     table = pa.table(columns).combine_chunks()
     partial = file.with_name(f".{file.name}.partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
@@ -300,9 +312,9 @@ class Outputs:
             prompt_lengths=joined(tables, "prompt_length"),
         )
         self.shard_starts = np.cumsum([0, *(len(table) for table in tables)])
-        self.values, self.indices, self.hidden = (
+        self.values, self.indices, self.hidden, self.attention = (
             [flat(table, column) for table in tables if column in table.column_names]
-            for column in ("log_probs", "indices", "hidden")
+            for column in ("log_probs", "indices", "hidden", "attention")
         )
         if self.hidden:  # of the first shard; its positions are those of its rows but the last
             lengths = np.diff(flat(tables[0], "tokens")[1]) - 1
@@ -337,25 +349,26 @@ class Outputs:
         """What the teacher revealed at the counted positions of a batch of `rows`."""
         if not self.values:
             return Signal(batch.targets)
-        counted, indices, hidden = len(batch.targets), None, None
+        counted, indices, hidden, attention = len(batch.targets), None, None, None
         if self.indices:
-            indices = self.gather(self.indices, batch.indices).long().view(counted, self.k)
+            indices = joined_rows(self.pieces(self.indices, batch)).long().view(counted, self.k)
         if self.hidden:
             positions = int(batch.positions.sum())
-            hidden = self.gather(self.hidden, batch.indices).view(positions, self.layers, -1)
-            hidden = self.standardise(hidden)
-        log_probs = self.gather(self.values, batch.indices).view(counted, -1)
-        return Signal(batch.targets, log_probs, indices, hidden)
+            states = joined_rows(self.pieces(self.hidden, batch)).view(positions, self.layers, -1)
+            hidden = self.standardise(states)
+            attention = padded(self.pieces(self.attention, batch), batch.positions, self.layers)
+        log_probs = joined_rows(self.pieces(self.values, batch)).view(counted, -1)
+        return Signal(batch.targets, log_probs, indices, hidden, attention)
 
-    def gather(self, shards: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> torch.Tensor:
-        """The stored values of these rows, one after the other."""
-        pieces = []
-        for row in self.source[rows]:
+    def pieces(self, shards: list[tuple[np.ndarray, np.ndarray]], batch: Batch) -> list[np.ndarray]:
+        """The stored values of the rows of a batch, memory-mapped."""
+        found = []
+        for row in self.source[batch.indices]:
             shard = np.searchsorted(self.shard_starts, row, side="right") - 1
             values, offsets = shards[shard]
             place = row - self.shard_starts[shard]
-            pieces.append(values[offsets[place] : offsets[place + 1]])
-        return torch.from_numpy(np.concatenate(pieces))
+            found.append(values[offsets[place] : offsets[place + 1]])
+        return found
 
     def standardise(self, hidden: torch.Tensor) -> torch.Tensor:
         """States [P, layers, W] with mean 0 and variance 1 in every dimension: the large ones of a
@@ -376,6 +389,23 @@ class Outputs:
         """Outcomes per position."""
         completions = self.rows.lengths - self.rows.prompt_lengths
         return sum(len(values) for values, _ in self.values) // int(completions.sum())
+
+
+def joined_rows(pieces: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(pieces))
+
+
+def padded(pieces: list[np.ndarray], positions: torch.Tensor, layers: int) -> torch.Tensor:
+    """Attention of rows of n positions, each [n, layers, heads, n], as one [P, layers, heads, L].
+    `positions` [B, L] says which of a row are its own."""
+    counts = positions.sum(1).tolist()
+    heads = pieces[0].size // (counts[0] ** 2 * layers)
+    whole = np.zeros((sum(counts), layers, heads, positions.shape[1]), np.float32)
+    start = 0
+    for piece, n in zip(pieces, counts, strict=True):
+        whole[start : start + n, ..., :n] = piece.reshape(n, layers, heads, n)
+        start += n
+    return torch.from_numpy(whole)
 
 
 def joined(tables: list[pa.Table], column: str) -> np.ndarray:

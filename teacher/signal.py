@@ -1,6 +1,8 @@
 """What a teacher revealed at some positions of a text: all that an objective ever sees of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ class Signal:
     hidden [P, layers, W]: for access `hidden`, the teacher's states after some of its layers, at
     all P positions of the text that another token follows; those of the prompt too, so P > M.
     Every dimension has mean 0 and variance 1 over the outputs.
+    attention [P, layers, heads, K]: where the teacher looked from those positions, in the same
+    layers: a distribution over the K positions of the text, 0 for those that lie to the right.
 
     A signal read from disk and one computed a moment ago are the same type.
     """
@@ -26,9 +30,10 @@ class Signal:
     log_probs: Tensor | None = None
     indices: Tensor | None = None
     hidden: Tensor | None = None
+    attention: Tensor | None = None
 
     def to(self, device: torch.device) -> "Signal":
-        optional = (self.log_probs, self.indices, self.hidden)
+        optional = (self.log_probs, self.indices, self.hidden, self.attention)
         moved = [tensor if tensor is None else tensor.to(device) for tensor in optional]
         return Signal(self.targets.to(device), *moved)
 
@@ -61,3 +66,16 @@ def with_tail(log_probs: Tensor) -> Tensor:
     """[M, k] -> [M, k + 1]: the rest of the probability mass as one more outcome."""
     tail = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp_min(TINY)
     return torch.cat([log_probs, tail.log()], dim=-1)
+
+
+def shows_states(layers: Sequence[int]) -> dict[str, bool]:
+    """The options of a forward pass that `states_of` reads."""
+    return {"output_hidden_states": bool(layers), "output_attentions": bool(layers)}
+
+
+def states_of(output: Any, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(states [B, L, layers, W], attention [B, L, layers, heads, K]) from a forward pass that was
+    asked for output_hidden_states and output_attentions. Layers count from 1."""
+    hidden = torch.stack([output.hidden_states[layer] for layer in layers], dim=2)
+    attention = torch.stack([output.attentions[layer - 1] for layer in layers], dim=2)
+    return hidden, attention.permute(0, 3, 2, 1, 4)

@@ -1,13 +1,15 @@
 """Learning from hidden states: the match, the projections, and what they cost."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Model, Recipe
 from measure.cost import TrainingFlops
-from student.hidden import Projected, hidden_match
-from student.recipe import objective_of
+from student.hidden import Projected, attention_match, hidden_match
+from student.recipe import match_of, objective_of
 from tasks.pronounce import Pronounce
 from teacher.model import build_model, initialise
 from teacher.signal import Signal
@@ -38,11 +40,26 @@ def test_zero_and_without_gradient_at_the_teachers_own_states(generator):
     assert not own.grad.any()
 
 
+def test_attention_hand_value_by_head_or_by_the_mean_of_heads():
+    teacher = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])  # one position and layer, two heads
+    signal = Signal(torch.zeros(1, dtype=torch.long), attention=teacher)
+    same = attention_match(teacher, signal)
+    assert same.tolist() == [0.0]
+    by_head = attention_match(torch.tensor([[[[0.5, 0.5], [0.5, 0.5]]]]), signal)
+    torch.testing.assert_close(by_head, torch.tensor([math.log(2) / 2]), atol=1e-3, rtol=0)
+    by_mean = attention_match(torch.tensor([[[[0.5, 0.5]]]]), signal)
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    torch.testing.assert_close(by_mean, torch.tensor([expected]), atol=1e-3, rtol=0)
+
+
 def test_projections_change_nothing_that_the_student_says(student, generator):
     ids = torch.randint(1, 70, (3, 9), generator=generator)
     shown = Projected(student, width=24, seed=0)(ids)
     assert torch.equal(shown.logits, student(ids, use_cache=False).logits)
     assert shown.projected.shape == (3, 9, 2, 24)
+    assert shown.attention.shape == (3, 9, 2, 2, 9)  # batch, position, layers, heads, position
+    torch.testing.assert_close(shown.attention.sum(-1), torch.ones(3, 9, 2, 2))
+    assert not shown.attention[:, 3, :, :, 4:].any()
     again = Projected(student, width=24, seed=0)(ids)
     assert torch.equal(shown.projected, again.projected)
     assert not torch.equal(shown.projected, Projected(student, width=24, seed=1)(ids).projected)
@@ -63,6 +80,8 @@ def test_the_match_is_no_term_over_the_vocabulary(generator):
     recipe = Recipe(
         access="hidden", hidden_layers=[1], objective={"forward_kl": 0.8, "hidden_match": 0.2}
     )
+    assert match_of(recipe) is not None
+    assert match_of(Recipe(access="logits")) is None
     logits = torch.randn(6, 9, generator=generator)
     signal = Signal(torch.zeros(6, dtype=torch.long), torch.log_softmax(logits.flip(0), -1))
     alone = objective_of(Recipe(access="logits", objective="forward_kl"))

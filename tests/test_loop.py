@@ -14,7 +14,7 @@ from measure.cost import TrainingFlops
 from student.hidden import Projected
 from student.lessons import Lessons
 from student.objectives import cross_entropy
-from student.recipe import objective_of
+from student.recipe import match_of, objective_of
 from tasks.rows import collate
 from teacher.model import build_model, initialise, load_model
 
@@ -65,7 +65,7 @@ def test_the_loss_of_matched_states_does_not_depend_on_accumulation(lab, tmp_pat
         training = settings.training.model_copy(update={"accumulation": accumulation})
         closing = train.fit(
             lab, stage, Projected(initialise(model, 0), lessons.hidden_width, 0), lessons,
-            objective_of(recipe), training, steps=3, seed=0, lineage="", hidden_weight=0.5,
+            objective_of(recipe), training, steps=3, seed=0, lineage="", match=match_of(recipe),
         )  # fmt: skip
         lab.run.close_stage(stage, *closing)
     np.testing.assert_allclose(losses(lab, "whole"), losses(lab, "parts"), rtol=1e-5)
