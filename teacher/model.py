@@ -125,7 +125,7 @@ class Written:
     its own log-probabilities [n, V] there (nats at temperature 1, whatever the sampling
     temperature), its states [P + n - 1, layers, W] after some layers, from the first token of the
     prompt to the last but one of the row, and where it looked from there, attention
-    [P + n - 1, layers, heads, P + n - 1]."""
+    [P + n - 1, layers, P + n - 1]."""
 
     tokens: Tensor
     log_probs: Tensor | None = None
@@ -172,10 +172,10 @@ def generate(
             if hidden is None:
                 width = prompt_length + longest - 1
                 hidden = states.new_empty((rows, width, *states.shape[2:]))
-                attention = states.new_zeros((rows, width, *looks.shape[2:4], width))
+                attention = states.new_zeros((rows, width, len(keep_layers), width))
             first, last = 0 if step == 0 else prompt_length + step - 1, prompt_length + step
             hidden[alive, first:last] = states
-            attention[alive, first:last, :, :, :last] = looks
+            attention[alive, first:last, :, :last] = looks
         if keep_log_probs:
             if log_probs is None:
                 log_probs = logits.new_empty((rows, longest, logits.shape[-1]))

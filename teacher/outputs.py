@@ -107,7 +107,7 @@ def make_outputs(
 @dataclass(frozen=True)
 class Record:
     """One row and what the teacher revealed there: log_probs [completion, V], hidden
-    [row - 1, layers, W], attention [row - 1, layers, heads, row - 1], or none of them."""
+    [row - 1, layers, W], attention [row - 1, layers, row - 1], or none of them."""
 
     id: int
     tokens: np.ndarray
@@ -396,14 +396,13 @@ def joined_rows(pieces: list[np.ndarray]) -> torch.Tensor:
 
 
 def padded(pieces: list[np.ndarray], positions: torch.Tensor, layers: int) -> torch.Tensor:
-    """Attention of rows of n positions, each [n, layers, heads, n], as one [P, layers, heads, L].
-    `positions` [B, L] says which of a row are its own."""
+    """Attention of rows of n positions, each [n, layers, n], as one [P, layers, L]. `positions`
+    [B, L] says which of a row are its own."""
     counts = positions.sum(1).tolist()
-    heads = pieces[0].size // (counts[0] ** 2 * layers)
-    whole = np.zeros((sum(counts), layers, heads, positions.shape[1]), np.float32)
+    whole = np.zeros((sum(counts), layers, positions.shape[1]), np.float32)
     start = 0
     for piece, n in zip(pieces, counts, strict=True):
-        whole[start : start + n, ..., :n] = piece.reshape(n, layers, heads, n)
+        whole[start : start + n, :, :n] = piece.reshape(n, layers, n)
         start += n
     return torch.from_numpy(whole)
 

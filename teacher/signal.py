@@ -20,8 +20,8 @@ class Signal:
     hidden [P, layers, W]: for access `hidden`, the teacher's states after some of its layers, at
     all P positions of the text that another token follows; those of the prompt too, so P > M.
     Every dimension has mean 0 and variance 1 over the outputs.
-    attention [P, layers, heads, K]: where the teacher looked from those positions, in the same
-    layers: a distribution over the K positions of the text, 0 for those that lie to the right.
+    attention [P, layers, K]: where the teacher looked from those positions, in the same layers, the
+    mean of its heads: a distribution over the K positions of the text, 0 to the right.
 
     A signal read from disk and one computed a moment ago are the same type.
     """
@@ -74,8 +74,8 @@ def shows_states(layers: Sequence[int]) -> dict[str, bool]:
 
 
 def states_of(output: Any, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(states [B, L, layers, W], attention [B, L, layers, heads, K]) from a forward pass that was
-    asked for output_hidden_states and output_attentions. Layers count from 1."""
+    """(states [B, L, layers, W], attention [B, L, layers, K]) from a forward pass that was asked
+    for output_hidden_states and output_attentions. Layers count from 1."""
     hidden = torch.stack([output.hidden_states[layer] for layer in layers], dim=2)
-    attention = torch.stack([output.attentions[layer - 1] for layer in layers], dim=2)
-    return hidden, attention.permute(0, 3, 2, 1, 4)
+    heads_mean = [output.attentions[layer - 1].mean(1) for layer in layers]
+    return hidden, torch.stack(heads_mean, dim=2)

@@ -40,16 +40,13 @@ def test_zero_and_without_gradient_at_the_teachers_own_states(generator):
     assert not own.grad.any()
 
 
-def test_attention_hand_value_by_head_or_by_the_mean_of_heads():
-    teacher = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])  # one position and layer, two heads
+def test_attention_hand_value():
+    teacher = torch.tensor([[[0.75, 0.25], [1.0, 0.0]]])  # one position, two layers
     signal = Signal(torch.zeros(1, dtype=torch.long), attention=teacher)
-    same = attention_match(teacher, signal)
-    assert same.tolist() == [0.0]
-    by_head = attention_match(torch.tensor([[[[0.5, 0.5], [0.5, 0.5]]]]), signal)
-    torch.testing.assert_close(by_head, torch.tensor([math.log(2) / 2]), atol=1e-3, rtol=0)
-    by_mean = attention_match(torch.tensor([[[[0.5, 0.5]]]]), signal)
-    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    torch.testing.assert_close(by_mean, torch.tensor([expected]), atol=1e-3, rtol=0)
+    assert attention_match(teacher, signal).tolist() == [0.0]
+    found = attention_match(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]), signal)
+    expected = (0.75 * math.log(1.5) + 0.25 * math.log(0.5) + math.log(2)) / 2
+    torch.testing.assert_close(found, torch.tensor([expected]), atol=1e-3, rtol=0)
 
 
 def test_projections_change_nothing_that_the_student_says(student, generator):
@@ -57,9 +54,9 @@ def test_projections_change_nothing_that_the_student_says(student, generator):
     shown = Projected(student, width=24, seed=0)(ids)
     assert torch.equal(shown.logits, student(ids, use_cache=False).logits)
     assert shown.projected.shape == (3, 9, 2, 24)
-    assert shown.attention.shape == (3, 9, 2, 2, 9)  # batch, position, layers, heads, position
-    torch.testing.assert_close(shown.attention.sum(-1), torch.ones(3, 9, 2, 2))
-    assert not shown.attention[:, 3, :, :, 4:].any()
+    assert shown.attention.shape == (3, 9, 2, 9)  # batch, position, layers, position
+    torch.testing.assert_close(shown.attention.sum(-1), torch.ones(3, 9, 2))
+    assert not shown.attention[:, 3, :, 4:].any()
     again = Projected(student, width=24, seed=0)(ids)
     assert torch.equal(shown.projected, again.projected)
     assert not torch.equal(shown.projected, Projected(student, width=24, seed=1)(ids).projected)
