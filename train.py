@@ -233,9 +233,10 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
         lineage += f"teacher {teacher} <- "
     lessons = lessons_of(lab, recipe, seed)
     model = initialise(model, seed)
-    if lessons.hidden_width:
-        model = Projected(model, lessons.hidden_width, seed)
-    steps = affordable_steps(model, lessons.rows, settings.training, seed, budget)
+    match = match_of(recipe)
+    if match:
+        model = Projected(model, lessons.width, seed)
+    steps = affordable_steps(model, lessons.rows, settings.training, seed, budget, match)
     if steps < 1:
         raise LabError(
             f"{name}: students.budget {settings.budget:g} of the teacher's FLOPs leaves none for "
@@ -251,7 +252,7 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
         steps=steps,
         seed=seed,
         lineage=f"{lineage}data `{lab.task.name}`. Recipe: `{recipe.model_dump_json()}`.",
-        match=match_of(recipe),
+        match=match,
     )
 
 
@@ -262,8 +263,9 @@ def lessons_of(lab: Lab, recipe: Recipe, seed: int) -> Lessons:
         outputs = Outputs(lab.run.folder / stage, binding_of(lab, recipe))
         if recipe.shuffled:
             outputs = outputs.shuffle(seed)
-        width = outputs.hidden_width if recipe.access == "hidden" else 0
-        return Lessons(outputs.rows, outputs.signal, width)
+        if recipe.access == "hidden":
+            return Lessons(outputs.rows, outputs.signal, outputs.inside, outputs.hidden_width)
+        return Lessons(outputs.rows, outputs.signal)
     if recipe.smoothed:
         softest = next(r for r in lab.config.recipes.values() if r.access in ("logits", "hidden"))
         entropy = Outputs(lab.run.folder / f"outputs/{name_of(softest)}").mean_entropy()
@@ -272,16 +274,28 @@ def lessons_of(lab: Lab, recipe: Recipe, seed: int) -> Lessons:
 
 
 def affordable_steps(
-    model: nn.Module, rows: Rows, training: Training, seed: int, budget: float
+    model: nn.Module,
+    rows: Rows,
+    training: Training,
+    seed: int,
+    budget: float,
+    match: Match | None = None,
 ) -> int:
     """How many steps on these rows fit into a budget of FLOPs."""
     order = batch_order(rows.lengths, training.batch_rows, seed)
-    costs = TrainingFlops(model)
-    steps, spent = -1, 0
-    while spent <= budget:
-        steps += 1
-        spent += costs.of_batch(rows.lengths[order(steps)])
-    return steps
+    whole, plain = TrainingFlops(model), TrainingFlops(student_of(model))
+    spent, extra = [0], [0]  # after so many steps: plain, and on top by those that look inside
+    while spent[-1] <= budget:
+        lengths = rows.lengths[order(len(spent) - 1)]
+        spent.append(spent[-1] + plain.of_batch(lengths))
+        extra.append(extra[-1] + whole.of_batch(lengths) - plain.of_batch(lengths))
+    looks = match.steps if match else lambda steps: 0
+    return max(n for n in range(len(spent)) if spent[n] + extra[looks(n)] <= budget)
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """The model itself, without what only training needs."""
+    return model.student if isinstance(model, Projected) else model
 
 
 def fit(
@@ -310,7 +324,7 @@ def fit(
     model, optimizer = accelerator.prepare(model, optimizer)
     device = accelerator.device
     order = batch_order(lessons.rows.lengths, training.batch_rows, seed)
-    costs = TrainingFlops(model)
+    costs, plain_costs = TrainingFlops(model), TrainingFlops(student_of(model))
     checkpoints = lab.run.checkpoints(stage)
     first, flops, cost_before = restore(checkpoints, model, optimizer)
     watch = Stopwatch(lab.config.cost, torch.get_num_threads(), cost_before)
@@ -328,30 +342,31 @@ def fit(
         # Denominators are those of the whole step, not of a part.
         total = sum(part.weights.sum() for part in parts)
         positions = sum(part.positions.sum() for part in parts)
+        fade = match.fade(step, steps) if match else 0.0
+        learner = model if fade else student_of(model)
         loss = 0.0
         for part in parts:
             signal = lessons.signal(part).to(device)
-            shown = model(part.input_ids.to(device), use_cache=False)
+            shown = learner(part.input_ids.to(device), use_cache=False)
             losses = objective(shown.logits[part.counted], signal)
             part_loss = (losses * part.weights.to(device)).sum() / total
-            if match:
-                part_loss = part_loss + match(shown, part.positions, signal).sum() / positions
+            if fade:
+                misses = match(shown, part.positions, lessons.inside(part).to(device))
+                part_loss = part_loss + fade * misses.sum() / positions
             accelerator.backward(part_loss)
             loss += part_loss.detach()
         norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-        flops += costs.of_batch(lessons.rows.lengths[indices])
+        flops += (costs if fade else plain_costs).of_batch(lessons.rows.lengths[indices])
         tokens = sum(part.input_ids.numel() for part in parts)
         journal.note(step + 1, model, loss, norm, flops, tokens)
         if watch.elapsed() - saved_at > lab.config.checkpoint_seconds and step + 1 < steps:
             checkpoint(checkpoints, step + 1, model, optimizer, flops, watch)
             saved_at = watch.elapsed()
     journal.close()
-    model = accelerator.unwrap_model(model)
-    if isinstance(model, Projected):
-        model = model.student
+    model = student_of(accelerator.unwrap_model(model))
     folder = lab.run.folder / stage
     save_model(model, lab.task.tokenizer, folder, card(stage, model, lineage, steps))
     cost = {**watch.read(flops), "steps": steps}

@@ -77,6 +77,7 @@ class Recipe(Section):
     beta: float = Field(0.5, gt=0, lt=1)  # generalised JSD: share of the teacher in the mixture
     k: int = Field(8, gt=0)  # access top_k: how many probabilities the teacher reveals
     hidden_layers: list[int] = []  # access hidden: a layer of the teacher for each of the student
+    match_until: float = Field(0.5, gt=0, le=1)  # of training, where the terms of hidden are gone
     sampling_temperature: float = Field(0.0, ge=0)  # sequences teacher: 0 writes greedily
     prompts: Literal["train", "invented"] = "train"  # sequences teacher: whose words it answers
     transfer_rows: int | None = Field(None, gt=0)  # how many rows the teacher answers; null: all

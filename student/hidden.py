@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teacher.signal import Signal, shows_states, states_of
+from teacher.signal import Inside, shows_states, states_of
 
 FLOOR = 1e-4
 
@@ -55,19 +55,19 @@ class Projected(nn.Module):
         return Shown(output.logits, torch.stack(projected, dim=2), attention)
 
 
-def hidden_match(projected: Tensor, signal: Signal) -> Tensor:
+def hidden_match(projected: Tensor, inside: Inside) -> Tensor:
     """Mean squared error to the teacher's states: [P, layers, W] -> [P]. TinyBERT, equation 8;
-    1 for a student that says the mean, as the signal's dimensions have variance 1.
+    1 for a student that says the mean, as the dimensions revealed have variance 1.
     """
-    return (projected - signal.hidden).square().mean(dim=(1, 2))
+    return (projected - inside.hidden).square().mean(dim=(1, 2))
 
 
-def attention_match(attention: Tensor, signal: Signal) -> Tensor:
+def attention_match(attention: Tensor, inside: Inside) -> Tensor:
     """KL(teacher || student) between where they look, in nats, the mean over layers:
     [P, layers, K] -> [P]. Wang et al. 2020 (MiniLM), arXiv 2002.10957, equation 5, but for the
     mean of the heads: which head looks where is an accident, and to copy it head by head made the
     student of `pronounce` worse. FLOOR keeps the logarithm finite where a probability is 0.
     """
-    teacher = signal.attention
+    teacher = inside.attention
     ratio = (teacher + FLOOR).log() - (attention + FLOOR).log()
     return (teacher * ratio).sum(-1).mean(-1)

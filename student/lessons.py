@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import brentq
 
 from tasks.rows import Batch, Rows
-from teacher.signal import Signal
+from teacher.signal import Inside, Signal
 
 
 def text_signal(batch: Batch) -> Signal:
@@ -18,12 +18,13 @@ def text_signal(batch: Batch) -> Signal:
 
 @dataclass(frozen=True)
 class Lessons:
-    """Rows and what is revealed at a batch of them. Without a teacher that is the text itself.
-    `hidden_width` is W of the teacher's states, 0 where none are revealed."""
+    """Rows and what is revealed at a batch of them. Without a teacher that is the text itself;
+    with access `hidden`, its `inside` too, of width W."""
 
     rows: Rows
     signal: Callable[[Batch], Signal] = text_signal
-    hidden_width: int = 0
+    inside: Callable[[Batch], Inside] | None = None
+    width: int = 0
 
 
 def scarce(rows: Rows, fraction: float) -> Rows:

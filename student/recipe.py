@@ -1,6 +1,7 @@
 """From a recipe to an objective, and from a student's recipe to those of its controls."""
 
-from collections.abc import Callable
+import math
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from configs.schema import Config, Recipe
 from student import objectives
 from student.hidden import Shown, attention_match, hidden_match
 from student.objectives import Objective
-from teacher.signal import Signal
+from teacher.signal import Inside, Signal
 
 
 def objective_of(recipe: Recipe) -> Objective:
@@ -36,20 +37,34 @@ def objective_of(recipe: Recipe) -> Objective:
     return objective
 
 
-Match = Callable[[Shown, Tensor, Signal], Tensor]
+@dataclass(frozen=True)
+class Match:
+    """The terms that look inside. They show a student the way, then fade: from their weight in the
+    recipe to 0 at `until` of the training; what it has no room for would hold it back later on.
+    """
+
+    hidden: float
+    attention: float
+    until: float
+
+    def steps(self, steps: int) -> int:
+        """How many of the first steps of a training look inside."""
+        return math.ceil(self.until * steps)
+
+    def fade(self, step: int, steps: int) -> float:
+        return max(0.0, 1 - step / (self.until * steps))
+
+    def __call__(self, shown: Shown, positions: Tensor, inside: Inside) -> Tensor:
+        """(what a student shows, positions [B, L], what the teacher revealed) -> [P]."""
+        states = hidden_match(shown.projected[positions], inside)
+        looks = attention_match(shown.attention[positions], inside)
+        return self.hidden * states + self.attention * looks
 
 
 def match_of(recipe: Recipe) -> Match | None:
-    """The terms that look inside, as one function of (shown, positions [B, L], signal) -> [P];
-    None for a recipe without any."""
-    weights = {name: recipe.objective.get(name, 0) for name in ("hidden_match", "attention_match")}
-
-    def match(shown: Shown, positions: Tensor, signal: Signal) -> Tensor:
-        states = hidden_match(shown.projected[positions], signal)
-        looks = attention_match(shown.attention[positions], signal)
-        return weights["hidden_match"] * states + weights["attention_match"] * looks
-
-    return match if any(weights.values()) else None
+    """The terms of a recipe that look inside, None for a recipe without any."""
+    weights = [recipe.objective.get(name, 0.0) for name in ("hidden_match", "attention_match")]
+    return Match(*weights, recipe.match_until) if any(weights) else None
 
 
 def control_recipe(control: str, student: Recipe) -> Recipe:

@@ -22,7 +22,7 @@ from configs.runs import read_json, write_json
 from configs.schema import LabError, Recipe
 from tasks.rows import Batch, Rows, collate, row_id
 from teacher.model import Forward, generate
-from teacher.signal import TINY, Signal, shows_states, states_of
+from teacher.signal import TINY, Inside, Signal, shows_states, states_of
 
 SHARD_ROWS = 8192
 BATCH_ROWS = 512
@@ -349,16 +349,19 @@ class Outputs:
         """What the teacher revealed at the counted positions of a batch of `rows`."""
         if not self.values:
             return Signal(batch.targets)
-        counted, indices, hidden, attention = len(batch.targets), None, None, None
-        if self.indices:
-            indices = joined_rows(self.pieces(self.indices, batch)).long().view(counted, self.k)
-        if self.hidden:
-            positions = int(batch.positions.sum())
-            states = joined_rows(self.pieces(self.hidden, batch)).view(positions, self.layers, -1)
-            hidden = self.standardise(states)
-            attention = padded(self.pieces(self.attention, batch), batch.positions, self.layers)
+        counted = len(batch.targets)
         log_probs = joined_rows(self.pieces(self.values, batch)).view(counted, -1)
-        return Signal(batch.targets, log_probs, indices, hidden, attention)
+        if not self.indices:
+            return Signal(batch.targets, log_probs)
+        indices = joined_rows(self.pieces(self.indices, batch)).long().view(counted, self.k)
+        return Signal(batch.targets, log_probs, indices)
+
+    def inside(self, batch: Batch) -> Inside:
+        """States and attention at all positions of a batch of `rows` (access `hidden`)."""
+        positions = int(batch.positions.sum())
+        states = joined_rows(self.pieces(self.hidden, batch)).view(positions, self.layers, -1)
+        attention = padded(self.pieces(self.attention, batch), batch.positions, self.layers)
+        return Inside(self.standardise(states), attention)
 
     def pieces(self, shards: list[tuple[np.ndarray, np.ndarray]], batch: Batch) -> list[np.ndarray]:
         """The stored values of the rows of a batch, memory-mapped."""

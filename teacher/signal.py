@@ -17,11 +17,6 @@ class Signal:
     targets [M]: the tokens that stand in the text (all that access `text` reveals).
     log_probs [M, V] for access `logits`, [M, k] for `top_k`, None for `text`; nats, temperature 1.
     indices [M, k]: the token ids of the k log-probabilities, None otherwise.
-    hidden [P, layers, W]: for access `hidden`, the teacher's states after some of its layers, at
-    all P positions of the text that another token follows; those of the prompt too, so P > M.
-    Every dimension has mean 0 and variance 1 over the outputs.
-    attention [P, layers, K]: where the teacher looked from those positions, in the same layers, the
-    mean of its heads: a distribution over the K positions of the text, 0 to the right.
 
     A signal read from disk and one computed a moment ago are the same type.
     """
@@ -29,12 +24,9 @@ class Signal:
     targets: Tensor
     log_probs: Tensor | None = None
     indices: Tensor | None = None
-    hidden: Tensor | None = None
-    attention: Tensor | None = None
 
     def to(self, device: torch.device) -> "Signal":
-        optional = (self.log_probs, self.indices, self.hidden, self.attention)
-        moved = [tensor if tensor is None else tensor.to(device) for tensor in optional]
+        moved = [t if t is None else t.to(device) for t in (self.log_probs, self.indices)]
         return Signal(self.targets.to(device), *moved)
 
     def outcomes(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -66,6 +58,24 @@ def with_tail(log_probs: Tensor) -> Tensor:
     """[M, k] -> [M, k + 1]: the rest of the probability mass as one more outcome."""
     tail = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp_min(TINY)
     return torch.cat([log_probs, tail.log()], dim=-1)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What access `hidden` reveals besides, at all P positions of a text that another token
+    follows; those of the prompt too, so P > M.
+
+    hidden [P, layers, W]: the teacher's states after some of its layers, every dimension with mean
+    0 and variance 1 over the outputs.
+    attention [P, layers, K]: where it looked from there, in the same layers, the mean of its
+    heads: a distribution over the K positions of the text, 0 to the right.
+    """
+
+    hidden: Tensor
+    attention: Tensor
+
+    def to(self, device: torch.device) -> "Inside":
+        return Inside(self.hidden.to(device), self.attention.to(device))
 
 
 def shows_states(layers: Sequence[int]) -> dict[str, bool]:

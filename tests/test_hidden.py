@@ -12,7 +12,7 @@ from student.hidden import Projected, attention_match, hidden_match
 from student.recipe import match_of, objective_of
 from tasks.pronounce import Pronounce
 from teacher.model import build_model, initialise
-from teacher.signal import Signal
+from teacher.signal import Inside, Signal
 
 
 @pytest.fixture(scope="module")
@@ -22,19 +22,19 @@ def student():
     return initialise(build_model(shape, task.tokenizer, 72), 0)
 
 
-def signal_of(hidden):
-    return Signal(torch.zeros(1, dtype=torch.long), hidden=hidden)
+def inside_of(hidden):
+    return Inside(hidden, hidden)
 
 
 def test_hand_value():
     teacher = torch.tensor([[[-1.0, 1.0], [0.0, 2.0]]])
-    found = hidden_match(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), signal_of(teacher))
+    found = hidden_match(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), inside_of(teacher))
     assert found.tolist() == [(1 + 0 + 0 + 4) / 4]
 
 
 def test_zero_and_without_gradient_at_the_teachers_own_states(generator):
     own = torch.randn(5, 2, 8, generator=generator).requires_grad_()
-    loss = hidden_match(own, signal_of(own.detach()))
+    loss = hidden_match(own, inside_of(own.detach()))
     loss.sum().backward()
     assert loss.tolist() == [0] * 5
     assert not own.grad.any()
@@ -42,9 +42,9 @@ def test_zero_and_without_gradient_at_the_teachers_own_states(generator):
 
 def test_attention_hand_value():
     teacher = torch.tensor([[[0.75, 0.25], [1.0, 0.0]]])  # one position, two layers
-    signal = Signal(torch.zeros(1, dtype=torch.long), attention=teacher)
-    assert attention_match(teacher, signal).tolist() == [0.0]
-    found = attention_match(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]), signal)
+    inside = inside_of(teacher)
+    assert attention_match(teacher, inside).tolist() == [0.0]
+    found = attention_match(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]), inside)
     expected = (0.75 * math.log(1.5) + 0.25 * math.log(0.5) + math.log(2)) / 2
     torch.testing.assert_close(found, torch.tensor([expected]), atol=1e-3, rtol=0)
 
@@ -85,3 +85,35 @@ def test_the_match_is_no_term_over_the_vocabulary(generator):
     torch.testing.assert_close(
         objective_of(recipe)(logits, signal), 0.8 * alone(logits, signal), atol=0, rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("until", [0.5, 1.0])
+def test_looking_inside_fades_and_is_charged_only_while_it_lasts(student, until):
+    import train
+    from configs.schema import Training
+    from tasks.rows import batch_order
+
+    recipe = Recipe(
+        access="hidden",
+        hidden_layers=[1, 2],
+        objective={"forward_kl": 0.5, "hidden_match": 0.3, "attention_match": 0.2},
+        match_until=until,
+    )
+    match = match_of(recipe)
+    assert match.fade(0, 100) == 1.0
+    assert match.fade(25, 100) == pytest.approx(1 - 0.25 / until)
+    assert match.fade(match.steps(100), 100) == 0.0
+    assert match.fade(match.steps(100) - 1, 100) > 0.0
+
+    rows, training = Pronounce(limit=300).rows("train"), Training(batch_rows=32)
+    model = Projected(student, width=24, seed=0)
+    whole, plain = TrainingFlops(model), TrainingFlops(student)
+    order = batch_order(rows.lengths, 32, 0)
+
+    def cost(steps):
+        costs = [whole if match.fade(i, steps) else plain for i in range(steps)]
+        return sum(c.of_batch(rows.lengths[order(i)]) for i, c in enumerate(costs))
+
+    budget = cost(40) + 1
+    assert train.affordable_steps(model, rows, training, 0, budget, match) == 40
+    assert train.affordable_steps(model, rows, training, 0, budget - 2, match) == 39

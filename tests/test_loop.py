@@ -64,7 +64,7 @@ def test_the_loss_of_matched_states_does_not_depend_on_accumulation(lab, tmp_pat
         model = build_model(settings.model, lab.task.tokenizer, lab.task.longest_row)
         training = settings.training.model_copy(update={"accumulation": accumulation})
         closing = train.fit(
-            lab, stage, Projected(initialise(model, 0), lessons.hidden_width, 0), lessons,
+            lab, stage, Projected(initialise(model, 0), lessons.width, 0), lessons,
             objective_of(recipe), training, steps=3, seed=0, lineage="", match=match_of(recipe),
         )  # fmt: skip
         lab.run.close_stage(stage, *closing)

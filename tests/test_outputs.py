@@ -98,18 +98,18 @@ def test_stored_states_equal_live_ones_at_every_position_that_a_token_follows(
             output = teacher(batch_there.input_ids, **shows_states([1]))
         states = output.hidden_states[1][batch_there.positions]
         looks = output.attentions[0].mean(1)[batch_there.positions]
-        found = stored.signal(batch).hidden
+        found = stored.inside(batch).hidden
         assert found.shape == (int(batch.positions.sum()), 2, stored.hidden_width)
         for layer in range(2):
             live = honest.standardise(states[:, None].expand(-1, 2, -1))[:, layer]
             torch.testing.assert_close(found[:, layer], live, atol=2e-2, rtol=2e-3)
-            attention = stored.signal(batch).attention[:, layer]
+            attention = stored.inside(batch).attention[:, layer]
             width = min(attention.shape[-1], looks.shape[-1])  # what is cut off lies to the right
             torch.testing.assert_close(
                 attention[..., :width], looks[..., :width], atol=1e-3, rtol=1e-3
             )
             assert not attention[..., width:].any()
-        everything = honest.signal(collate(honest.rows, np.arange(30), pad=0)).hidden
+        everything = honest.inside(collate(honest.rows, np.arange(30), pad=0)).hidden
         torch.testing.assert_close(everything.mean(0), torch.zeros(2, 32), atol=1e-3, rtol=0)
         torch.testing.assert_close(everything.std(0), torch.ones(2, 32), atol=1e-3, rtol=0)
 
