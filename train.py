@@ -29,15 +29,11 @@ from rich.panel import Panel
 from torch import nn
 from tqdm import tqdm
 
-from configs.runs import (
-    Run,
-    load_checkpoint,
-    save_checkpoint,
-    sha256_of_model,
-    sha256_of_tensors,
-)
+from configs.checkpoints import checkpoint, restore
+from configs.runs import Run, sha256_of_model, sha256_of_tensors
 from configs.schema import Config, LabError, Recipe, Training, read_config
 from measure.cost import CountedForward, Stopwatch, TrainingFlops
+from measure.journal import Journal
 from measure.provenance import environment
 from student.hidden import Projected
 from student.lessons import Lessons, scarce, smoothed_labels
@@ -48,9 +44,6 @@ from tasks.pronounce import Pronounce
 from tasks.rows import Rows, batch_order, collate
 from teacher.model import build_model, initialise, load_model, save_model, size_of
 from teacher.outputs import Outputs, make_outputs, name_of, outputs_binding
-
-VALIDATIONS = 10  # times that a model meets the validation rows, for its learning curve
-VALIDATION_ROWS = 1024
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -328,7 +321,7 @@ def fit(
     checkpoints = lab.run.checkpoints(stage)
     first, flops, cost_before = restore(checkpoints, model, optimizer)
     watch = Stopwatch(lab.config.cost, torch.get_num_threads(), cost_before)
-    journal = Journal(lab, stage, steps, first)
+    journal = Journal(lab.run, stage, lab.task, lab.validation, steps, first)
     saved_at = watch.elapsed()
     model.train()
     for step in range(first, steps):
@@ -361,9 +354,11 @@ def fit(
 
         flops += (costs if fade else plain_costs).of_batch(lessons.rows.lengths[indices])
         tokens = sum(part.input_ids.numel() for part in parts)
-        journal.note(step + 1, model, loss, norm, flops, tokens)
-        if watch.elapsed() - saved_at > lab.config.checkpoint_seconds and step + 1 < steps:
-            checkpoint(checkpoints, step + 1, model, optimizer, flops, watch)
+        logged = journal.note(step + 1, learner, loss, norm, flops, tokens)
+        # Only where a line of the log ends, so that a continued run logs what a whole one does.
+        due = watch.elapsed() - saved_at > lab.config.checkpoint_seconds
+        if logged and due and step + 1 < steps:
+            checkpoint(checkpoints, step + 1, model, optimizer, flops, watch.read(flops))
             saved_at = watch.elapsed()
     journal.close()
     model = student_of(accelerator.unwrap_model(model))
@@ -381,115 +376,6 @@ def learning_rate(training: Training, step: int, steps: int) -> float:
     progress = (step - warmup) / max(1, steps - warmup)
     low = training.final_fraction
     return training.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
-
-
-# -- what the loop writes down --------------------------------------------------------------------
-
-
-class Journal:
-    """The log of one stage: a progress bar, a line every so often, the same in metrics.jsonl."""
-
-    def __init__(self, lab: Lab, stage: str, steps: int, first: int) -> None:
-        self.lab, self.stage, self.steps, self.validated = lab, stage, steps, first
-        self.losses: list[torch.Tensor] = []
-        self.tokens, self.watch = 0, Stopwatch(lab.config.cost, 1)
-        lab.run.forget_metrics(stage, after=first)
-        self.bar = tqdm(
-            total=steps,
-            initial=first,
-            desc=stage,
-            unit="step",
-            ascii=True,
-            leave=False,
-            disable=True if multiprocessing.parent_process() else None,
-        )
-
-    def note(
-        self,
-        step: int,
-        model: nn.Module,
-        loss: torch.Tensor,
-        norm: torch.Tensor,
-        flops: float,
-        tokens: int,
-    ) -> None:
-        """After `step` steps: write a line if one is due. LabError if the loss is not a number."""
-        self.bar.update()
-        self.losses.append(loss)
-        self.tokens += tokens
-        if step % self.lab.config.log_every and step < self.steps:
-            return
-        loss = float(torch.stack(self.losses).mean())
-        speed = self.tokens / self.watch.elapsed()
-        line = {"loss": loss, "grad_norm": float(norm), "flops": flops, "tokens_per_s": speed}
-        text = (
-            f"{self.stage:<26} step {step:>6}/{self.steps:<6} loss {loss:8.4f} {speed:>8.0f} tok/s"
-        )
-        if VALIDATIONS * step // self.steps > VALIDATIONS * self.validated // self.steps:
-            line["validation_nll"] = validation_nll(model, self.lab.task, self.lab.validation)
-            text += f"  validation {line['validation_nll']:.4f}"
-            self.validated = step
-        self.lab.run.log(self.stage, step=step, **line)
-        tqdm.write(text)
-        if not math.isfinite(loss):
-            raise LabError(f"{self.stage}: the loss is {loss} at step {step}; lower learning_rate")
-        self.losses, self.tokens, self.watch = [], 0, Stopwatch(self.lab.config.cost, 1)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-@torch.no_grad()
-def validation_nll(model: nn.Module, task: Pronounce, rows: Rows) -> float:
-    """Nats per answer token on the validation rows of the lowest ids (which are hashes)."""
-    model.eval()
-    chosen = np.argsort(rows.ids)[:VALIDATION_ROWS]
-    chosen = chosen[np.argsort(rows.lengths[chosen], kind="stable")]
-    total, positions = 0.0, 0
-    for indices in np.array_split(chosen, -(-len(chosen) // 256)):
-        batch = collate(rows, indices, task.tokenizer.pad_token_id)
-        logits = model(batch.input_ids.to(model.device), use_cache=False).logits[batch.counted]
-        targets = batch.targets.to(model.device)
-        total += float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
-        positions += len(targets)
-    model.train()
-    return total / positions
-
-
-def checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    flops: float,
-    watch: Stopwatch,
-) -> None:
-    """Weights, both moments of AdamW and the step; the order of the data follows from the step."""
-    tensors = {f"model/{name}": p for name, p in model.named_parameters()}
-    for key in ("exp_avg", "exp_avg_sq"):
-        tensors |= {
-            f"{key}/{name}": optimizer.state[p][key] for name, p in model.named_parameters()
-        }
-    save_checkpoint(folder, step, tensors, {"flops": flops, "cost": watch.read(flops)})
-
-
-def restore(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, float, dict[str, Any] | None]:
-    """Put the newest checkpoint back: the step to go on from, FLOPs and cost so far."""
-    found = load_checkpoint(folder)
-    if found is None:
-        return 0, 0.0, None
-    tensors, meta = found
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"model/{name}"])
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(meta["step"])),
-                "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
-            }
-    return meta["step"], meta["flops"], meta["cost"]
 
 
 def card(stage: str, model: nn.Module, lineage: str, steps: int) -> str:

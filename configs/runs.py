@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from configs.schema import Config, LabError, check_config, read_yaml
 
@@ -239,30 +239,3 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
             for line in differences(old.get(name), new.get(name), f"{key}.{name}".strip("."))
         ]
     return [] if old == new else [f"{key}: {old!r} there, {new!r} here"]
-
-
-# -- checkpoints ------------------------------------------------------------------------------
-
-
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict) -> None:
-    """Write a checkpoint whose name carries the hash of its content; keep the last two."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".partial"
-    save_file(tensors, partial, metadata={"lab": json.dumps({"step": step, **meta})})
-    digest = hashlib.sha256(partial.read_bytes()).hexdigest()[:16]
-    os.replace(partial, folder / f"step-{step:08d}.{digest}.safetensors")
-    for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
-        old.unlink()
-
-
-def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The newest checkpoint that is whole, or None; says so when it passes over a damaged one."""
-    for file in sorted(folder.glob("step-*.safetensors"), reverse=True):
-        content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest()[:16] != file.name.split(".")[1]:
-            print(f"checkpoint {file} is damaged (sha256 differs); using the one before")
-            continue
-        header = int.from_bytes(content[:8], "little")
-        meta = json.loads(json.loads(content[8 : 8 + header])["__metadata__"]["lab"])
-        return load_file(file), meta
-    return None

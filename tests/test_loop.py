@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import train
-from configs.runs import Run, load_checkpoint, save_checkpoint
+from configs.checkpoints import load_checkpoint, save_checkpoint
+from configs.runs import Run
 from configs.schema import LabError, Training, read_config
 from measure.cost import TrainingFlops
 from student.hidden import Projected

@@ -1,0 +1,72 @@
+"""Checkpoints of a training under way: whole, recognised when damaged, the last two kept."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+def checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    flops: float,
+    cost: dict[str, Any],
+) -> None:
+    """Weights, both moments of AdamW, the step and what it cost so far. The order of the data
+    follows from the step."""
+    tensors = {f"model/{name}": p for name, p in model.named_parameters()}
+    for key in ("exp_avg", "exp_avg_sq"):
+        tensors |= {
+            f"{key}/{name}": optimizer.state[p][key] for name, p in model.named_parameters()
+        }
+    save_checkpoint(folder, step, tensors, {"flops": flops, "cost": cost})
+
+
+def restore(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, float, dict[str, Any] | None]:
+    """Put the newest checkpoint back: the step to go on from, FLOPs and cost so far."""
+    found = load_checkpoint(folder)
+    if found is None:
+        return 0, 0.0, None
+    tensors, meta = found
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model/{name}"])
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(meta["step"])),
+                "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
+                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
+            }
+    return meta["step"], meta["flops"], meta["cost"]
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict) -> None:
+    """Write a checkpoint whose name carries the hash of its content; keep the last two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".partial"
+    save_file(tensors, partial, metadata={"lab": json.dumps({"step": step, **meta})})
+    digest = hashlib.sha256(partial.read_bytes()).hexdigest()[:16]
+    os.replace(partial, folder / f"step-{step:08d}.{digest}.safetensors")
+    for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The newest checkpoint that is whole, or None; says so when it passes over a damaged one."""
+    for file in sorted(folder.glob("step-*.safetensors"), reverse=True):
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest()[:16] != file.name.split(".")[1]:
+            print(f"checkpoint {file} is damaged (sha256 differs); using the one before")
+            continue
+        header = int.from_bytes(content[:8], "little")
+        meta = json.loads(json.loads(content[8 : 8 + header])["__metadata__"]["lab"])
+        return load_file(file), meta
+    return None

@@ -1,0 +1,93 @@
+"""What the training loop writes down: a progress bar, log lines, metrics, the learning curve."""
+
+import math
+import multiprocessing
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from configs.runs import Run
+from configs.schema import LabError
+from tasks.pronounce import Pronounce
+from tasks.rows import Rows, collate
+
+VALIDATIONS = 10  # times that a model meets the validation rows, for its learning curve
+VALIDATION_ROWS = 1024
+
+
+class Journal:
+    """The log of one stage: a progress bar, a line every so often, the same in metrics.jsonl."""
+
+    def __init__(
+        self, run: Run, stage: str, task: Pronounce, validation: Rows, steps: int, first: int
+    ) -> None:
+        self.run, self.stage, self.task, self.validation = run, stage, task, validation
+        self.steps, self.validated, self.every = steps, first, run.config().log_every
+        self.losses: list[torch.Tensor] = []
+        self.tokens, self.started = 0, time.perf_counter()
+        run.forget_metrics(stage, after=first)
+        self.bar = tqdm(
+            total=steps,
+            initial=first,
+            desc=stage,
+            unit="step",
+            ascii=True,
+            leave=False,
+            disable=True if multiprocessing.parent_process() else None,
+        )
+
+    def note(
+        self,
+        step: int,
+        model: nn.Module,
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        flops: float,
+        tokens: int,
+    ) -> bool:
+        """After `step` steps: write a line if one is due, and say so. LabError if the loss is not a
+        number."""
+        self.bar.update()
+        self.losses.append(loss)
+        self.tokens += tokens
+        if step % self.every and step < self.steps:
+            return False
+        loss = float(torch.stack(self.losses).mean())
+        speed = self.tokens / (time.perf_counter() - self.started)
+        line = {"loss": loss, "grad_norm": float(norm), "flops": flops, "tokens_per_s": speed}
+        text = (
+            f"{self.stage:<26} step {step:>6}/{self.steps:<6} loss {loss:8.4f} {speed:>8.0f} tok/s"
+        )
+        if VALIDATIONS * step // self.steps > VALIDATIONS * self.validated // self.steps:
+            line["validation_nll"] = validation_nll(model, self.task, self.validation)
+            text += f"  validation {line['validation_nll']:.4f}"
+            self.validated = step
+        self.run.log(self.stage, step=step, **line)
+        tqdm.write(text)
+        if not math.isfinite(loss):
+            raise LabError(f"{self.stage}: the loss is {loss} at step {step}; lower learning_rate")
+        self.losses, self.tokens, self.started = [], 0, time.perf_counter()
+        return True
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+@torch.no_grad()
+def validation_nll(model: nn.Module, task: Pronounce, rows: Rows) -> float:
+    """Nats per answer token on the validation rows of the lowest ids (which are hashes)."""
+    model.eval()
+    chosen = np.argsort(rows.ids)[:VALIDATION_ROWS]
+    chosen = chosen[np.argsort(rows.lengths[chosen], kind="stable")]
+    total, positions = 0.0, 0
+    for indices in np.array_split(chosen, -(-len(chosen) // 256)):
+        batch = collate(rows, indices, task.tokenizer.pad_token_id)
+        logits = model(batch.input_ids.to(model.device), use_cache=False).logits[batch.counted]
+        targets = batch.targets.to(model.device)
+        total += float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
+        positions += len(targets)
+    model.train()
+    return total / positions
