@@ -24,7 +24,7 @@ from measure.cost import CountedForward, Stopwatch
 from measure.judged import Reference, free_running
 from measure.provenance import environment
 from measure.report import render_report
-from measure.statistics import Metric, share_of_gap, verdict
+from measure.statistics import Comparison, Metric, share_of_gap, verdicts
 from measure.tables import console_table, facts_of, with_tables
 from student.recipe import recipes_of
 from tasks import load_task
@@ -98,7 +98,9 @@ def judge(run: Run, config: Config, split: str, update: bool) -> None:
         "controls": {arm: entries[arm] for arm in arms if arm not in config.recipes},
         "cost": costs(run, config, {"stage": "evaluation", **watch.read(flops)}),
         "gaps": gaps(config, {arm: found[splits[0]] for arm, found in metrics.items()}),
-        "verdicts": [decide(claim, metrics) for claim in config.verdicts if claim.split in splits],
+        "verdicts": verdicts(
+            [comparison(claim, metrics) for claim in config.verdicts if claim.split in splits]
+        ),
         "environment": {
             **environment(torch.get_num_threads()),
             "trained": run.manifest["environment"],
@@ -156,13 +158,13 @@ def entry(
     }
 
 
-def decide(claim: Verdict, metrics: dict[str, Any]) -> dict[str, Any]:
-    """The verdict on a claim, by the threshold that the config fixed beforehand."""
+def comparison(claim: Verdict, metrics: dict[str, Any]) -> Comparison:
+    """What a claim compares, with the threshold that the config fixed beforehand."""
     first, second = (
         {**metrics[arm][claim.split]["quality"], **metrics[arm][claim.split]["fidelity"]}
         for arm in claim.claim.split(" beats ")
     )
-    return verdict(
+    return Comparison(
         claim.claim, claim.metric, claim.threshold, first[claim.metric], second[claim.metric]
     )
 

@@ -4,11 +4,15 @@ A metric is kept as columns [seeds, rows, C] and a function of the column sums [
 for instance wrong answers and answers, and their ratio.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 
 RESAMPLES = 2000
 
@@ -33,6 +37,14 @@ def row_weights(rows: int) -> np.ndarray:
     return drawn.astype(np.uint8)  # a row is never drawn 256 times
 
 
+def widening(seeds: int) -> float:
+    """By how much the bootstrap over a few seeds is too narrow: it divides by n, not n - 1, and
+    its tails are normal, not Student's. Hesterberg 2015, arXiv 1411.5279, section 4."""
+    if seeds == 1:
+        return 1.0
+    return math.sqrt(seeds / (seeds - 1)) * stats.t.ppf(0.975, seeds - 1) / stats.norm.ppf(0.975)
+
+
 @dataclass(frozen=True, eq=False)
 class Metric:
     """columns [seeds, rows, C] and the statistic of their sums over rows."""
@@ -40,7 +52,7 @@ class Metric:
     columns: np.ndarray
     statistic: Callable[[np.ndarray], np.ndarray] = ratio
 
-    @property
+    @cached_property
     def per_seed(self) -> np.ndarray:
         return self.statistic(self.columns.sum(axis=1))
 
@@ -50,11 +62,11 @@ class Metric:
 
     @cached_property
     def resamples(self) -> np.ndarray:
-        """[RESAMPLES] bootstrap values of the mean, over seeds and over rows.
+        """[RESAMPLES] bootstrap values of the mean: hierarchical, over seeds and over rows.
 
         Rows and seeds are crossed: one draw of rows serves all seeds. The draws depend on the
         number of rows and of seeds alone, so differences of two metrics are paired by row, and by
-        seed where both have as many.
+        seed where both have as many. What the draw of seeds adds is widened for their small number.
         """
         seeds, rows, _ = self.columns.shape
         values = np.empty((RESAMPLES, seeds))
@@ -65,7 +77,9 @@ class Metric:
         chosen = np.random.Generator(np.random.PCG64(seeds)).integers(
             seeds, size=(RESAMPLES, seeds)
         )
-        return np.take_along_axis(values, chosen, axis=1).mean(axis=1)
+        over_rows = values.mean(axis=1)
+        over_both = np.take_along_axis(values, chosen, axis=1).mean(axis=1)
+        return over_rows + widening(seeds) * (over_both - over_rows)
 
     def summary(self) -> dict:
         """{"mean", "ci95", "per_seed"}"""
@@ -95,25 +109,115 @@ def share_of_gap(low: Metric, student: Metric, high: Metric) -> dict:
 LOWER_IS_BETTER = ("word_error_rate", "phoneme_error_rate", "kl_", "nll_gap", "ece")
 
 
-def verdict(claim: str, metric: str, threshold: float, first: Metric, second: Metric) -> dict:
-    """Does `first` beat `second` by more than the threshold? From the 95 % interval of the paired
-    difference, oriented so that positive is better: all of it above the threshold beats, all of it
-    at or below does not, anything else is inconclusive."""
-    sign = -1 if metric.startswith(LOWER_IS_BETTER) else 1
-    difference = sign * (first.mean - second.mean)
-    low, high = interval(sign * (first.resamples - second.resamples))
-    seeds = len(first.per_seed)
+@dataclass(frozen=True)
+class Comparison:
+    """Two arms in one metric, oriented so that a positive difference is better for the first."""
+
+    claim: str
+    metric: str
+    threshold: float
+    first: Metric
+    second: Metric
+
+    @property
+    def sign(self) -> int:
+        return -1 if self.metric.startswith(LOWER_IS_BETTER) else 1
+
+    @property
+    def paired(self) -> bool:
+        return len(self.first.per_seed) == len(self.second.per_seed) > 1
+
+    @property
+    def difference(self) -> float:
+        return self.sign * (self.first.mean - self.second.mean)
+
+    @cached_property
+    def by_seed(self) -> np.ndarray:
+        """Differences seed by seed; one arm may have a single seed, as the twin has."""
+        return self.sign * (self.first.per_seed - self.second.per_seed)
+
+    @cached_property
+    def resamples(self) -> np.ndarray:
+        return self.sign * (self.first.resamples - self.second.resamples)
+
+    @property
+    def p_bootstrap(self) -> float:
+        """Two-sided, that the difference lies on the other side of the threshold."""
+        above = (self.resamples > self.threshold).mean()
+        return float(min(1.0, 2 * max(min(above, 1 - above), 1 / RESAMPLES)))
+
+    def p_permutation(self) -> float:
+        """Two-sided, that the two arms are exchangeable: differences flip their signs, seed by
+        seed where both have several (2 / 2^n is the least that n seeds can show), else row by row.
+        """
+        if self.paired:
+            values = self.by_seed
+        else:
+            first, second = (m.columns[:, :, 0].mean(axis=0) for m in (self.first, self.second))
+            values = first - second
+        if not np.any(values):
+            return 1.0
+        found = stats.permutation_test(
+            (values,), np.mean, permutation_type="samples", n_resamples=2 * RESAMPLES,
+            vectorized=True, batch=100, rng=np.random.Generator(np.random.PCG64(0)),
+        )  # fmt: skip
+        return float(found.pvalue)
+
+    def effect_size(self) -> float | None:
+        """Cohen's d of the paired differences: their mean over their deviation between seeds."""
+        deviation = self.by_seed.std(ddof=1) if self.paired else 0.0
+        return float(self.by_seed.mean() / deviation) if deviation > 0 else None
+
+    def probability_of_improvement(self) -> float:
+        """That a seed of the first beats a seed of the second, ties by halves (Agarwal et al.
+        2021, arXiv 2108.13264, section 4.3)."""
+        first, second = self.sign * self.first.per_seed, self.sign * self.second.per_seed
+        wins = stats.mannwhitneyu(first, second, method="asymptotic").statistic
+        return float(wins / (len(first) * len(second)))
+
+    def seeds_needed(self) -> int | None:
+        """How many seeds show a difference of this size beyond the threshold with power 0.8, in
+        the paired t-test at 5 %; None where one seed cannot tell, or where no number would."""
+        deviation = self.by_seed.std(ddof=1) if self.paired else 0.0
+        size = abs(self.difference - self.threshold)
+        if deviation == 0 or size < 1e-3 * deviation:
+            return None
+        needed = TTestPower().solve_power(effect_size=size / deviation, alpha=0.05, power=0.8)
+        return max(2, math.ceil(float(np.squeeze(needed))))
+
+
+def verdicts(comparisons: list[Comparison]) -> list[dict]:
+    """Which claims hold, by a rule that looks at no name.
+
+    From the 95 % interval of the paired difference: all of it at or below the threshold does not
+    beat; all of it above beats, if it is still significant at 5 % after Holm's correction for the
+    number of claims (Holm 1979); anything else is inconclusive.
+    """
+    if not comparisons:
+        return []
+    _, corrected, _, _ = multipletests([c.p_bootstrap for c in comparisons], method="holm")
+    return [verdict(c, float(p)) for c, p in zip(comparisons, corrected, strict=True)]
+
+
+def verdict(comparison: Comparison, p_holm: float) -> dict:
+    low, high = interval(comparison.resamples)
+    beats = low > comparison.threshold and p_holm <= 0.05
     result = (
-        "beats" if low > threshold else "does not beat" if high <= threshold else "inconclusive"
+        "beats" if beats else "does not beat" if high <= comparison.threshold else "inconclusive"
     )
     return {
-        "claim": claim,
-        "metric": metric,
+        "claim": comparison.claim,
+        "metric": comparison.metric,
         "result": result,
-        "difference": difference,
+        "difference": comparison.difference,
         "ci95": [low, high],
-        "threshold": threshold,
-        "seeds": seeds,
+        "threshold": comparison.threshold,
+        "seeds": len(comparison.first.per_seed),
+        "p_permutation": comparison.p_permutation(),
+        "p_holm": p_holm,
+        "effect_size": comparison.effect_size(),
+        "probability_of_improvement": comparison.probability_of_improvement(),
+        "seeds_needed": comparison.seeds_needed() if result == "inconclusive" else None,
     }
 
 
@@ -135,8 +239,16 @@ def verdict_line(verdict: dict) -> str:
     )
     beyond = f", more than {scale * verdict['threshold']:g} needed" if verdict["threshold"] else ""
     digits = 1 if scale == 100 else 3
+    more = ""
+    if verdict["result"] == "inconclusive":
+        needed = verdict.get("seeds_needed")
+        more = (
+            f" ({needed} seeds would tell a difference of this size)"
+            if needed
+            else " (more seeds would say how many are needed)"
+        )
     return (
         f"{verdict['claim']} by {scale * verdict['difference']:.{digits}f} {unit} "
         f"{verdict['metric'].replace('_', ' ')} [{low:.{digits}f}, {high:.{digits}f}] {seeds}"
-        f"{beyond}: {verdict['result'].upper()}"
+        f"{beyond}: {verdict['result'].upper()}{more}"
     )

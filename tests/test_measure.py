@@ -10,11 +10,12 @@ import torch
 
 from measure.fidelity import ECE_BINS, calibration_columns, compare, sum_by_row
 from measure.statistics import (
+    Comparison,
     Metric,
     expected_calibration_error,
     share_of_gap,
-    verdict,
     verdict_line,
+    verdicts,
 )
 from measure.tables import BLOCK, with_tables
 
@@ -72,6 +73,10 @@ def test_seeds_that_differ_widen_the_interval():
     assert width[1] > 1.5 * width[0]
 
 
+def verdict(*comparison):
+    return verdicts([Comparison(*comparison)])[0]
+
+
 def test_differences_are_paired_by_row_and_seed():
     metric = coin(np.random.default_rng(0), 3, 1000, 0.4)
     shifted = Metric(metric.columns + np.array([0.1, 0.0]))
@@ -101,6 +106,69 @@ def test_verdicts(metric, first, second, threshold, result):
     generator = np.random.default_rng(0)
     arms = coin(generator, 5, 4000, first), coin(generator, 5, 4000, second)
     assert verdict("a beats b", metric, threshold, *arms)["result"] == result
+
+
+def simulated(generator, seeds, rows, truth, between_seeds, between_rows=0.3):
+    """Two arms whose rows and seeds vary as those of real runs do; the first is better by truth."""
+    row = between_rows * generator.standard_normal((1, rows))
+    arms = []
+    for better in (truth, 0.0):
+        level = better + between_seeds * generator.standard_normal((seeds, 1))
+        noise = between_rows * generator.standard_normal((seeds, rows))
+        values = 0.5 + row + level + noise
+        arms.append(Metric(np.stack([values, np.ones_like(values)], axis=-1)))
+    return Comparison("a beats b", "sequence_agreement", 0.0, *arms)
+
+
+def share_that_beats(truth, seeds, count, claims=1, between_seeds=0.01):
+    generator = np.random.default_rng(seeds)
+    beats = 0
+    for _ in range(count):
+        found = verdicts(
+            [simulated(generator, seeds, 150, truth, between_seeds) for _ in range(claims)]
+        )
+        beats += any(one["result"] == "beats" for one in found)
+    return beats / count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_no_difference_is_called_one_in_at_most_5_percent_of_simulated_runs(seeds):
+    assert share_that_beats(0.0, seeds, count=1000) <= 0.05
+
+
+@pytest.mark.slow
+def test_many_claims_without_a_difference_are_corrected():
+    assert share_that_beats(0.0, 5, count=250, claims=4) <= 0.05
+
+
+@pytest.mark.slow
+def test_a_difference_of_the_stated_size_is_found_in_at_least_80_percent():
+    generator = np.random.default_rng(0)
+    pilot = simulated(generator, 2000, 150, 0.05, 0.03)  # many seeds: the true size and deviation
+    needed = pilot.seeds_needed()
+    assert 3 <= needed <= 12
+    assert share_that_beats(0.05, needed, count=500, between_seeds=0.03) >= 0.8
+
+
+def test_a_claim_that_can_not_be_decided_says_how_many_seeds_would():
+    generator = np.random.default_rng(0)
+    found = verdicts([simulated(generator, 3, 400, 0.01, 0.02)])[0]
+    assert found["result"] == "inconclusive"
+    assert found["seeds_needed"] > 3
+    assert f"({found['seeds_needed']} seeds would tell" in verdict_line(found)
+
+
+def test_statistics_hand_values():
+    first, second = (
+        Metric(np.array([[[value, 1.0]] * 4 for value in values]))
+        for values in ([0.5, 0.6, 0.7, 0.8], [0.4, 0.5, 0.6, 0.6])
+    )
+    found = verdict("a beats b", "sequence_agreement", 0.0, first, second)
+    assert found["p_permutation"] == pytest.approx(2 / 2**4)  # the least that 4 seeds can show
+    assert found["effect_size"] == pytest.approx(0.125 / 0.05)
+    # 16 pairs: .5 beats .4 and ties .5; .6 beats 2 and ties 2; .7 and .8 beat all
+    assert found["probability_of_improvement"] == pytest.approx((1.5 + 3 + 4 + 4) / 16)
 
 
 def test_the_verdict_line_says_it_in_words():
