@@ -2,7 +2,10 @@
 
     python eval.py runs/quickstart                              # eval.json, report.html, a table
     python eval.py runs/quickstart --ask deepseek distillation  # what each model answers
-    python eval.py runs/quickstart --update                     # and write results/quickstart.json
+    python eval.py runs/quickstart --check                      # does it hold? exit code 0 or 1
+    python eval.py --compare runs/a runs/b                      # what differs, and why
+    python eval.py --environment                                # what a bug report needs
+    python eval.py runs/quickstart --update                     # write results/quickstart.json
 
 Never trains. Choices are made with --split validation; the held-out split is for the end.
 """
@@ -18,11 +21,19 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from configs.runs import Run, sha256_of_model, write_atomically, write_json
-from configs.schema import Config, LabError, Verdict
+from configs.runs import (
+    Run,
+    differences,
+    read_json,
+    sha256_of_model,
+    write_atomically,
+    write_json,
+)
+from configs.schema import Config, LabError, Verdict, nearest
+from measure.check import artifacts_of, bands, check, compare_runs, losses_of
 from measure.cost import CountedForward, Stopwatch
 from measure.judged import Reference, free_running
-from measure.provenance import environment
+from measure.provenance import environment, environment_facts
 from measure.report import render_report
 from measure.statistics import Comparison, Metric, share_of_gap, verdicts
 from measure.tables import console_table, facts_of, with_tables
@@ -35,16 +46,34 @@ from teacher.outputs import name_of
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
+# Keys of a config that say how a machine runs it, not what is run.
+MACHINE = ("name:", "threads:", "workers:", "cost.", "checkpoint_seconds:", "log_every:")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a finished run folder, as runs/quickstart")
+    parser.add_argument("run", type=Path, nargs="?", help="a finished run, as runs/quickstart")
     parser.add_argument("--ask", nargs="+", metavar="WORD", help="print every model's answer")
     parser.add_argument("--split", default="heldout", choices=["heldout", "validation"])
+    parser.add_argument(
+        "--check", nargs="?", const="", metavar="NAME", help="compare with results/<name>.json"
+    )
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="RUN", help="two runs")
+    parser.add_argument("--environment", action="store_true", help="is this machine set up?")
     parser.add_argument("--update", action="store_true", help="also write results/<name>.json")
+    parser.add_argument(
+        "--bands", nargs="+", type=Path, metavar="RUN", default=[], help="with --update: judged "
+        "runs of the same config from other seeds, for the band of every metric",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
+    if not (options.run or options.compare or options.environment):
+        parser.error("name a finished run, as in: python eval.py runs/quickstart")
     try:
+        if options.environment:
+            return tell_environment()
+        if options.compare:
+            print("\n".join(compare_runs(*map(Run.finished, options.compare))))
+            return 0
         if options.update and options.split != "heldout":
             raise LabError("results/ holds held-out figures; leave --split away with --update")
         run = Run.finished(options.run)
@@ -53,8 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.ask:
             ask(run, config, options.ask)
             return 0
+        if options.check is not None:
+            return tell_check(run, config, options.check or config.name)
         with run.locked():
-            judge(run, config, options.split, options.update)
+            judge(run, config, options.split)
+        if options.update:
+            update(run, config, options.bands)
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def judge(run: Run, config: Config, split: str, update: bool) -> None:
+def judge(run: Run, config: Config, split: str) -> None:
     """The whole judging story: ask every model, compare with the teacher, charge, decide, tell."""
     watch = Stopwatch(config.cost, torch.get_num_threads())
     task = load_task(config.task)
@@ -105,7 +138,10 @@ def judge(run: Run, config: Config, split: str, update: bool) -> None:
             **environment(torch.get_num_threads()),
             "trained": run.manifest["environment"],
         },
+        "artifacts": artifacts_of(run),
     }
+    if config.precision == "float64":
+        result["trace"] = {stage: list(steps.values()) for stage, steps in losses_of(run).items()}
     if split == "heldout":
         run.manifest["heldout_reads"] = run.manifest.get("heldout_reads", 0) + 1
         run.save()
@@ -114,11 +150,58 @@ def judge(run: Run, config: Config, split: str, update: bool) -> None:
         write_atomically(
             run.folder / "report.html", render_report(run, result, references[split], first)
         )
-    if update:
-        write_json(RESULTS / f"{config.name}.json", result)
-        readme = RESULTS.parent / "README.md"
-        write_atomically(readme, with_tables(readme.read_text(encoding="utf-8"), RESULTS))
     tell(result, run)
+
+
+def update(run: Run, config: Config, others: list[Path]) -> None:
+    """Write results/<name>.json, with the bands of this run and of others that differ in seeds,
+    and the tables of the README."""
+    judged = [read_json(run.folder / "eval.json")]
+    for folder in others:
+        judged.append(read_json(folder / "eval.json"))
+        differing = [
+            line
+            for line in differences(judged[0]["config"], judged[-1]["config"])
+            if not line.startswith((*MACHINE, "seeds:", "teacher.seed:"))
+        ]
+        if differing:
+            raise LabError(f"{folder} is a run of another config: {differing[0]}")
+    reference = {**judged[0], "bands": bands(judged)}
+    if reference["bands"] is None:
+        print("fewer than 10 seeds: no bands written; name more runs with --bands")
+    write_json(RESULTS / f"{config.name}.json", reference)
+    readme = RESULTS.parent / "README.md"
+    write_atomically(readme, with_tables(readme.read_text(encoding="utf-8"), RESULTS))
+
+
+def tell_check(run: Run, config: Config, name: str) -> int:
+    """Compare with results/<name>.json; 0 if the run holds, 1 if it is different."""
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        known = [found.stem for found in RESULTS.glob("*.json")]
+        raise LabError(f"no {file} to check against{nearest(name, known)}; there are {known}")
+    reference = read_json(file)
+    differing = differences(reference["config"], config.model_dump(mode="json"))
+    differing = [line for line in differing if not line.startswith(MACHINE)]
+    if differing:
+        raise LabError(f"{run.folder} is not the config of {file}: {differing[0]}")
+    for stage in run.manifest["stages"]:
+        if not stage.startswith("outputs/"):
+            open_model(run, stage)
+    if not (run.folder / "eval.json").exists():
+        with run.locked():
+            judge(run, config, "heldout")
+    tier, lines = check(read_json(run.folder / "eval.json"), reference)
+    print("\n".join(lines))
+    return 1 if tier == "D" else 0
+
+
+def tell_environment() -> int:
+    """[OK] or [FAIL] for everything that a bug report needs; 1 if anything fails."""
+    facts = environment_facts()
+    for good, line in facts:
+        print(f"{'[OK]' if good else '[FAIL]':<6} {line}")
+    return 0 if all(good for good, _ in facts) else 1
 
 
 def entry(

@@ -15,6 +15,7 @@ import signal as signals
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -30,8 +31,8 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.checkpoints import checkpoint, restore
-from configs.runs import Run, sha256_of_model, sha256_of_tensors
-from configs.schema import Config, LabError, Recipe, Training, read_config
+from configs.runs import Run, sha256_of_model, sha256_of_tensors, write_json
+from configs.schema import Config, LabError, Model, Recipe, Training, read_config
 from measure.cost import CountedForward, Stopwatch, TrainingFlops
 from measure.journal import Journal
 from measure.provenance import environment
@@ -41,9 +42,9 @@ from student.objectives import Objective, cross_entropy
 from student.recipe import Match, match_of, objective_of, recipes_of
 from tasks import load_task
 from tasks.pronounce import Pronounce
-from tasks.rows import Rows, batch_order, collate
+from tasks.rows import Rows, batch_order, collate, weight_of
 from teacher.model import build_model, initialise, load_model, save_model, size_of
-from teacher.outputs import Outputs, make_outputs, name_of, outputs_binding
+from teacher.outputs import Outputs, make_outputs, name_of, outputs_binding, sha256_of_outputs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,6 +74,7 @@ class Lab:
     task: Pronounce
     rows: Rows  # the training split
     validation: Rows
+    accelerator: Accelerator
 
 
 # What a stage hands back for the run's books: its cost, and what it made.
@@ -83,9 +85,20 @@ def story(config: Config, folder: Path) -> None:
     """The whole training story: rows, teacher, outputs, students and controls."""
     threads = config.threads or min(8, torch.get_num_threads())
     torch.set_num_threads(threads)
-    with Run(folder).locked():
-        run = Run.open(folder, config, environment(threads))
-        lab = open_lab(config, run)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.num_processes > 1 and config.workers > 1:
+        raise LabError(
+            f"{accelerator.num_processes} processes were launched and workers is {config.workers}: "
+            "either many processes train one model, or every worker trains one; set workers=1"
+        )
+    main_process = accelerator.is_main_process
+    with Run(folder).locked() if main_process else nullcontext():
+        if main_process:
+            run = Run.open(folder, config, environment(threads))
+        accelerator.wait_for_everyone()
+        lab = open_lab(config, run if main_process else Run(folder).reload(), accelerator)
+        run = lab.run
+        run.manifest["data"] = {"rows": lab.rows.digest(), "tokenizer": tokenizer_sha256(lab.task)}
         teachers = {"teacher": (train_teacher, config.teacher.seed)}
         if "twin" in config.controls:
             teachers["twin"] = (train_teacher, config.teacher.seed + 1)
@@ -104,8 +117,9 @@ def story(config: Config, folder: Path) -> None:
                 for name, recipe in recipes.items()
             },
         )
-        run.close()
-    farewell(run)
+        if main_process:
+            run.close()
+            farewell(run)
 
 
 def train_all(lab: Lab, jobs: dict[str, tuple]) -> None:
@@ -118,7 +132,7 @@ def train_all(lab: Lab, jobs: dict[str, tuple]) -> None:
     waiting = {stage: job for stage, job in jobs.items() if not lab.run.stage_done(stage)}
     if lab.config.workers == 1 or len(jobs) == 1:
         for stage, (function, *arguments) in waiting.items():
-            lab.run.close_stage(stage, *function(lab, stage, *arguments))
+            close_stage(lab, stage, function(lab, stage, *arguments))
         return
     threads = max(1, torch.get_num_threads() // lab.config.workers)
     with ProcessPoolExecutor(
@@ -141,6 +155,15 @@ def train_all(lab: Lab, jobs: dict[str, tuple]) -> None:
             raise
 
 
+def close_stage(lab: Lab, stage: str, closing: Closing | None) -> None:
+    """The main process enters a stage in the run's books; the others read them."""
+    if lab.accelerator.is_main_process:
+        lab.run.close_stage(stage, *closing)
+    lab.accelerator.wait_for_everyone()
+    if not lab.accelerator.is_main_process:
+        lab.run.reload()
+
+
 def start_worker(config: Config, folder: Path, threads: int) -> None:
     """A worker opens the lab once. It leaves Ctrl-C to its parent, and ends when that ends."""
     global worker_lab
@@ -148,7 +171,8 @@ def start_worker(config: Config, folder: Path, threads: int) -> None:
     parent = multiprocessing.parent_process()
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
-    worker_lab = open_lab(config, Run(folder).reload())
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    worker_lab = open_lab(config, Run(folder).reload(), accelerator)
 
 
 def work(function: Callable[..., Closing], stage: str, *arguments: Any) -> Closing:
@@ -157,20 +181,20 @@ def work(function: Callable[..., Closing], stage: str, *arguments: Any) -> Closi
     return function(worker_lab, stage, *arguments)
 
 
-def open_lab(config: Config, run: Run) -> Lab:
+def open_lab(config: Config, run: Run, accelerator: Accelerator) -> Lab:
     task = load_task(config.task)
-    return Lab(config, run, task, task.rows("train"), task.rows("validation"))
+    return Lab(config, run, task, task.rows("train"), task.rows("validation"), accelerator)
 
 
 def train_teacher(lab: Lab, stage: str, seed: int) -> Closing:
     """The teacher, or its twin from another seed, learns the task's own rows."""
     settings = lab.config.teacher
-    model = build_model(settings.model, lab.task.tokenizer, lab.task.longest_row)
+    model = new_model(lab, settings.model, seed)
     order = batch_order(lab.rows.lengths, settings.training.batch_rows, seed)
     return fit(
         lab,
         stage,
-        initialise(model, seed),
+        model,
         Lessons(lab.rows),
         cross_entropy,
         settings.training,
@@ -180,11 +204,18 @@ def train_teacher(lab: Lab, stage: str, seed: int) -> Closing:
     )
 
 
+def new_model(lab: Lab, settings: Model, seed: int) -> nn.Module:
+    model = build_model(settings, lab.task.tokenizer, lab.task.longest_row)
+    return initialise(model.to(getattr(torch, lab.config.precision)), seed)
+
+
 def produce_outputs(lab: Lab, recipe: Recipe) -> None:
     """What the teacher reveals for the transfer rows, computed once and kept on disk."""
     stage = f"outputs/{name_of(recipe)}"
     if lab.run.stage_done(stage):
         return
+    if not lab.accelerator.is_main_process:
+        return close_stage(lab, stage, None)
     watch = Stopwatch(lab.config.cost, torch.get_num_threads())
     teacher = CountedForward(load_model(lab.run.teacher))
     folder = lab.run.folder / stage
@@ -194,8 +225,13 @@ def produce_outputs(lab: Lab, recipe: Recipe) -> None:
             folder, teacher, lab.task, lab.rows, recipe, binding_of(lab, recipe), bar.update
         )
     size = sum(file.stat().st_size for file in folder.iterdir())
-    lab.run.close_stage(stage, watch.read(teacher.flops), {"rows": total, "bytes": size})
+    made = {"sha256": sha256_of_outputs(folder), "rows": total, "bytes": size}
+    close_stage(lab, stage, (watch.read(teacher.flops), made))
     tqdm.write(f"{stage:<34} {total} rows, {size / 2**20:.1f} MB")
+
+
+def tokenizer_sha256(task: Pronounce) -> str:
+    return hashlib.sha256(task.tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
 
 
 def binding_of(lab: Lab, recipe: Recipe) -> dict[str, Any]:
@@ -203,9 +239,7 @@ def binding_of(lab: Lab, recipe: Recipe) -> dict[str, Any]:
     return outputs_binding(
         recipe,
         teacher_sha256=lab.run.manifest["stages"]["teacher"]["sha256"],
-        tokenizer_sha256=hashlib.sha256(
-            lab.task.tokenizer.backend_tokenizer.to_str().encode("utf-8")
-        ).hexdigest(),
+        tokenizer_sha256=lab.run.manifest["data"]["tokenizer"],
         rows=lab.rows,
         seed=lab.config.teacher.seed,
     )
@@ -217,7 +251,7 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
     All cost the same FLOPs, outputs included: who does not pay for outputs trains for more steps.
     """
     settings = lab.config.students
-    model = build_model(settings.model, lab.task.tokenizer, lab.task.longest_row)
+    model = new_model(lab, settings.model, seed)
     budget = settings.budget * lab.run.cost_of("teacher")["flops"]
     lineage = f"Student `{name}` from seed {seed} <- "
     if recipe.access != "none":
@@ -225,7 +259,6 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
         teacher = lab.run.manifest["stages"]["teacher"]["sha256"][:16]
         lineage += f"teacher {teacher} <- "
     lessons = lessons_of(lab, recipe, seed)
-    model = initialise(model, seed)
     match = match_of(recipe)
     if match:
         model = Projected(model, lessons.width, seed)
@@ -303,42 +336,44 @@ def fit(
     seed: int,
     lineage: str,
     match: Match | None = None,
-) -> Closing:
+) -> Closing | None:
     """THE training loop: teacher, student and control differ only by what they are handed.
 
     Batch by step number, forward, objective, backward, clip, step, log, checkpoint. Ends with the
-    saved model at <run>/<stage>; returns what the run enters in its books.
+    saved model at <run>/<stage>; returns what the run enters in its books. Several processes share
+    every step; the main one alone writes and returns.
     """
     pad = lab.task.tokenizer.pad_token_id
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator, device = lab.accelerator, lab.accelerator.device
+    processes, main_process = accelerator.num_processes, accelerator.is_main_process
+    model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=training.betas, weight_decay=training.weight_decay, fused=True
     )
-    model, optimizer = accelerator.prepare(model, optimizer)
-    device = accelerator.device
     order = batch_order(lessons.rows.lengths, training.batch_rows, seed)
     costs, plain_costs = TrainingFlops(model), TrainingFlops(student_of(model))
     checkpoints = lab.run.checkpoints(stage)
     first, flops, cost_before = restore(checkpoints, model, optimizer)
     watch = Stopwatch(lab.config.cost, torch.get_num_threads(), cost_before)
-    journal = Journal(lab.run, stage, lab.task, lab.validation, steps, first)
+    accelerator.wait_for_everyone()  # all have read the checkpoint before one writes another
+    journal = None
+    if main_process:
+        journal = Journal(lab.run, stage, lab.task, lab.validation, steps, first)
     saved_at = watch.elapsed()
     model.train()
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step, steps)
         indices = order(step)
-        parts = [
-            collate(lessons.rows, part, pad, training.prompt_weight)
-            for part in np.array_split(indices, min(training.accumulation, len(indices)))
-        ]
-        # Denominators are those of the whole step, not of a part.
-        total = sum(part.weights.sum() for part in parts)
-        positions = sum(part.positions.sum() for part in parts)
+        # Every process takes its parts of the step; the denominators are those of the whole step.
+        count = min(training.accumulation * processes, len(indices))
+        own = np.array_split(indices, count)[accelerator.process_index :: processes]
+        total, positions = weight_of(lessons.rows, indices, training.prompt_weight)
         fade = match.fade(step, steps) if match else 0.0
         learner = model if fade else student_of(model)
-        loss = 0.0
-        for part in parts:
+        loss = torch.zeros((), dtype=student_of(model).dtype, device=device)
+        for part in own:
+            part = collate(lessons.rows, part, pad, training.prompt_weight)
             signal = lessons.signal(part).to(device)
             shown = learner(part.input_ids.to(device), use_cache=False)
             losses = objective(shown.logits[part.counted], signal)
@@ -348,24 +383,57 @@ def fit(
                 part_loss = part_loss + fade * misses.sum() / positions
             accelerator.backward(part_loss)
             loss += part_loss.detach()
+        if processes > 1:
+            loss = sum_over_processes(accelerator, model, loss)
+        if not math.isfinite(loss):
+            stop_at_nonfinite(lab, stage, step, float(loss), lessons.rows.ids[indices])
         norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
 
         flops += (costs if fade else plain_costs).of_batch(lessons.rows.lengths[indices])
-        tokens = sum(part.input_ids.numel() for part in parts)
+        if journal is None:
+            continue
+        tokens = len(indices) * int(lessons.rows.lengths[indices].max())
         logged = journal.note(step + 1, learner, loss, norm, flops, tokens)
         # Only where a line of the log ends, so that a continued run logs what a whole one does.
         due = watch.elapsed() - saved_at > lab.config.checkpoint_seconds
         if logged and due and step + 1 < steps:
             checkpoint(checkpoints, step + 1, model, optimizer, flops, watch.read(flops))
             saved_at = watch.elapsed()
+    if journal is None:
+        return None
     journal.close()
-    model = student_of(accelerator.unwrap_model(model))
+    model = student_of(model)
     folder = lab.run.folder / stage
     save_model(model, lab.task.tokenizer, folder, card(stage, model, lineage, steps))
     cost = {**watch.read(flops), "steps": steps}
     return cost, {"sha256": sha256_of_model(folder), "params": size_of(model)}
+
+
+def sum_over_processes(
+    accelerator: Accelerator, model: nn.Module, loss: torch.Tensor
+) -> torch.Tensor:
+    """Sum gradients over all processes, in place; returns the sum of their losses."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([loss.view(1), *(gradient.view(-1) for gradient in gradients)])
+    loss, *summed = accelerator.reduce(flat).split([1, *(g.numel() for g in gradients)])
+    for gradient, whole in zip(gradients, summed, strict=True):
+        gradient.copy_(whole.view_as(gradient))
+    return loss[0]
+
+
+def stop_at_nonfinite(lab: Lab, stage: str, step: int, loss: float, ids: np.ndarray) -> None:
+    """LabError, with the ids of the rows of that step saved; the last checkpoint stays."""
+    file = lab.run.checkpoints(stage) / "nonfinite.json"
+    if lab.accelerator.is_main_process:
+        write_json(
+            file, {"stage": stage, "step": step + 1, "loss": str(loss), "rows": ids.tolist()}
+        )
+    raise LabError(
+        f"{stage}: the loss is {loss} at step {step + 1}; its rows are named in {file}; lower "
+        "learning_rate under another name=..., the checkpoint before it is kept"
+    )
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:

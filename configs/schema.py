@@ -188,6 +188,7 @@ class Config(Section):
     seeds: list[int] = Field(min_length=1)
     threads: int | None = Field(None, gt=0)  # null: the physical cores, at most 8
     workers: int = Field(1, gt=0)  # processes that share the threads when several models train
+    precision: Literal["float32", "float64"] = "float32"  # float64: the same on every machine
     teacher: Teacher
     students: Students
     recipes: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")], Recipe] = Field(

@@ -1,6 +1,5 @@
 """What the training loop writes down: a progress bar, log lines, metrics, the learning curve."""
 
-import math
 import multiprocessing
 import time
 
@@ -10,7 +9,6 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.runs import Run
-from configs.schema import LabError
 from tasks.pronounce import Pronounce
 from tasks.rows import Rows, collate
 
@@ -48,8 +46,7 @@ class Journal:
         flops: float,
         tokens: int,
     ) -> bool:
-        """After `step` steps: write a line if one is due, and say so. LabError if the loss is not a
-        number."""
+        """After `step` steps: write a line if one is due, and say so."""
         self.bar.update()
         self.losses.append(loss)
         self.tokens += tokens
@@ -67,8 +64,6 @@ class Journal:
             self.validated = step
         self.run.log(self.stage, step=step, **line)
         tqdm.write(text)
-        if not math.isfinite(loss):
-            raise LabError(f"{self.stage}: the loss is {loss} at step {step}; lower learning_rate")
         self.losses, self.tokens, self.started = [], 0, time.perf_counter()
         return True
 
@@ -87,7 +82,7 @@ def validation_nll(model: nn.Module, task: Pronounce, rows: Rows) -> float:
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
         logits = model(batch.input_ids.to(model.device), use_cache=False).logits[batch.counted]
         targets = batch.targets.to(model.device)
-        total += float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
+        total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
         positions += len(targets)
     model.train()
     return total / positions

@@ -50,7 +50,7 @@ def completion_logits(forward: Forward, task: Any, rows: Rows) -> tuple[torch.Te
     logits: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     for indices in np.array_split(order, -(-len(rows) // BATCH_ROWS)):
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
-        flat = forward(batch.input_ids).logits[batch.counted].float()
+        flat = forward(batch.input_ids).logits[batch.counted]
         for i, piece in zip(indices, flat.split(batch.counted.sum(1).tolist()), strict=True):
             logits[i] = piece
     targets = torch.from_numpy(np.concatenate([rows.completion(i) for i in range(len(rows))]))

@@ -1,14 +1,20 @@
 """Where a result comes from: versions, machine, commit, command."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+
+from configs.schema import LabError, Task
+from tasks import load_task
 
 PACKAGES = (
     "torch",
@@ -32,10 +38,63 @@ def environment(threads: int) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": threads,
+        "code": code_sha256(),
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def environment_facts() -> list[tuple[bool, str]]:
+    """What a bug report needs, each with whether it is as it should be."""
+    found = environment(torch.get_num_threads())
+    facts = [
+        (sys.version_info >= (3, 11), f"Python {found['python']} (3.11 or newer)"),
+        (True, f"{found['platform']}, {found['cpu']}"),
+    ]
+    tested = tested_versions()
+    for name, version in found["packages"].items():
+        pinned = tested.get(name, version)
+        same = version.split("+")[0] == pinned
+        facts.append((same, f"{name} {version}" + ("" if same else f", tested with {pinned}")))
+    threads = f"{found['threads']} threads on {found['cores']} cores"
+    facts.append((found["threads"] <= (found["cores"] or 1), threads))
+    gpu = found["gpu"] or "none (none is needed)"
+    facts.append((True, f"GPU: {gpu}"))
+    memory = psutil.virtual_memory().available / 2**30
+    facts.append((memory > 2, f"{memory:.1f} GB of memory free (2 are needed)"))
+    disk = shutil.disk_usage(Path.cwd()).free / 2**30
+    facts.append((disk > 2, f"{disk:.1f} GB of disk free (2 are needed)"))
+    facts.append((os.access(Path.cwd(), os.W_OK), f"{Path.cwd()} can be written to"))
+    try:
+        load_task(Task())
+        facts.append((True, "the pronouncing dictionary is the tested one"))
+    except LabError as error:
+        facts.append((False, str(error)))
+    commit = found["commit"] or "no git checkout"
+    facts.append((True, f"commit {commit}{', with changes' if found['dirty'] else ''}"))
+    return facts
+
+
+def tested_versions() -> dict[str, str]:
+    """{package: version} of constraints.txt."""
+    file = Path(__file__).parent.parent / "constraints.txt"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def code_sha256() -> str:
+    """Of the code that a training runs: a commit that only touches a text leaves it alone, and it
+    is there without git."""
+    root = Path(__file__).parent.parent
+    files = [root / "train.py"]
+    for room in ("configs", "tasks", "teacher", "student"):
+        files += sorted((root / room).glob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(root).as_posix()}\n".encode())
+        digest.update(file.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()
 
 
 def cpu_name() -> str:

@@ -36,7 +36,7 @@ class Projected(nn.Module):
         generator = np.random.Generator(np.random.PCG64([seed, width]))
         self.projections = nn.ModuleList()
         for _ in range(student.config.num_hidden_layers):
-            projection = nn.Linear(inner, width)
+            projection = nn.Linear(inner, width, dtype=student.dtype)
             drawn = generator.standard_normal((width, inner)) / inner**0.5
             with torch.no_grad():
                 projection.weight.copy_(torch.from_numpy(drawn))

@@ -110,6 +110,15 @@ def collate(rows: Rows, indices: np.ndarray, pad: int, prompt_weight: float = 0.
     return Batch(indices, *(torch.from_numpy(array) for array in arrays))
 
 
+def weight_of(rows: Rows, indices: np.ndarray, prompt_weight: float) -> tuple[float, int]:
+    """(sum of the weights, number of positions that a token follows) of a batch, without making
+    it: the denominators of a step that is done in parts."""
+    lengths, prompts = rows.lengths[indices], rows.prompt_lengths[indices]
+    completions = int((lengths - prompts).sum())
+    weight = completions + prompt_weight * int((prompts - 1).sum())
+    return weight, int((lengths - 1).sum())
+
+
 def batch_order(lengths: np.ndarray, batch_rows: int, seed: int) -> Callable[[int], np.ndarray]:
     """A function from step number to row indices: pure in (seed, step), so that a run continues
     where it stopped without a saved sampler state.

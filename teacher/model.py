@@ -166,7 +166,7 @@ def generate(
     options = {"use_cache": True} | shows_states(keep_layers)
     for step in range(longest):
         output = forward(inputs, past_key_values=cache, **options)
-        logits = output.logits[:, -1].float()
+        logits = output.logits[:, -1]
         if keep_layers:
             states, looks = states_of(output, keep_layers)
             if hidden is None:

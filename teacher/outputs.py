@@ -104,6 +104,12 @@ def make_outputs(
     write_json(provenance, {"binding": binding, "shards": shards})
 
 
+def sha256_of_outputs(folder: Path) -> str:
+    """One hash over the shards of a finished folder."""
+    shards = read_json(folder / "provenance.json")["shards"]
+    return hashlib.sha256("".join(shards.values()).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Record:
     """One row and what the teacher revealed there: log_probs [completion, V], hidden
@@ -128,7 +134,7 @@ def scored(
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
         with torch.no_grad():
             output = forward(batch.input_ids, **shows_states(layers))
-        log_probs = torch.log_softmax(output.logits[batch.counted].float(), -1)
+        log_probs = torch.log_softmax(output.logits[batch.counted], -1)
         log_probs = log_probs.split(batch.counted.sum(1).tolist())
         hidden, attention = states_of(output, layers) if layers else (None, None)
         for place, i in enumerate(indices):
@@ -242,25 +248,25 @@ def write_shard(file: Path, records: Iterator[Record], recipe: Recipe) -> None:
         prompts.append(record.prompt_length)
         if recipe.access == "top_k":
             top = record.log_probs.topk(recipe.k, dim=-1)
-            values.append(top.values.half().numpy().ravel())
+            values.append(stored(top.values))
             indices.append(top.indices.int().numpy().ravel())
         elif recipe.access != "text":
-            values.append(record.log_probs.half().numpy().ravel())
+            values.append(stored(record.log_probs))
         if recipe.access == "hidden":
-            hidden.append(record.hidden.half().numpy().ravel())
-            attention.append(record.attention.half().numpy().ravel())
+            hidden.append(stored(record.hidden))
+            attention.append(stored(record.attention))
     columns = {
         "id": pa.array(ids, pa.int64()),
-        "tokens": ragged(tokens, pa.int32()),
+        "tokens": ragged(tokens),
         "prompt_length": pa.array(prompts, pa.int32()),
     }
     if values:
-        columns["log_probs"] = ragged(values, pa.float16())
+        columns["log_probs"] = ragged(values)
     if indices:
-        columns["indices"] = ragged(indices, pa.int32())
+        columns["indices"] = ragged(indices)
     if hidden:
-        columns["hidden"] = ragged(hidden, pa.float16())
-        columns["attention"] = ragged(attention, pa.float16())
+        columns["hidden"] = ragged(hidden)
+        columns["attention"] = ragged(attention)
     table = pa.table(columns).combine_chunks()
     partial = file.with_name(f".{file.name}.partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
@@ -268,9 +274,14 @@ def write_shard(file: Path, records: Iterator[Record], recipe: Recipe) -> None:
     os.replace(partial, file)
 
 
-def ragged(arrays: list[np.ndarray], kind: pa.DataType) -> pa.LargeListArray:
+def stored(values: torch.Tensor) -> np.ndarray:
+    """Flat float16; float64 stays what it is, for traces that must agree on every machine."""
+    return (values if values.dtype == torch.float64 else values.half()).numpy().ravel()
+
+
+def ragged(arrays: list[np.ndarray]) -> pa.LargeListArray:
     offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])])
-    return pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(arrays), kind))
+    return pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(arrays)))
 
 
 def check_binding(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -320,7 +331,8 @@ class Outputs:
             lengths = np.diff(flat(tables[0], "tokens")[1]) - 1
             states = self.hidden[0][0].reshape(int(lengths.sum()), self.layers, -1)
             self.hidden_width = states.shape[-1]
-            states = torch.from_numpy(states[:HIDDEN_SAMPLE].astype(np.float32))
+            precision = np.promote_types(states.dtype, np.float32)
+            states = torch.from_numpy(states[:HIDDEN_SAMPLE].astype(precision))
             self.hidden_mean, self.hidden_scale = states.mean(0), states.std(0) + TINY
         self.source = np.arange(len(self.rows))  # whose completion and log-probabilities row i has
 
@@ -376,7 +388,7 @@ class Outputs:
     def standardise(self, hidden: torch.Tensor) -> torch.Tensor:
         """States [P, layers, W] with mean 0 and variance 1 in every dimension: the large ones of a
         deep layer would otherwise be all that a student looks at."""
-        return (hidden.float() - self.hidden_mean) / self.hidden_scale
+        return (hidden.to(self.hidden_mean.dtype) - self.hidden_mean) / self.hidden_scale
 
     def mean_entropy(self) -> float:
         """Of the teacher's distributions over all positions, in nats (access `logits`)."""
@@ -402,7 +414,8 @@ def padded(pieces: list[np.ndarray], positions: torch.Tensor, layers: int) -> to
     """Attention of rows of n positions, each [n, layers, n], as one [P, layers, L]. `positions`
     [B, L] says which of a row are its own."""
     counts = positions.sum(1).tolist()
-    whole = np.zeros((sum(counts), layers, positions.shape[1]), np.float32)
+    precision = np.promote_types(pieces[0].dtype, np.float32)
+    whole = np.zeros((sum(counts), layers, positions.shape[1]), precision)
     start = 0
     for piece, n in zip(pieces, counts, strict=True):
         whole[start : start + n, :, :n] = piece.reshape(n, layers, n)

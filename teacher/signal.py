@@ -38,11 +38,7 @@ class Signal:
         """
         if self.log_probs is None:
             raise ValueError("this signal is text alone: it has no distribution to compare with")
-        teacher = (
-            self.log_probs.float()
-            if student_logits.dtype != torch.float64
-            else (self.log_probs.double())
-        )
+        teacher = self.log_probs.to(student_logits.dtype)
         if self.indices is None:
             return (
                 torch.log_softmax(teacher / temperature, dim=-1),

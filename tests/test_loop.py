@@ -1,5 +1,6 @@
 """The one training loop."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -26,7 +27,10 @@ TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 def lab(tmp_path):
     config = read_config(TINY, ["log_every=1"])
     (tmp_path / "run").mkdir()
-    return train.open_lab(config, Run.open(tmp_path / "run", config, {}))
+    run = Run.open(tmp_path / "run", config, {})
+    lab = train.open_lab(config, run, train.Accelerator(cpu=True))
+    run.manifest["data"] = {"rows": "rows", "tokenizer": "tokenizer"}
+    return lab
 
 
 def fit(lab, objective=cross_entropy, steps=5, stage="teacher", **changed):
@@ -89,9 +93,25 @@ def test_the_first_loss_is_the_mean_per_counted_token(lab):
     assert losses(lab, "teacher")[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_in_one_line(lab):
-    with pytest.raises(LabError, match="teacher: the loss is nan at step 1"):
-        fit(lab, objective=lambda logits, signal: cross_entropy(logits, signal) * float("nan"))
+def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_the_weights(lab):
+    """One line, the ids of the rows at fault on disk, the checkpoint before it kept."""
+    lab = dataclasses.replace(lab, config=lab.config.model_copy(update={"checkpoint_seconds": 0}))
+    calls = []
+
+    def spoiled(logits, signal):
+        calls.append(logits)
+        return cross_entropy(logits, signal) * (float("nan") if len(calls) > 3 else 1.0)
+
+    with pytest.raises(LabError, match="teacher: the loss is nan at step 4; its rows are named"):
+        fit(lab, objective=spoiled)
+    folder = lab.run.checkpoints("teacher")
+    found = json.loads((folder / "nonfinite.json").read_text("utf-8"))
+    order = train.batch_order(lab.rows.lengths, 32, 0)
+    assert found["step"] == 4
+    assert found["rows"] == lab.rows.ids[order(3)].tolist()
+    tensors, meta = load_checkpoint(folder)
+    assert meta["step"] == 3
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
 def test_flops_are_those_that_torch_counts_over_the_whole_step(lab):

@@ -1,0 +1,214 @@
+"""Does a run hold? Compared with the committed result of its config, or with another run.
+
+A run on another machine can not be equal to the bit: the order of float32 sums differs between
+thread counts and processors. So a check first says what to expect, and then which tier was met:
+
+A   bit-equal: every model and every outputs shard has the committed hash
+B   a float64 trace: every loss equal to 1e-9, on any CPU, thread count and operating system
+C   every metric inside the committed band
+D   different
+
+The band is the two-sided normal tolerance interval over the seeds of reference runs: it holds 95 %
+of all seeds with 95 % confidence (Howe 1969, JASA 64, 610-620). A rerun is accepted by reference
+runs, not by a guess, as in MLPerf's reference convergence points (Mattson et al. 2020, arXiv
+1910.01500, section 3.3).
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from configs.runs import Run, differences
+
+COVERAGE = CONFIDENCE = 0.95
+TRACE_TOLERANCE = 1e-9
+# What changes the last bits of float32, in order of likelihood.
+BITS = ("code", "torch", "threads", "cpu", "cpu_capability", "gpu", "platform")
+
+
+def tolerance_factor(n: int) -> float:
+    """k such that mean +- k standard deviations of n values is the tolerance interval; 3.379 for
+    n = 10. Howe 1969, equation 3.2."""
+    spread = stats.chi2.ppf(1 - CONFIDENCE, n - 1)
+    z = stats.norm.ppf((1 + COVERAGE) / 2)
+    return z * math.sqrt((n - 1) * (1 + 1 / n) / spread)
+
+
+def metrics_of(result: dict[str, Any]) -> dict[str, list[float]]:
+    """{"distilled sequence_agreement": one value per seed} of all arms and splits."""
+    found = {}
+    for arm, entry in arms_in(result).items():
+        for split in (entry, entry.get("long", {})):
+            for group in ("quality", "fidelity"):
+                for name, metric in split.get(group, {}).items():
+                    key = f"{arm} {name}" + ("" if split is entry else " (long words)")
+                    found[key] = metric["per_seed"]
+    return found
+
+
+def arms_in(result: dict[str, Any]) -> dict[str, Any]:
+    """Teacher, students and controls, by name."""
+    return {"teacher": result["teacher"], **result["students"], **result["controls"]}
+
+
+def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The band of every metric over the seeds of several results of one config; None for fewer
+    than 10 of them."""
+    pooled: dict[str, list[float]] = {}
+    for result in results:
+        for key, values in metrics_of(result).items():
+            pooled.setdefault(key, []).extend(values)
+    if sum(len(result["seeds"]) for result in results) < 10:
+        return None
+    found = {}
+    for key, values in pooled.items():
+        if len(values) < 2:
+            continue  # one teacher says nothing of how teachers differ
+        mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+        reach = tolerance_factor(len(values)) * deviation
+        found[key] = {"values": values, "low": mean - reach, "high": mean + reach}
+    return found
+
+
+def expected_tier(here: dict[str, Any], there: dict[str, Any], precision: str) -> tuple[str, str]:
+    """The tier to expect from two environments, and why."""
+    flat = [{**e, "torch": e["packages"]["torch"]} for e in (here, there)]
+    differing = [key for key in BITS if flat[0].get(key) != flat[1].get(key)]
+    if not differing:
+        return "A", "same code, torch, processor and threads"
+    why = "another " + ", ".join(differing)
+    return ("B" if precision == "float64" else "C"), why
+
+
+def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[str]]:
+    """(tier, four lines) of a run's result against the committed one of the same config."""
+    precision = reference["config"].get("precision", "float32")
+    environments = (result["environment"]["trained"], reference["environment"]["trained"])
+    expected, why = expected_tier(*environments, precision)
+    hashes = reference["artifacts"]
+    same = [key for key, value in hashes.items() if result["artifacts"].get(key) == value]
+    inside, outside = inside_bands(result, reference)
+    parted = trace_parts(result.get("trace") or {}, reference.get("trace") or {})
+    if len(same) == len(hashes):
+        tier = "A"
+    elif precision == "float64":
+        tier = "D" if parted else "B"
+    else:
+        tier = "C" if inside and not outside else "D"
+    first = next((key for key in hashes if key not in same), None)
+    lines = [
+        f"expected  tier {expected}: {why}",
+        f"hashes    {len(same)} of {len(hashes)} equal" + (f", not {first}" if first else ""),
+        trace_line(parted, reference) if precision == "float64" else band_line(inside, outside),
+        f"tier      {tier}: {MEANINGS[tier]}",
+    ]
+    return tier, lines
+
+
+MEANINGS = {
+    "A": "equal bit for bit",
+    "B": "every loss equal to 1e-9",
+    "C": "every metric inside the committed band",
+    "D": "DIFFERENT",
+}
+
+
+def inside_bands(result: dict[str, Any], reference: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Metrics whose mean over seeds lies in the band, and those outside, the worst first."""
+    found = metrics_of(result)
+    misses = {}
+    for key, band in (reference.get("bands") or {}).items():
+        mean, half = float(np.mean(found[key])), (band["high"] - band["low"]) / 2
+        misses[key] = abs(mean - (band["high"] + band["low"]) / 2) - half
+    outside = sorted((key for key in misses if misses[key] > 0), key=lambda key: -misses[key])
+    return [key for key in misses if misses[key] <= 0], outside
+
+
+def band_line(inside: list[str], outside: list[str]) -> str:
+    if not inside and not outside:
+        return "bands     none are committed for this config: hashes alone can tell"
+    text = f"bands     {len(inside)} of {len(inside) + len(outside)} metrics inside"
+    return text + (f", outside: {', '.join(outside[:3])}" if outside else "")
+
+
+def trace_parts(trace: dict[str, list[float]], reference: dict[str, list[float]]) -> list[str]:
+    """`stage at step n: loss there, loss here` for every stage whose losses part."""
+    parted = []
+    for stage, expected in reference.items():
+        found = trace.get(stage, [])
+        if len(found) != len(expected):
+            parted.append(f"{stage}: {len(found)} steps here, {len(expected)} there")
+            continue
+        apart = np.abs(np.subtract(found, expected)) > TRACE_TOLERANCE
+        if apart.any():
+            step = int(apart.argmax())
+            parted.append(f"{stage} at step {step + 1}: {found[step]!r} and {expected[step]!r}")
+    return parted
+
+
+def trace_line(parted: list[str], reference: dict[str, Any]) -> str:
+    stages, steps = len(reference["trace"]), sum(map(len, reference["trace"].values()))
+    if parted:
+        return f"trace     parts in {len(parted)} of {stages} stages, first {parted[0]}"
+    return f"trace     {steps} losses of {stages} stages equal to {TRACE_TOLERANCE:g}"
+
+
+def compare_runs(a: Run, b: Run) -> list[str]:
+    """What differs between two runs, in order of likely cause, and where their losses part."""
+    here, there = a.manifest["environment"], b.manifest["environment"]
+    config_a, config_b = (run.config().model_dump(mode="json") for run in (a, b))
+    seeds = [(c.pop("seeds"), c["teacher"].pop("seed")) for c in (config_a, config_b)]
+    machine = ("platform", "cpu", "cpu_capability", "gpu", "cores")
+    causes = {
+        "code": differences(*({k: e[k] for k in ("code", "dirty")} for e in (here, there))),
+        "config": differences(config_a, config_b),
+        "versions": differences(
+            {"python": here["python"], **here["packages"]},
+            {"python": there["python"], **there["packages"]},
+        ),
+        "machine": differences(*({k: e[k] for k in machine} for e in (here, there))),
+        "threads": differences(*({"threads": e["threads"]} for e in (here, there))),
+        "data": differences(a.manifest.get("data"), b.manifest.get("data")),
+        "seeds": differences(*({"students": s, "teacher": t} for s, t in seeds)),
+    }
+    lines = []
+    for cause, found in causes.items():
+        lines.append(f"{cause:<9} {'same' if not found else '; '.join(found[:3])}")
+        if len(found) > 3:
+            lines[-1] += f"; and {len(found) - 3} more"
+    hashes = artifacts_of(a), artifacts_of(b)
+    common = [key for key in hashes[0] if key in hashes[1]]
+    same = [key for key in common if hashes[0][key] == hashes[1][key]]
+    lines.append(f"{'hashes':<9} {len(same)} of {len(common)} equal")
+    traces = losses_of(a), losses_of(b)
+    parted = [line for stage in traces[0] for line in where_they_part(stage, *traces)]
+    if parted:
+        lines.append(f"{'losses':<9} part: " + "; ".join(parted[:3]))
+    else:
+        lines.append(f"{'losses':<9} equal wherever both runs logged them")
+    return lines
+
+
+def where_they_part(stage: str, a: dict, b: dict) -> list[str]:
+    """The first logged step of a stage at which two runs have other losses."""
+    for step in sorted(a[stage].keys() & b.get(stage, {}).keys()):
+        if a[stage][step] != b[stage][step]:
+            return [f"{stage} by step {step} ({a[stage][step]:.6g} and {b[stage][step]:.6g})"]
+    return []
+
+
+def losses_of(run: Run) -> dict[str, dict[int, float]]:
+    """{stage: {step: loss}} as logged."""
+    found: dict[str, dict[int, float]] = {}
+    for line in run.metrics():
+        found.setdefault(line["stage"], {})[line["step"]] = line["loss"]
+    return found
+
+
+def artifacts_of(run: Run) -> dict[str, str]:
+    """The sha256 of everything that a run was made from and has made: rows, tokenizer, models,
+    outputs."""
+    stages = {stage: made["sha256"] for stage, made in run.manifest["stages"].items()}
+    return {**run.manifest["data"], **stages}

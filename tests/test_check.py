@@ -1,0 +1,189 @@
+"""The check of a rerun: what it expects, what it finds, and how it exits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eval as judge
+from configs.runs import Run
+from measure.check import bands, check, compare_runs, expected_tier, tolerance_factor
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(**changed):
+    same = {
+        "code": "c0de", "packages": {"torch": "2.13.0"}, "threads": 2, "cpu": "one",
+        "cpu_capability": "AVX2", "gpu": None, "platform": "here",
+    }  # fmt: skip
+    return {**same, **changed}
+
+
+def result(agreement=0.6, losses=(3.0, 2.0), precision="float32", sha256="a", **changed):
+    metric = {"mean": agreement, "ci95": [0, 1], "per_seed": [agreement]}
+    arm = {"quality": {}, "fidelity": {"sequence_agreement": metric}}
+    return {
+        "config": {"precision": precision},
+        "seeds": [0],
+        "teacher": {"quality": {}, "fidelity": {}},
+        "students": {"distilled": arm},
+        "controls": {},
+        "environment": {"trained": environment(**changed)},
+        "artifacts": {"rows": "r", "teacher": sha256},
+        "trace": {"teacher": list(losses)},
+    }
+
+
+def reference(**changed):
+    values = np.random.default_rng(0).normal(0.6, 0.01, 10)
+    found = bands([result(agreement=value) for value in values])
+    return {**result(**changed), "bands": found}
+
+
+def test_tolerance_factors_are_those_of_the_tables():
+    """Howe 1969; 3.379 for 10 and 2.752 for 20 in NIST's handbook, 7.2.6.3, roughly."""
+    assert tolerance_factor(10) == pytest.approx(3.379, abs=0.03)
+    assert tolerance_factor(20) == pytest.approx(2.752, abs=0.02)
+
+
+def test_a_band_holds_95_percent_of_all_seeds_with_95_percent_confidence():
+    generator = np.random.default_rng(0)
+    held = []
+    for _ in range(400):
+        values = generator.normal(0.5, 0.02, 10)
+        band = bands([result(agreement=value) for value in values])["distilled sequence_agreement"]
+        seeds = generator.normal(0.5, 0.02, 2000)
+        held.append(((band["low"] <= seeds) & (seeds <= band["high"])).mean() >= 0.95)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.03)
+
+
+def test_nine_seeds_make_no_band():
+    assert bands([result() for _ in range(9)]) is None
+
+
+def test_equal_hashes_are_tier_a_whatever_the_machine():
+    tier, lines = check(result(threads=8), reference())
+    assert tier == "A"
+    assert len(lines) == 4
+    assert lines[0] == "expected  tier C: another threads"
+    assert lines[1] == "hashes    2 of 2 equal"
+
+
+def test_other_hashes_inside_the_band_are_tier_c_and_outside_d():
+    tier, lines = check(result(agreement=0.605, sha256="b"), reference())
+    assert (tier, lines[1]) == ("C", "hashes    1 of 2 equal, not teacher")
+    tier, lines = check(result(agreement=0.7, sha256="b"), reference())
+    assert tier == "D"
+    assert lines[2] == "bands     0 of 1 metrics inside, outside: distilled sequence_agreement"
+
+
+def test_without_bands_other_hashes_are_different():
+    assert check(result(sha256="b"), {**reference(), "bands": None})[0] == "D"
+
+
+def test_a_float64_trace_is_tier_b_to_1e_9():
+    there = reference(precision="float64")
+    assert check(result(sha256="b", losses=(3.0, 2.0 + 5e-10)), there)[0] == "B"
+    tier, lines = check(result(sha256="b", losses=(3.0, 2.0 + 5e-9)), there)
+    assert tier == "D"
+    assert "parts in 1 of 1 stages, first teacher at step 2" in lines[2]
+    assert check(result(sha256="b", losses=(3.0,)), there)[0] == "D"
+
+
+@pytest.mark.parametrize(
+    ("changed", "tier", "why"),
+    [
+        ({}, "A", "same code, torch, processor and threads"),
+        ({"code": "other"}, "C", "another code"),
+        ({"packages": {"torch": "2.9"}, "cpu": "x"}, "C", "another torch, cpu"),
+    ],
+)
+def test_the_tier_to_expect_follows_from_the_environments(changed, tier, why):
+    assert expected_tier(environment(), environment(**changed), "float32") == (tier, why)
+    if changed:
+        assert expected_tier(environment(), environment(**changed), "float64") == ("B", why)
+
+
+# -- the commands ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def committed(tiny_run, tmp_path, monkeypatch):
+    """results/ of its own, with the tiny run in it."""
+    monkeypatch.setattr(judge, "RESULTS", tmp_path / "results")
+    (tmp_path / "README.md").write_text("<!-- results/tiny.json -->\n<!-- end -->", "utf-8")
+    assert judge.main([str(tiny_run), "--update"]) == 0
+    return tmp_path / "results" / "tiny.json"
+
+
+def test_a_run_checks_against_what_it_wrote(committed, tiny_run, capsys):
+    capsys.readouterr()
+    assert judge.main([str(tiny_run), "--check"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 4
+    assert lines[0] == "expected  tier A: same code, torch, processor and threads"
+    assert lines[3] == "tier      A: equal bit for bit"
+
+
+def test_a_run_that_differs_exits_with_1(committed, tiny_run, capsys):
+    changed = json.loads(committed.read_text("utf-8"))
+    changed["artifacts"]["teacher"] = "0" * 64
+    committed.write_text(json.dumps(changed), "utf-8")
+    assert judge.main([str(tiny_run), "--check"]) == 1
+    assert "not teacher" in capsys.readouterr().out
+
+
+def test_a_run_of_another_config_cannot_be_checked(committed, tiny_run, capsys):
+    changed = json.loads(committed.read_text("utf-8"))
+    changed["config"]["teacher"]["epochs"] = 99.0
+    committed.write_text(json.dumps(changed), "utf-8")
+    assert judge.main([str(tiny_run), "--check"]) == 2
+    assert "teacher.epochs: 99.0 there" in capsys.readouterr().err
+    assert judge.main([str(tiny_run), "--check", "tini"]) == 2
+    assert "did you mean 'tiny'?" in capsys.readouterr().err
+
+
+def test_compare_names_the_causes_in_order_and_the_step_where_losses_part(tiny_run, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_run, other)
+    manifest = json.loads((other / "manifest.json").read_text("utf-8"))
+    manifest["environment"]["threads"] = 7
+    manifest["environment"]["packages"]["torch"] = "1.0"
+    (other / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    lines = (other / "metrics.jsonl").read_text("utf-8").splitlines()
+    third = json.loads(lines[2])
+    lines[2] = json.dumps({**third, "loss": third["loss"] + 1e-6})
+    (other / "metrics.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    a, b = Run.finished(tiny_run), Run.finished(other)
+    said = compare_runs(a, b)
+    assert [line.split()[0] for line in said] == [
+        "code", "config", "versions", "machine", "threads", "data", "seeds", "hashes", "losses",
+    ]  # fmt: skip
+    assert "torch: '" in said[2]
+    assert said[4] == f"threads   threads: {a.manifest['environment']['threads']} there, 7 here"
+    assert f"{third['stage']} by step {third['step']}" in said[-1]
+    assert compare_runs(a, a)[-1] == "losses    equal wherever both runs logged them"
+
+
+def test_environment_prints_what_a_bug_report_needs(capsys):
+    judge.main(["--environment"])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith(("[OK] ", "[FAIL]")) for line in lines)
+    for word in ("Python 3", "torch 2", "threads", "memory", "disk", "dictionary", "commit"):
+        assert any(word in line for line in lines)
+
+
+@pytest.mark.slow
+def test_the_float64_trace_is_the_committed_one_on_any_number_of_threads(tmp_path):
+    for threads in (1, 2):
+        command = [sys.executable, "train.py", "configs/trace-float64.yaml", f"threads={threads}"]
+        run = [*command, "--runs", str(tmp_path / str(threads))]
+        subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
+        folder = tmp_path / str(threads) / "trace-float64"
+        assert judge.main([str(folder), "--check"]) == 0
