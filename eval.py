@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from configs.runs import (
     Run,
@@ -90,6 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
             update(run, config, options.bands)
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, SafetensorError) as error:
+        print(f"error: {error}; nothing is lost, the same command goes on", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command starts the evaluation again", file=sys.stderr)

@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -58,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         story(config, options.runs / config.name)
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, SafetensorError) as error:
+        print(f"error: {error}; nothing is lost, the same command goes on", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -316,7 +320,8 @@ def affordable_steps(
         spent.append(spent[-1] + plain.of_batch(lengths))
         extra.append(extra[-1] + whole.of_batch(lengths) - plain.of_batch(lengths))
     looks = match.steps if match else lambda steps: 0
-    return max(n for n in range(len(spent)) if spent[n] + extra[looks(n)] <= budget)
+    affordable = [n for n in range(len(spent)) if spent[n] + extra[looks(n)] <= budget]
+    return max(affordable, default=0)
 
 
 def student_of(model: nn.Module) -> nn.Module:

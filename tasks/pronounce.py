@@ -146,11 +146,12 @@ class Pronounce:
 
     def prompt(self, word: str) -> list[int]:
         """`lab` -> the ids of `<s> l a b =`. LabError names a letter that it cannot spell."""
+        if not 1 <= len(word) <= LONGEST_PROMPT - 2:
+            shown = word if len(word) < 50 else f"{word[:20]}..."
+            raise LabError(f"{shown!r} has {len(word)} letters, expected 1 to {LONGEST_PROMPT - 2}")
         for letter in word:
             if letter not in LETTERS:
                 raise LabError(f"{word!r}: {letter!r} is not one of the letters {LETTERS}")
-        if not 1 <= len(word) <= LONGEST_PROMPT - 2:
-            raise LabError(f"{word!r} has {len(word)} letters, expected 1 to {LONGEST_PROMPT - 2}")
         spelled = [self.token_ids[letter] for letter in word]
         return [self.tokenizer.bos_token_id, *spelled, self.separator]
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from configs.schema import LabError
+
 POOL_BATCHES = 32  # batches are cut from pools of this many, sorted by length, to avoid padding
 
 
@@ -43,6 +45,12 @@ class Rows:
     def build_flat(
         cls, ids: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray
     ) -> "Rows":
+        empty = np.flatnonzero((lengths < 1) | (prompt_lengths < 1))
+        if len(empty):
+            raise LabError(
+                f"row {ids[empty[0]]} is empty ({lengths[empty[0]]} tokens, "
+                f"{prompt_lengths[empty[0]]} of them the prompt); leave it out"
+            )
         return cls(ids, tokens, np.concatenate([[0], np.cumsum(lengths)]), prompt_lengths)
 
     def __len__(self) -> int:

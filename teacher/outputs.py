@@ -306,6 +306,8 @@ class Outputs:
         tables = []
         for name, digest in (provenance["shards"] or {}).items():
             file = folder / name
+            if file.is_symlink() or file.parent != folder or Path(name).name != name:
+                raise LabError(f"{folder}: {name!r} is not a file of this folder; delete it")
             if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
                 raise LabError(
                     f"{file} is {'damaged' if file.exists() else 'missing'}; delete {folder} and "

@@ -86,3 +86,8 @@ def test_the_lock_pins_every_direct_dependency():
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lock.splitlines()}
     assert {re.match(r"[\w-]+", w)[0].lower() for w in wanted} <= pinned
     assert "torch==2.13.0" in lock.splitlines()
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_durations_come_from_a_clock_that_never_jumps(file):
+    assert not re.search(r"\btime\.time\(|datetime\.now\(\)", file.read_text(encoding="utf-8"))

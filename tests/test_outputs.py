@@ -1,5 +1,8 @@
 """The teacher's outputs on disk: what is stored is what the teacher said, for the right row."""
 
+import json
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from teacher.signal import shows_states
 
 DATA = Recipe(access="logits", sequences="data")
 WRITTEN = Recipe(access="logits", sequences="teacher")
+FEW = Recipe(access="logits", sequences="data", transfer_rows=12)
 TOP = Recipe(access="top_k", sequences="data", k=5)
 TEXT = Recipe(access="text", sequences="teacher", objective="cross_entropy")
 INVENTED = Recipe(access="logits", sequences="teacher", prompts="invented", transfer_rows=40)
@@ -243,3 +247,41 @@ def test_sampling_follows_the_models_own_distribution(task, teacher):
     )
     found = torch.bincount(torch.cat([w.tokens for w in written]), minlength=72) / 20_000
     torch.testing.assert_close(found, written[0].log_probs[0].exp(), atol=0.015, rtol=0)
+
+
+def test_no_corrupted_byte_ever_gives_a_wrong_row(make, tmp_path):
+    """10,000 corrupted folders: each is refused in one line, or reads as it was written."""
+    whole = make(FEW)
+    folder = tmp_path / name_of(FEW)
+    binding = json.loads((folder / "provenance.json").read_text("utf-8"))["binding"]
+    digest = whole.rows.digest()
+    values = [array.copy() for array, _ in whole.values]
+    files = sorted(folder.iterdir())
+    contents = {file: file.read_bytes() for file in files}
+    draw = random.Random(0)
+    refused = []
+    for _ in range(10_000):
+        file = draw.choice(files)
+        broken = bytearray(contents[file])
+        for _ in range(draw.randint(1, 3)):
+            kind, place = draw.randrange(3), draw.randrange(len(broken))
+            if kind == 0:
+                broken[place] ^= 1 << draw.randrange(8)
+            elif kind == 1:
+                del broken[place : place + draw.randint(1, 50)]
+            else:
+                broken[place:place] = draw.randbytes(draw.randint(1, 50))
+            if not broken:
+                break
+        file.write_bytes(broken)
+        try:
+            found = Outputs(folder, binding)
+        except LabError as error:
+            refused.append(str(error))
+        else:
+            assert found.rows.digest() == digest
+            for (array, _), expected in zip(found.values, values, strict=True):
+                assert np.array_equal(array, expected)
+        file.write_bytes(contents[file])
+    assert len(refused) > 9_000
+    assert max(len(line.splitlines()) for line in refused) == 1
