@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo reproduce test test-all lint clean
 
 demo: $(VENV)/.installed
 	$(RUN) train.py configs/quickstart.yaml
 	$(RUN) eval.py runs/quickstart
 	@echo "open runs/quickstart/report.html, then try:"
 	@echo "  $(RUN) eval.py runs/quickstart --ask deepseek distillation"
+
+# Train again from nothing, under another name, and compare with the committed results.
+reproduce: $(VENV)/.installed
+	$(RUN) train.py configs/trace-float64.yaml name=trace-float64-again
+	$(RUN) eval.py runs/trace-float64-again --check trace-float64
+	$(RUN) train.py configs/quickstart.yaml name=quickstart-again
+	$(RUN) eval.py runs/quickstart-again --check quickstart
 
 test: $(VENV)/.installed-test
 	$(RUN) -m pytest -m "not slow"

@@ -301,6 +301,14 @@ class Outputs:
         """LabError if a shard is missing or damaged, or if the outputs are bound to other things
         than `binding` says."""
         provenance = read_json(folder / "provenance.json")
+        if not isinstance(provenance, dict) or not all(
+            isinstance(provenance.get(key, 0), kind)
+            for key, kind in (("binding", dict), ("shards", dict | None))
+        ):
+            raise LabError(
+                f"{folder / 'provenance.json'} is damaged; delete {folder} and run train.py on the "
+                "config again"
+            )
         if binding is not None:
             check_binding(folder, provenance["binding"], binding)
         tables = []
