@@ -35,7 +35,7 @@ from measure.check import artifacts_of, bands, check, compare_runs, losses_of
 from measure.cost import CountedForward, Stopwatch
 from measure.judged import Reference, free_running
 from measure.provenance import environment, environment_facts
-from measure.report import render_report
+from measure.report import render_check, render_report
 from measure.statistics import Comparison, Metric, share_of_gap, verdicts
 from measure.tables import console_table, facts_of, with_tables
 from student.recipe import recipes_of
@@ -195,7 +195,9 @@ def tell_check(run: Run, config: Config, name: str) -> int:
     if not (run.folder / "eval.json").exists():
         with run.locked():
             judge(run, config, "heldout")
-    tier, lines = check(read_json(run.folder / "eval.json"), reference)
+    result = read_json(run.folder / "eval.json")
+    tier, lines = check(result, reference)
+    write_atomically(run.folder / "check.html", render_check(result, reference, lines))
     print("\n".join(lines))
     return 1 if tier == "D" else 0
 
@@ -249,7 +251,7 @@ def comparison(claim: Verdict, metrics: dict[str, Any]) -> Comparison:
     """What a claim compares, with the threshold that the config fixed beforehand."""
     first, second = (
         {**metrics[arm][claim.split]["quality"], **metrics[arm][claim.split]["fidelity"]}
-        for arm in claim.claim.split(" beats ")
+        for arm in claim.names
     )
     return Comparison(
         claim.claim, claim.metric, claim.threshold, first[claim.metric], second[claim.metric]

@@ -6,6 +6,7 @@ with the reason, before a minute is spent.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -158,17 +159,34 @@ class Students(Section):
 
 
 class Verdict(Section):
-    claim: str  # "<name> beats <name>"
+    claim: str  # "<name> beats <name>", or "<name> matches <name>"
     metric: str = "sequence_agreement"
-    threshold: float = 0.0  # the difference must lie above this, in the metric's own unit
+    # In the metric's own unit. beats: the difference must lie above it; matches: within it.
+    threshold: float = 0.0
     split: Literal["heldout", "long"] = "heldout"
 
     @field_validator("claim")
     @classmethod
     def two_names(cls, value: str) -> str:
-        if len(value.split(" beats ")) != 2:
-            raise ValueError(f"claim {value!r} must read '<name> beats <name>'")
+        if not re.fullmatch(r"\S+ (beats|matches) \S+", value):
+            raise ValueError(
+                f"claim {value!r} must read '<name> beats <name>' or '... matches ...'"
+            )
         return value
+
+    @model_validator(mode="after")
+    def equal_within_something(self) -> "Verdict":
+        if " matches " in self.claim and self.threshold <= 0:
+            raise ValueError(
+                f"claim {self.claim!r} needs a threshold above 0: two arms are never equal, they "
+                "are within a margin of each other"
+            )
+        return self
+
+    @property
+    def names(self) -> tuple[str, str]:
+        first, _, second = self.claim.split()
+        return first, second
 
 
 class Cost(Section):
@@ -227,9 +245,9 @@ class Config(Section):
                     f"recipes.{name}.hidden_layers {layers}: expected {shallow} layers, one for "
                     f"each of the student's, from 1 to the teacher's {deep}"
                 )
-        known = {*self.recipes, *self.controls}
+        known = {*self.recipes, *self.controls, "teacher"}
         for verdict in self.verdicts:
-            for name in verdict.claim.split(" beats "):
+            for name in verdict.names:
                 if name not in known:
                     raise ValueError(
                         f"verdict {verdict.claim!r}: no student or control {name!r}"

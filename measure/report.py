@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from configs.runs import Run
+from measure.check import metrics_of
 from measure.fidelity import ECE_BINS
 from measure.judged import Judged, Reference
 from measure.tables import COLUMNS, arms_in, cells_of, facts_of
@@ -61,7 +62,7 @@ def render_report(
             "Fidelity against cost": (
                 fidelity_against_cost(result, arms, colours),
                 "How often a student gives the teacher's very own answer, against what it cost, "
-                "its outputs included. All arms have the same budget by design.",
+                "its outputs included. All students and controls have the same budget by design.",
             ),
             "Reliability": (
                 reliability(first, colours),
@@ -146,29 +147,57 @@ def learning_curves(run: Run, colours: dict[str, str]) -> str:
 def fidelity_against_cost(
     result: dict[str, Any], arms: dict[str, Any], colours: dict[str, str]
 ) -> str:
+    """Outputs and student in % of the teacher's training; a twin cost as much as the teacher."""
     figure, axes = plt.subplots(figsize=(7, 4))
     shares = result["cost"]["fraction_of_teacher_by_student"]
+    points = []
     for arm, entry in arms.items():
         metric = entry["fidelity"].get("sequence_agreement")
         if metric is None:
             continue
-        if arm not in shares:  # the twin cost what the teacher cost: a level to compare with
-            axes.axhline(100 * metric["mean"], color=colours[arm], lw=1, ls="--")
-            axes.annotate(
-                f"{arm} (a second teacher)",
-                (0.02, 100 * metric["mean"]),
-                xytext=(0, 4),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-            )
-            continue
-        x = 100 * shares[arm]["flops"]
-        y = 100 * metric["mean"]
+        x, y = 100 * shares[arm]["flops"] if arm in shares else 100.0, 100 * metric["mean"]
         error = [[y - 100 * metric["ci95"][0]], [100 * metric["ci95"][1] - y]]
         axes.errorbar(x, y, yerr=error, fmt="o", color=colours[arm], capsize=3)
-        axes.annotate(arm, (x, y), xytext=(6, 4), textcoords="offset points")
-    axes.set(xlabel="% of the teacher's training FLOPs", ylabel="same answer %")
-    axes.set_xlim(left=0)
+        points.append((y, x, arm))
+    below = -np.inf
+    reach = max(y for y, _, _ in points) or 1
+    for y, x, arm in sorted(points):  # labels of arms that lie together are spread upwards
+        below = max(y, below + 0.06 * reach)
+        axes.annotate(arm, (x, below), xytext=(8, -4), textcoords="offset points")
+    axes.set(xlabel="% of the teacher's training FLOPs", ylabel="same answer %", xscale="log")
+    axes.set_xlim(1, 250)
+    axes.set_xticks([1, 2, 5, 10, 20, 50, 100], labels=["1", "2", "5", "10", "20", "50", "100"])
+    axes.minorticks_off()
+    return picture(figure)
+
+
+def render_check(result: dict[str, Any], reference: dict[str, Any], lines: list[str]) -> str:
+    """HTML of a check: what it said, and every metric inside the distribution of its seeds."""
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        Path(__file__).with_name("check.html").read_text(encoding="utf-8")
+    )
+    bands = reference.get("bands") or {}
+    return template.render(
+        name=result["config"]["name"],
+        lines=lines,
+        seeds=max((len(band["values"]) for band in bands.values()), default=0),
+        image=strips(metrics_of(result), bands) if bands else None,
+    )
+
+
+def strips(found: dict[str, list[float]], bands: dict[str, Any]) -> str:
+    """A line per metric, in units of its band: grey the committed seeds, blue this run."""
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.24 * len(bands)))
+    for row, (key, band) in enumerate(bands.items()):
+        middle, half = (band["high"] + band["low"]) / 2, (band["high"] - band["low"]) / 2 or 1
+        seeds = (np.asarray(band["values"]) - middle) / half
+        here = (np.mean(found[key]) - middle) / half
+        axes.plot(seeds, np.full(len(seeds), row), "|", color="#888", ms=9)
+        axes.plot(here, row, "o", color="#1b6ca8" if abs(here) <= 1 else "#b3261e", ms=5)
+    axes.axvspan(-1, 1, color="#1b6ca8", alpha=0.08, lw=0)
+    axes.set_yticks(range(len(bands)), labels=[key.replace("_", " ") for key in bands], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="distance from the middle of the band, in half-widths", ylim=(len(bands), -1))
     return picture(figure)
 
 

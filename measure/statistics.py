@@ -124,6 +124,10 @@ class Comparison:
         return -1 if self.metric.startswith(LOWER_IS_BETTER) else 1
 
     @property
+    def equivalence(self) -> bool:
+        return " matches " in self.claim
+
+    @property
     def paired(self) -> bool:
         return len(self.first.per_seed) == len(self.second.per_seed) > 1
 
@@ -145,6 +149,16 @@ class Comparison:
         """Two-sided, that the difference lies on the other side of the threshold."""
         above = (self.resamples > self.threshold).mean()
         return float(min(1.0, 2 * max(min(above, 1 - above), 1 / RESAMPLES)))
+
+    @property
+    def p_equivalence(self) -> float:
+        """Of two one-sided tests (TOST, Schuirmann 1987) that the difference is beyond the margin:
+        a large p of a test for a difference would prove nothing."""
+        beyond = [
+            (self.resamples >= self.threshold).mean(),
+            (self.resamples <= -self.threshold).mean(),
+        ]
+        return float(max(*beyond, 1 / RESAMPLES))
 
     def p_permutation(self) -> float:
         """Two-sided, that the two arms are exchangeable: differences flip their signs, seed by
@@ -191,20 +205,26 @@ def verdicts(comparisons: list[Comparison]) -> list[dict]:
 
     From the 95 % interval of the paired difference: all of it at or below the threshold does not
     beat; all of it above beats, if it is still significant at 5 % after Holm's correction for the
-    number of claims (Holm 1979); anything else is inconclusive.
+    number of claims (Holm 1979); anything else is inconclusive. A claim that two arms match is an
+    equivalence test: it holds if the difference lies within the margin at 5 %, fails if all of the
+    95 % interval lies outside.
     """
     if not comparisons:
         return []
-    _, corrected, _, _ = multipletests([c.p_bootstrap for c in comparisons], method="holm")
+    values = [c.p_equivalence if c.equivalence else c.p_bootstrap for c in comparisons]
+    _, corrected, _, _ = multipletests(values, method="holm")
     return [verdict(c, float(p)) for c, p in zip(comparisons, corrected, strict=True)]
 
 
 def verdict(comparison: Comparison, p_holm: float) -> dict:
     low, high = interval(comparison.resamples)
-    beats = low > comparison.threshold and p_holm <= 0.05
-    result = (
-        "beats" if beats else "does not beat" if high <= comparison.threshold else "inconclusive"
-    )
+    margin, significant = comparison.threshold, p_holm <= 0.05
+    if comparison.equivalence:
+        outside = low > margin or high < -margin
+        result = "matches" if significant else "does not match" if outside else "inconclusive"
+    else:
+        beats = low > margin and significant
+        result = "beats" if beats else "does not beat" if high <= margin else "inconclusive"
     return {
         "claim": comparison.claim,
         "metric": comparison.metric,
@@ -237,8 +257,13 @@ def verdict_line(verdict: dict) -> str:
         if verdict["seeds"] > 1
         else "over 1 seed (the interval is over rows alone)"
     )
-    beyond = f", more than {scale * verdict['threshold']:g} needed" if verdict["threshold"] else ""
+    beyond = ""
+    if " matches " in verdict["claim"]:
+        beyond = f", margin {scale * verdict['threshold']:g}"
+    elif verdict["threshold"]:
+        beyond = f", more than {scale * verdict['threshold']:g} needed"
     digits = 1 if scale == 100 else 3
+    by = "to" if " matches " in verdict["claim"] else "by"
     more = ""
     if verdict["result"] == "inconclusive":
         needed = verdict.get("seeds_needed")
@@ -248,7 +273,7 @@ def verdict_line(verdict: dict) -> str:
             else " (more seeds would say how many are needed)"
         )
     return (
-        f"{verdict['claim']} by {scale * verdict['difference']:.{digits}f} {unit} "
+        f"{verdict['claim']} {by} {scale * verdict['difference']:.{digits}f} {unit} "
         f"{verdict['metric'].replace('_', ' ')} [{low:.{digits}f}, {high:.{digits}f}] {seeds}"
         f"{beyond}: {verdict['result'].upper()}{more}"
     )

@@ -159,6 +159,19 @@ def test_a_claim_that_can_not_be_decided_says_how_many_seeds_would():
     assert f"({found['seeds_needed']} seeds would tell" in verdict_line(found)
 
 
+@pytest.mark.parametrize(
+    ("truth", "rows", "result"),
+    [(0.0, 4000, "matches"), (0.2, 4000, "does not match"), (0.0, 20, "inconclusive")],
+)
+def test_a_match_is_an_equivalence_test_with_a_margin_and_not_a_large_p(truth, rows, result):
+    generator = np.random.default_rng(0)
+    arms = simulated(generator, 5, rows, truth, between_seeds=0.005)
+    claim = Comparison("a matches b", "sequence_agreement", 0.05, arms.first, arms.second)
+    found = verdicts([claim])[0]
+    assert found["result"] == result
+    assert "margin 5" in verdict_line(found)
+
+
 def test_statistics_hand_values():
     first, second = (
         Metric(np.array([[[value, 1.0]] * 4 for value in values]))
