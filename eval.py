@@ -43,12 +43,12 @@ from tasks import load_task
 from tasks.pronounce import Pronounce
 from tasks.rows import Rows
 from teacher.model import load_model
-from teacher.outputs import name_of
+from teacher.outputs import Outputs, name_of
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 # Keys of a config that say how a machine runs it, not what is run.
-MACHINE = ("name:", "threads:", "workers:", "cost.", "checkpoint_seconds:", "log_every:")
+MACHINE = ("name:", "threads:", "workers:", "cost.", "checkpoint_seconds:")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -190,9 +190,12 @@ def tell_check(run: Run, config: Config, name: str) -> int:
     if differing:
         raise LabError(f"{run.folder} is not the config of {file}: {differing[0]}")
     for stage in run.manifest["stages"]:
-        if not stage.startswith("outputs/"):
+        if stage.startswith("outputs/"):
+            Outputs(run.folder / stage)  # refuses a damaged shard
+        else:
             open_model(run, stage)
-    if not (run.folder / "eval.json").exists():
+    judged = run.folder / "eval.json"
+    if not judged.exists() or read_json(judged).get("artifacts") != artifacts_of(run):
         with run.locked():
             judge(run, config, "heldout")
     result = read_json(run.folder / "eval.json")

@@ -15,6 +15,7 @@ import signal as signals
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +99,12 @@ def story(config: Config, folder: Path) -> None:
     main_process = accelerator.is_main_process
     with Run(folder).locked() if main_process else nullcontext():
         if main_process:
-            run = Run.open(folder, config, environment(threads))
+            here = environment(threads, config.workers, accelerator.num_processes)
+            run = Run.open(folder, config, here)
         accelerator.wait_for_everyone()
         lab = open_lab(config, run if main_process else Run(folder).reload(), accelerator)
+        for settings in (config.teacher.model, config.students.model):
+            try_model(lab, settings)
         run = lab.run
         run.manifest["data"] = {"rows": lab.rows.digest(), "tokenizer": tokenizer_sha256(lab.task)}
         teachers = {"teacher": (train_teacher, config.teacher.seed)}
@@ -152,6 +156,11 @@ def train_all(lab: Lab, jobs: dict[str, tuple]) -> None:
             }
             for done in as_completed(running):
                 lab.run.close_stage(running[done], *done.result())
+        except BrokenProcessPool:
+            raise LabError(
+                "a worker was killed from outside, perhaps for memory; the same command goes on, "
+                "workers=1 under another name=... needs less"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -208,6 +217,18 @@ def train_teacher(lab: Lab, stage: str, seed: int) -> Closing:
     )
 
 
+def try_model(lab: Lab, settings: Model) -> None:
+    """One row through a model of this shape: what cannot work is said before the long training."""
+    model = build_model(settings, lab.task.tokenizer, lab.task.longest_row)
+    try:
+        model(torch.ones((1, 3), dtype=torch.long), use_cache=False)
+    except (RuntimeError, ValueError) as error:
+        raise LabError(
+            f"a model of this shape cannot run: {settings.model_dump(exclude_defaults=True)} "
+            f"({str(error).splitlines()[0]}); is hidden_size / num_attention_heads even?"
+        ) from None
+
+
 def new_model(lab: Lab, settings: Model, seed: int) -> nn.Module:
     model = build_model(settings, lab.task.tokenizer, lab.task.longest_row)
     return initialise(model.to(getattr(torch, lab.config.precision)), seed)
@@ -225,12 +246,12 @@ def produce_outputs(lab: Lab, recipe: Recipe) -> None:
     folder = lab.run.folder / stage
     total = recipe.transfer_rows or len(lab.rows)
     with tqdm(total=total, desc=stage, unit="row", ascii=True, leave=False, disable=None) as bar:
-        make_outputs(
+        flops = make_outputs(
             folder, teacher, lab.task, lab.rows, recipe, binding_of(lab, recipe), bar.update
         )
     size = sum(file.stat().st_size for file in folder.iterdir())
     made = {"sha256": sha256_of_outputs(folder), "rows": total, "bytes": size}
-    close_stage(lab, stage, (watch.read(teacher.flops), made))
+    close_stage(lab, stage, (watch.read(flops), made))
     tqdm.write(f"{stage:<34} {total} rows, {size / 2**20:.1f} MB")
 
 
@@ -356,6 +377,11 @@ def fit(
         model.parameters(), betas=training.betas, weight_decay=training.weight_decay, fused=True
     )
     order = batch_order(lessons.rows.lengths, training.batch_rows, seed)
+    if len(order(0)) < processes:
+        raise LabError(
+            f"{stage}: a batch of {len(order(0))} rows cannot be shared by {processes} processes; "
+            "launch fewer"
+        )
     costs, plain_costs = TrainingFlops(model), TrainingFlops(student_of(model))
     checkpoints = lab.run.checkpoints(stage)
     first, flops, cost_before = restore(checkpoints, model, optimizer)

@@ -41,7 +41,7 @@ def restore(
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model/{name}"])
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(meta["step"])),
+                "step": torch.tensor(float(meta["step"]), device=parameter.device),
                 "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
                 "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
             }
@@ -65,6 +65,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest()[:16] != file.name.split(".")[1]:
             print(f"checkpoint {file} is damaged (sha256 differs); using the one before")
+            file.unlink()  # or it would count as one of the two that are kept
             continue
         header = int.from_bytes(content[:8], "little")
         meta = json.loads(json.loads(content[8 : 8 + header])["__metadata__"]["lab"])

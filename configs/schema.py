@@ -13,6 +13,17 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+METRICS = (
+    "word_error_rate",
+    "phoneme_error_rate",
+    "kl_teacher_student",
+    "kl_student_teacher",
+    "top1_agreement",
+    "nll_gap",
+    "sequence_agreement",
+    "agreement_on_teacher_errors",
+    "ece",
+)
 CONTROLS = ("alone", "scarce", "shuffled", "smoothed", "twin")
 
 
@@ -45,6 +56,9 @@ class Model(Section):
         return self
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Training(Section):
     """AdamW with warm-up and cosine decay; the same for teacher, student and control."""
 
@@ -54,7 +68,7 @@ class Training(Section):
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     final_fraction: float = Field(0.0, ge=0, le=1)  # of the learning rate, at the last step
     weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Share, Share] = (0.9, 0.98)
     clip_norm: float = Field(1.0, gt=0)
     # What a token of the prompt counts for in the loss; one of the completion counts for 1. Above
     # 0 a model also learns to write prompts; a student of distributions has them at answers only.
@@ -64,8 +78,8 @@ class Training(Section):
 class Teacher(Section):
     model: Model
     training: Training
-    epochs: float = Field(gt=0)
-    seed: int = 0
+    epochs: float = Field(gt=0, lt=1e6)
+    seed: int = Field(0, ge=0)
 
 
 class Recipe(Section):
@@ -160,7 +174,7 @@ class Students(Section):
 
 class Verdict(Section):
     claim: str  # "<name> beats <name>", or "<name> matches <name>"
-    metric: str = "sequence_agreement"
+    metric: Literal[METRICS] = "sequence_agreement"
     # In the metric's own unit. beats: the difference must lie above it; matches: within it.
     threshold: float = 0.0
     split: Literal["heldout", "long"] = "heldout"
@@ -197,13 +211,13 @@ class Cost(Section):
 
 class Task(Section):
     name: Literal["pronounce"] = "pronounce"
-    limit: int | None = Field(None, gt=0)  # use only so many words: for tests
+    limit: int | None = Field(None, ge=100)  # use only so many words: for tests
 
 
 class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     task: Task = Task()
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     threads: int | None = Field(None, gt=0)  # null: the physical cores, at most 8
     workers: int = Field(1, gt=0)  # processes that share the threads when several models train
     precision: Literal["float32", "float64"] = "float32"  # float64: the same on every machine
@@ -225,8 +239,18 @@ class Config(Section):
     @model_validator(mode="after")
     def names_agree(self) -> "Config":
         for name in self.recipes:
-            if name in CONTROLS:
-                raise ValueError(f"{name!r} names a control; call the student something else")
+            if name in (*CONTROLS, "teacher"):
+                raise ValueError(f"{name!r} names the teacher or a control; call it something else")
+        softened = [r for r in self.recipes.values() if r.access in ("logits", "hidden")]
+        if "smoothed" in self.controls and not softened:
+            raise ValueError(
+                "the control smoothed takes the entropy of full distributions: it needs a recipe "
+                "with access logits or hidden"
+            )
+        if "shuffled" in self.controls and next(iter(self.recipes.values())).access == "none":
+            raise ValueError(
+                "the control shuffled mixes up the first recipe's outputs, but it has none"
+            )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat; every seed is one independent student")
         if self.students.training.prompt_weight > 0:

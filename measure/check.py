@@ -25,7 +25,18 @@ from configs.runs import Run, differences
 COVERAGE = CONFIDENCE = 0.95
 TRACE_TOLERANCE = 1e-9
 # What changes the last bits of float32, in order of likelihood.
-BITS = ("code", "torch", "threads", "cpu", "cpu_capability", "gpu", "platform")
+BITS = (
+    "code",
+    "torch",
+    "transformers",
+    "threads",
+    "workers",
+    "processes",
+    "cpu",
+    "cpu_capability",
+    "gpu",
+    "platform",
+)
 
 
 def tolerance_factor(n: int) -> float:
@@ -74,7 +85,7 @@ def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def expected_tier(here: dict[str, Any], there: dict[str, Any], precision: str) -> tuple[str, str]:
     """The tier to expect from two environments, and why."""
-    flat = [{**e, "torch": e["packages"]["torch"]} for e in (here, there)]
+    flat = [{**e, **e["packages"]} for e in (here, there)]
     differing = [key for key in BITS if flat[0].get(key) != flat[1].get(key)]
     if not differing:
         return "A", "same code, torch, processor and threads"
@@ -91,13 +102,14 @@ def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[
     same = [key for key, value in hashes.items() if result["artifacts"].get(key) == value]
     inside, outside = inside_bands(result, reference)
     parted = trace_parts(result.get("trace") or {}, reference.get("trace") or {})
-    if len(same) == len(hashes):
+    figures = metrics_of(result) == metrics_of(reference)
+    if len(same) == len(hashes) and figures:
         tier = "A"
     elif precision == "float64":
         tier = "D" if parted else "B"
     else:
         tier = "C" if inside and not outside else "D"
-    first = next((key for key in hashes if key not in same), None)
+    first = next((key for key in hashes if key not in same), None if figures else "the metrics")
     lines = [
         f"expected  tier {expected}: {why}",
         f"hashes    {len(same)} of {len(hashes)} equal" + (f", not {first}" if first else ""),

@@ -27,7 +27,7 @@ PACKAGES = (
 )
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, workers: int = 1, processes: int = 1) -> dict[str, Any]:
     """What a rerun needs to know about this one."""
     return {
         "python": platform.python_version(),
@@ -38,6 +38,8 @@ def environment(threads: int) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": threads,
+        "workers": workers,
+        "processes": processes,
         "code": code_sha256(),
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
@@ -87,7 +89,7 @@ def code_sha256() -> str:
     """Of the code that a training runs: a commit that only touches a text leaves it alone, and it
     is there without git."""
     root = Path(__file__).parent.parent
-    files = [root / "train.py"]
+    files = [root / "train.py", root / "measure" / "cost.py"]  # which says how many steps
     for room in ("configs", "tasks", "teacher", "student"):
         files += sorted((root / room).glob("*.py"))
     digest = hashlib.sha256()

@@ -160,14 +160,20 @@ class Comparison:
         ]
         return float(max(*beyond, 1 / RESAMPLES))
 
-    def p_permutation(self) -> float:
+    def p_permutation(self) -> float | None:
         """Two-sided, that the two arms are exchangeable: differences flip their signs, seed by
-        seed where both have several (2 / 2^n is the least that n seeds can show), else row by row.
+        seed where both have several (2 / 2^n is the least that n seeds can show), else row by row;
+        None where rows have no values to exchange, as in an ECE.
         """
         if self.paired:
             values = self.by_seed
+        elif self.first.statistic is not ratio or self.second.statistic is not ratio:
+            return None
         else:
-            first, second = (m.columns[:, :, 0].mean(axis=0) for m in (self.first, self.second))
+            first, second = (
+                (m.columns[:, :, 0] / np.maximum(m.columns[:, :, 1], 1e-12)).mean(axis=0)
+                for m in (self.first, self.second)
+            )
             values = first - second
         if not np.any(values):
             return 1.0
@@ -194,10 +200,13 @@ class Comparison:
         the paired t-test at 5 %; None where one seed cannot tell, or where no number would."""
         deviation = self.by_seed.std(ddof=1) if self.paired else 0.0
         size = abs(self.difference - self.threshold)
-        if deviation == 0 or size < 1e-3 * deviation:
+        if deviation < 1e-12 or size < 1e-3 * deviation:
             return None
-        needed = TTestPower().solve_power(effect_size=size / deviation, alpha=0.05, power=0.8)
-        return max(2, math.ceil(float(np.squeeze(needed))))
+        test, effect = TTestPower(), size / deviation
+        if test.power(effect, nobs=2, alpha=0.05) >= 0.8:
+            return 2
+        needed = float(np.squeeze(test.solve_power(effect_size=effect, alpha=0.05, power=0.8)))
+        return max(2, math.ceil(needed)) if math.isfinite(needed) else None
 
 
 def verdicts(comparisons: list[Comparison]) -> list[dict]:

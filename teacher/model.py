@@ -62,6 +62,11 @@ def build_model(config: Model, tokenizer: PreTrainedTokenizerFast, positions: in
         # 8/3 of the width: a gated layer of three matrices then costs what an ungated one would
         inner = config.intermediate_size or -(-config.hidden_size * 8 // 3 // 8) * 8
         wanted["n_inner" if config.architecture == "gpt2" else "intermediate_size"] = inner
+    # A model of a few layers that sees its data a few times has no use for dropout, and without it
+    # a training is a function of its seed and the step alone.
+    for name, value in known.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            wanted.setdefault(name, 0.0)
     shaped = AutoConfig.for_model(config.architecture, **wanted)
     # Rows of tens of tokens: plain matrix products beat the fused attention kernels on a CPU.
     return AutoModelForCausalLM.from_config(shaped, attn_implementation="eager")

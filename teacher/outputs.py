@@ -70,11 +70,12 @@ def make_outputs(
     recipe: Recipe,
     binding: dict[str, Any],
     progress: Callable[[int], None] = lambda rows: None,
-) -> None:
+) -> float:
     """Write the teacher's outputs for `rows`, shard by shard; shards already there are kept.
 
     A killed run goes on at the first missing shard: what a shard holds depends on the rows, the
-    seed and the shard's number alone.
+    seed and the shard's number alone. Returns the FLOPs of all shards, those of an earlier,
+    interrupted part too: each shard says what it cost.
     """
     folder.mkdir(parents=True, exist_ok=True)
     provenance = folder / "provenance.json"
@@ -96,12 +97,15 @@ def make_outputs(
                 picked = np.arange(start, start + size) * len(rows) // count
                 answer = written if recipe.sequences == "teacher" else scored
                 records = answer(forward, task, rows.take(picked), recipe, generator, progress)
-            write_shard(file, records, recipe)
-    shards = {}
+            write_shard(file, records, recipe, forward)
+    shards, flops = {}, 0.0
     for number in range(len(starts)):
         file = folder / f"shard-{number:05d}.arrow"
         shards[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        with pa.memory_map(str(file)) as source:
+            flops += float(pa.ipc.open_stream(source).schema.metadata[b"flops"])
     write_json(provenance, {"binding": binding, "shards": shards})
+    return flops
 
 
 def sha256_of_outputs(folder: Path) -> str:
@@ -239,8 +243,10 @@ def invented(
             )
 
 
-def write_shard(file: Path, records: Iterator[Record], recipe: Recipe) -> None:
-    """One shard as an Arrow stream: no more than the access of the recipe reveals."""
+def write_shard(file: Path, records: Iterator[Record], recipe: Recipe, forward: Forward) -> None:
+    """One shard as an Arrow stream: no more than the access of the recipe reveals, and what it
+    cost a counted teacher."""
+    before = getattr(forward, "flops", 0.0)
     ids, tokens, prompts, values, indices, hidden, attention = [], [], [], [], [], [], []
     for record in records:
         ids.append(record.id)
@@ -267,7 +273,8 @@ def write_shard(file: Path, records: Iterator[Record], recipe: Recipe) -> None:
     if hidden:
         columns["hidden"] = ragged(hidden)
         columns["attention"] = ragged(attention)
-    table = pa.table(columns).combine_chunks()
+    cost = {"flops": repr(getattr(forward, "flops", 0.0) - before)}
+    table = pa.table(columns).combine_chunks().replace_schema_metadata(cost)
     partial = file.with_name(f".{file.name}.partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -337,12 +344,13 @@ class Outputs:
             [flat(table, column) for table in tables if column in table.column_names]
             for column in ("log_probs", "indices", "hidden", "attention")
         )
-        if self.hidden:  # of the first shard; its positions are those of its rows but the last
-            lengths = np.diff(flat(tables[0], "tokens")[1]) - 1
-            states = self.hidden[0][0].reshape(int(lengths.sum()), self.layers, -1)
-            self.hidden_width = states.shape[-1]
-            precision = np.promote_types(states.dtype, np.float32)
-            states = torch.from_numpy(states[:HIDDEN_SAMPLE].astype(precision))
+        if self.hidden:
+            positions = int((self.rows.lengths - 1).sum())
+            self.hidden_width = sum(len(v) for v, _ in self.hidden) // (positions * self.layers)
+            every = max(1, positions // HIDDEN_SAMPLE)  # rows come in the order of the alphabet
+            shape = (-1, self.layers, self.hidden_width)
+            sample = np.concatenate([v.reshape(shape)[::every] for v, _ in self.hidden])
+            states = torch.from_numpy(sample.astype(np.promote_types(sample.dtype, np.float32)))
             self.hidden_mean, self.hidden_scale = states.mean(0), states.std(0) + TINY
         self.source = np.arange(len(self.rows))  # whose completion and log-probabilities row i has
 

@@ -186,16 +186,25 @@ def test_invented_words_are_well_formed_and_never_from_an_unseen_split(make, tas
         assert word not in task.words or split_of(word) == "train"
 
 
-def test_interrupted_outputs_go_on_at_the_missing_shard(make, teacher, tmp_path):
-    whole = make(WRITTEN)
+def test_interrupted_outputs_go_on_at_the_missing_shard_and_cost_what_whole_ones_do(
+    make, teacher, task, rows, tmp_path
+):
+    """Else a student whose outputs were interrupted would get steps for free."""
+    whole = make(WRITTEN, forward=CountedForward(teacher))
     folder = tmp_path / name_of(WRITTEN)
     before = {file.name: file.read_bytes() for file in folder.glob("*.arrow")}
-    (folder / "shard-00002.arrow").unlink()
-    counted = CountedForward(teacher)
-    again = make(WRITTEN, forward=counted)
-    assert {file.name: file.read_bytes() for file in folder.glob("*.arrow")} == before
-    assert again.rows.digest() == whole.rows.digest()
-    assert counted.flops > 0
+    assert len(before) == 4
+    for lost in ([], ["shard-00002.arrow"], list(before)):
+        for name in lost:
+            (folder / name).unlink()
+        counted = CountedForward(teacher)
+        binding = outputs_binding(WRITTEN, "teacher-sha", "tokenizer-sha", rows, 0)
+        flops = make_outputs(folder, counted, task, rows, WRITTEN, binding)
+        assert {file.name: file.read_bytes() for file in folder.glob("*.arrow")} == before
+        assert (counted.flops > 0) == bool(lost)
+        assert counted.flops == pytest.approx(flops) or len(lost) < 4
+        assert Outputs(folder, binding).rows.digest() == whole.rows.digest()
+    assert flops > 0
 
 
 def test_outputs_of_another_teacher_are_refused_by_name(make, tmp_path):

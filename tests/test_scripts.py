@@ -260,6 +260,17 @@ def test_the_report_is_one_file_that_needs_no_other(tiny_run):
         (["task={limit: &a 3, name: *a}"], "aliases"),
         (["task=!!python/object:os.system {}"], "not plain YAML"),
         (["verdicts=[{claim: distiled beats alone}]"], "did you mean 'distilled'?"),
+        (
+            ["verdicts=[{claim: distilled beats alone, metric: words}]"],
+            "expected 'word_error_rate'",
+        ),
+        (["verdicts=[{claim: distilled matches alone}]"], "needs a threshold above 0"),
+        (["recipes.teacher={access: logits}"], "names the teacher or a control"),
+        (["seeds=[-1]"], "seeds.0: found -1"),
+        (["teacher.training.betas=[0.9, 1.0]"], "betas.1: found 1.0"),
+        (["teacher.epochs=.inf"], "teacher.epochs: found inf"),
+        (["task.limit=10"], "task.limit: found 10"),
+        (["students.model.hidden_size=18"], "a model of this shape cannot run"),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
 )
