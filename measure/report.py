@@ -191,9 +191,9 @@ def strips(found: dict[str, list[float]], bands: dict[str, Any]) -> str:
     for row, (key, band) in enumerate(bands.items()):
         middle, half = (band["high"] + band["low"]) / 2, (band["high"] - band["low"]) / 2 or 1
         seeds = (np.asarray(band["values"]) - middle) / half
-        here = (np.mean(found[key]) - middle) / half
         axes.plot(seeds, np.full(len(seeds), row), "|", color="#888", ms=9)
-        axes.plot(here, row, "o", color="#1b6ca8" if abs(here) <= 1 else "#b3261e", ms=5)
+        for here in (np.asarray(found[key]) - middle) / half:
+            axes.plot(here, row, "o", color="#1b6ca8" if abs(here) <= 1 else "#b3261e", ms=5)
     axes.axvspan(-1, 1, color="#1b6ca8", alpha=0.08, lw=0)
     axes.set_yticks(range(len(bands)), labels=[key.replace("_", " ") for key in bands], fontsize=7)
     axes.invert_yaxis()
