@@ -252,37 +252,32 @@ def verdict(comparison: Comparison, p_holm: float) -> dict:
 
 def verdict_line(verdict: dict) -> str:
     """`distilled beats alone by 3.1 points of sequence agreement [2.2, 4.0] over 5 seeds: BEATS`"""
-    scale, unit = (
-        (1, "nats of")
-        if "kl_" in verdict["metric"] or "nll" in verdict["metric"]
-        else (
-            100,
-            "points of",
-        )
-    )
+    nats = verdict["metric"].startswith(("kl_", "nll"))
+    scale, digits, unit = (1, 3, "nats of") if nats else (100, 1, "points of")
     low, high = (scale * bound for bound in verdict["ci95"])
     seeds = (
         f"over {verdict['seeds']} seeds"
         if verdict["seeds"] > 1
         else "over 1 seed (the interval is over rows alone)"
     )
-    beyond = ""
+    by, beyond = "by", ""
     if " matches " in verdict["claim"]:
-        beyond = f", margin {scale * verdict['threshold']:g}"
+        by, beyond = "to", f", margin {scale * verdict['threshold']:g}"
     elif verdict["threshold"]:
         beyond = f", more than {scale * verdict['threshold']:g} needed"
-    digits = 1 if scale == 100 else 3
-    by = "to" if " matches " in verdict["claim"] else "by"
-    more = ""
-    if verdict["result"] == "inconclusive":
-        needed = verdict.get("seeds_needed")
-        more = (
-            f" ({needed} seeds would tell a difference of this size)"
-            if needed
-            else " (more seeds would say how many are needed)"
-        )
+    more = f" ({what_would_tell(verdict)})" if verdict["result"] == "inconclusive" else ""
     return (
         f"{verdict['claim']} {by} {scale * verdict['difference']:.{digits}f} {unit} "
         f"{verdict['metric'].replace('_', ' ')} [{low:.{digits}f}, {high:.{digits}f}] {seeds}"
         f"{beyond}: {verdict['result'].upper()}{more}"
     )
+
+
+def what_would_tell(verdict: dict) -> str:
+    """How an inconclusive claim of this size could be decided."""
+    needed = verdict["seeds_needed"]
+    if needed is None:
+        return "more seeds would say how many are needed"
+    if needed <= verdict["seeds"]:
+        return "more words would tell, the seeds agree"
+    return f"{needed} seeds would tell a difference of this size"

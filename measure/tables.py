@@ -102,8 +102,9 @@ def markdown(result: dict[str, Any]) -> str:
     where = result["environment"]["trained"]
     facts = [
         *facts_of(result),
-        f"{sum(stage['seconds'] for stage in stages) / 60:.0f} minutes of work, at most "
-        f"{max(stage['peak_memory_mb'] for stage in stages)} MB in a process, on "
-        f"{where['cores']} cores of {where['cpu']}",
+        f"{sum(stage['seconds'] for stage in stages) / 60:.0f} minutes of work, shared by "
+        f"{result['config']['workers']} processes of at most "
+        f"{max(stage['peak_memory_mb'] for stage in stages)} MB, on {where['cores']} cores of "
+        f"{where['cpu']}",
     ]
     return "\n".join([*lines, "", *(f"- {fact}" for fact in facts), ""])
