@@ -219,13 +219,15 @@ def train_teacher(lab: Lab, stage: str, seed: int) -> Closing:
 
 def try_model(lab: Lab, settings: Model) -> None:
     """One row through a model of this shape: what cannot work is said before the long training."""
-    model = build_model(settings, lab.task.tokenizer, lab.task.longest_row)
     try:
+        model = build_model(settings, lab.task.tokenizer, lab.task.longest_row)
         model(torch.ones((1, 3), dtype=torch.long), use_cache=False)
-    except (RuntimeError, ValueError) as error:
+    except LabError:
+        raise
+    except Exception as error:  # each library has its own
         raise LabError(
             f"a model of this shape cannot run: {settings.model_dump(exclude_defaults=True)} "
-            f"({str(error).splitlines()[0]}); is hidden_size / num_attention_heads even?"
+            f"({' '.join(str(error).split())}); choose other sizes"
         ) from None
 
 

@@ -293,8 +293,9 @@ def ragged(arrays: list[np.ndarray]) -> pa.LargeListArray:
 
 def check_binding(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """LabError naming what differs, when outputs are not those that this training needs."""
-    for key, value in expected.items():
-        if found.get(key) != value:
+    for key in dict.fromkeys([*expected, *found]):
+        value = expected.get(key, "nothing")
+        if found.get(key, "nothing") != value:
             raise LabError(
                 f"{folder} was made with another {key} ({str(found.get(key))[:16]}, expected "
                 f"{str(value)[:16]}); delete that folder and run train.py on the config again"
@@ -331,8 +332,8 @@ class Outputs:
             tables.append(pa.ipc.open_stream(pa.memory_map(str(file))).read_all())
         if not tables:
             raise LabError(f"{folder} is not finished; run train.py on the config to go on")
-        self.k = provenance["binding"]["k"]
-        self.layers = len(provenance["binding"]["hidden_layers"])
+        self.k = provenance["binding"].get("k")
+        self.layers = len(provenance["binding"].get("hidden_layers", []))
         self.rows = Rows.build_flat(
             ids=joined(tables, "id"),
             tokens=np.concatenate([flat(table, "tokens")[0] for table in tables]),

@@ -147,7 +147,8 @@ def committed(tiny_run, tmp_path, monkeypatch):
     """results/ of its own, with the tiny run in it."""
     monkeypatch.setattr(judge, "RESULTS", tmp_path / "results")
     (tmp_path / "README.md").write_text("<!-- results/tiny.json -->\n<!-- end -->", "utf-8")
-    assert judge.main([str(tiny_run), "--update"]) == 0
+    run = Run.finished(tiny_run)
+    judge.update(run, run.config(), [])
     return tmp_path / "results" / "tiny.json"
 
 

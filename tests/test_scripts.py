@@ -262,7 +262,7 @@ def test_the_report_is_one_file_that_needs_no_other(tiny_run):
         (["verdicts=[{claim: distiled beats alone}]"], "did you mean 'distilled'?"),
         (
             ["verdicts=[{claim: distilled beats alone, metric: words}]"],
-            "expected 'word_error_rate'",
+            "input should be 'word_error_rate'",
         ),
         (["verdicts=[{claim: distilled matches alone}]"], "needs a threshold above 0"),
         (["recipes.teacher={access: logits}"], "names the teacher or a control"),
