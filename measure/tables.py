@@ -39,10 +39,15 @@ def cells_of(entry: dict[str, Any], columns: dict, interval: bool) -> list[str]:
         if metric is None:
             cells.append("-")
             continue
-        low, high = (f"{scale * bound:.{digits}f}" for bound in metric["ci95"])
-        mean = f"{scale * metric['mean']:.{digits}f}"
+        low, high = (fixed(scale * bound, digits) for bound in metric["ci95"])
+        mean = fixed(scale * metric["mean"], digits)
         cells.append(f"{mean} [{low}, {high}]" if interval else mean)
     return cells
+
+
+def fixed(value: float, digits: int) -> str:
+    """So many digits, and no minus before a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def facts_of(result: dict[str, Any]) -> list[str]:

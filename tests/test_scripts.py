@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -189,12 +190,15 @@ def test_two_processes_train_what_one_does_and_go_on_on_one(precision, tolerance
     assert train.main([*arguments, "--runs", str(tmp_path / "one")]) == 0
     killed = subprocess.Popen(
         [*launch, str(tmp_path / "two")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )  # fmt: skip
     checkpoints = tmp_path / "two" / "trace-float64" / "checkpoints" / "teacher"
     while killed.poll() is None and not list(checkpoints.glob("step-*0.*")):
         time.sleep(0.05)
-    os.killpg(killed.pid, signal.SIGKILL)
+    launcher = psutil.Process(killed.pid)  # its processes have sessions of their own
+    family = [launcher, *launcher.children(recursive=True)]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, timeout=10)
     killed.wait()
     assert list(checkpoints.glob("step-*"))
     assert train.main([*arguments, "--runs", str(tmp_path / "two")]) == 0
