@@ -5,6 +5,7 @@ for instance wrong answers and answers, and their ratio.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -61,6 +62,17 @@ class Metric:
         return float(self.per_seed.mean())
 
     @cached_property
+    def over_rows(self) -> np.ndarray:
+        """[RESAMPLES, seeds] bootstrap values over rows alone."""
+        seeds, rows, _ = self.columns.shape
+        values = np.empty((RESAMPLES, seeds))
+        for draws in np.array_split(np.arange(RESAMPLES), 8):
+            weights = row_weights(rows)[draws].astype(np.float64)
+            for seed in range(seeds):
+                values[draws, seed] = self.statistic(weights @ self.columns[seed])
+        return values
+
+    @cached_property
     def resamples(self) -> np.ndarray:
         """[RESAMPLES] bootstrap values of the mean: hierarchical, over seeds and over rows.
 
@@ -68,17 +80,12 @@ class Metric:
         number of rows and of seeds alone, so differences of two metrics are paired by row, and by
         seed where both have as many. What the draw of seeds adds is widened for their small number.
         """
-        seeds, rows, _ = self.columns.shape
-        values = np.empty((RESAMPLES, seeds))
-        for draws in np.array_split(np.arange(RESAMPLES), 8):
-            weights = row_weights(rows)[draws].astype(np.float64)
-            for seed in range(seeds):
-                values[draws, seed] = self.statistic(weights @ self.columns[seed])
+        seeds = len(self.per_seed)
         chosen = np.random.Generator(np.random.PCG64(seeds)).integers(
             seeds, size=(RESAMPLES, seeds)
         )
-        over_rows = values.mean(axis=1)
-        over_both = np.take_along_axis(values, chosen, axis=1).mean(axis=1)
+        over_rows = self.over_rows.mean(axis=1)
+        over_both = np.take_along_axis(self.over_rows, chosen, axis=1).mean(axis=1)
         return over_rows + widening(seeds) * (over_both - over_rows)
 
     def summary(self) -> dict:
@@ -196,17 +203,27 @@ class Comparison:
         return float(wins / (len(first) * len(second)))
 
     def seeds_needed(self) -> int | None:
-        """How many seeds show a difference of this size beyond the threshold with power 0.8, in
-        the paired t-test at 5 %; None where one seed cannot tell, or where no number would."""
-        deviation = self.by_seed.std(ddof=1) if self.paired else 0.0
-        size = abs(self.difference - self.threshold)
-        if deviation < 1e-12 or size < 1e-3 * deviation:
+        """How many seeds show a difference of this size beyond the threshold with power 0.8, by the
+        rule of `verdicts`; None where one seed cannot tell, or where no number would, as what
+        differs from row to row in all seeds alike does not average out.
+        """
+        if not self.paired:
             return None
-        test, effect = TTestPower(), size / deviation
-        if test.power(effect, nobs=2, alpha=0.05) >= 0.8:
-            return 2
-        needed = float(np.squeeze(test.solve_power(effect_size=effect, alpha=0.05, power=0.8)))
-        return max(2, math.ceil(needed)) if math.isfinite(needed) else None
+        seeds, size = len(self.by_seed), abs(self.difference - self.threshold)
+        values = self.sign * (self.first.over_rows - self.second.over_rows)
+        mean = values.mean(axis=1)
+        # Rows vary in each seed by itself (and average out over seeds), and in all seeds alike.
+        own = (values - mean[:, None]).var(axis=0).mean() * seeds / (seeds - 1)
+        common = max(0.0, mean.var() - own / seeds)
+        between = self.by_seed.var(ddof=1)
+
+        def power(n: int) -> float:
+            deviation = math.sqrt(between + own + n * common)
+            return float(TTestPower().power(size / max(deviation, 1e-12), n, alpha=0.05))
+
+        counts = range(2, 10_000)
+        place = bisect_left(counts, 0.8, key=power)
+        return counts[place] if place < len(counts) else None
 
 
 def verdicts(comparisons: list[Comparison]) -> list[dict]:
@@ -276,8 +293,8 @@ def verdict_line(verdict: dict) -> str:
 def what_would_tell(verdict: dict) -> str:
     """How an inconclusive claim of this size could be decided."""
     needed = verdict["seeds_needed"]
+    if needed is None and verdict["seeds"] > 1:
+        return "more words would tell, more seeds would not"
     if needed is None:
         return "more seeds would say how many are needed"
-    if needed <= verdict["seeds"]:
-        return "more words would tell, the seeds agree"
-    return f"{needed} seeds would tell a difference of this size"
+    return f"{needed} seeds would tell a difference of this size in 80 % of cases"
