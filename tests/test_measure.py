@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from configs.runs import differences
+from configs.schema import read_config
 from measure.fidelity import ECE_BINS, calibration_columns, compare, sum_by_row
 from measure.statistics import (
     Comparison,
@@ -226,3 +228,9 @@ def test_a_changed_result_would_change_the_readme(tmp_path):
         (tmp_path / file.name).write_text(json.dumps(result), encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert with_tables(readme, tmp_path) != readme
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*.json")), ids=lambda f: f.name)
+def test_a_committed_result_is_one_of_its_config(file):
+    config = read_config(ROOT / "configs" / f"{file.stem}.yaml").model_dump(mode="json")
+    assert differences(config, json.loads(file.read_text(encoding="utf-8"))["config"]) == []
