@@ -22,6 +22,7 @@ import numpy as np
 from scipy import stats
 
 from configs.runs import Run, differences
+from measure.tables import arms_in
 
 COVERAGE = CONFIDENCE = 0.95
 FLOOR = 0.001  # least half-width: a metric at its end (0 of 6,298 words) has no deviation to tell
@@ -59,11 +60,6 @@ def metrics_of(result: dict[str, Any]) -> dict[str, list[float]]:
                     key = f"{arm} {name}" + ("" if split is entry else " (long words)")
                     found[key] = metric["per_seed"]
     return found
-
-
-def arms_in(result: dict[str, Any]) -> dict[str, Any]:
-    """Teacher, students and controls, by name."""
-    return {"teacher": result["teacher"], **result["students"], **result["controls"]}
 
 
 def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +78,7 @@ def shows_states(layers: Sequence[int]) -> dict[str, bool]:
     return {"output_hidden_states": bool(layers), "output_attentions": bool(layers)}
 
 
-def states_of(output: Any, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+def states_of(output: object, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(states [B, L, layers, W], attention [B, L, layers, K]) from a forward pass that was asked
     for output_hidden_states and output_attentions. Layers count from 1."""
     hidden = torch.stack([output.hidden_states[layer] for layer in layers], dim=2)

@@ -46,7 +46,7 @@ def test_arrows_point_downward_and_nothing_is_unpickled(file):
     "name", ["student/objectives.py", "teacher/signal.py", "measure/fidelity.py"]
 )
 def test_objectives_and_measures_need_torch_alone(name):
-    allowed = {"torch", "typing", "collections.abc", "dataclasses", "teacher.signal"}
+    allowed = {"torch", "collections.abc", "dataclasses", "teacher.signal"}
     assert {i for i in imports(ROOT / name) if not i.startswith("torch.")} <= allowed
 
 

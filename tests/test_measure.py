@@ -151,7 +151,9 @@ def test_a_difference_of_the_stated_size_is_found_in_at_least_80_percent():
     generator = np.random.default_rng(0)
     pilot = simulated(generator, 2000, 150, 0.05, 0.03)  # many seeds: the true size and deviation
     needed = pilot.seeds_needed()
-    assert 3 <= needed <= 20
+    # Seeds: 2 x 0.03^2; rows of a seed: 2 x 0.3^2 / 150, which the rule counts once in the seeds'
+    # deviation and once over rows. d = 0.05 / 0.065 = 0.77, and a paired t-test wants 16 seeds.
+    assert needed == pytest.approx(16, abs=1)
     assert share_that_beats(0.05, needed, count=500, between_seeds=0.03) >= 0.8
 
 
