@@ -30,7 +30,7 @@ from configs.runs import (
     write_atomically,
     write_json,
 )
-from configs.schema import Config, LabError, Verdict, nearest
+from configs.schema import Config, LabError, Verdict, check_config, nearest
 from measure.check import artifacts_of, bands, check, compare_runs, losses_of
 from measure.cost import CountedForward, Stopwatch
 from measure.judged import Reference, free_running
@@ -163,11 +163,9 @@ def update(run: Run, config: Config, others: list[Path]) -> None:
     judged = [read_json(run.folder / "eval.json")]
     for folder in others:
         judged.append(read_json(folder / "eval.json"))
-        differing = [
-            line
-            for line in differences(judged[0]["config"], judged[-1]["config"])
-            if not line.startswith((*MACHINE, "seeds:", "teacher.seed:"))
-        ]
+        differing = other_configs(
+            judged[-1]["config"], config, (*MACHINE, "seeds:", "teacher.seed:")
+        )
         if differing:
             raise LabError(f"{folder} is a run of another config: {differing[0]}")
     reference = {**judged[0], "bands": bands(judged)}
@@ -178,6 +176,14 @@ def update(run: Run, config: Config, others: list[Path]) -> None:
     write_atomically(readme, with_tables(readme.read_text(encoding="utf-8"), RESULTS))
 
 
+def other_configs(stored: dict[str, Any], config: Config, aside: tuple[str, ...]) -> list[str]:
+    """Where a stored config differs from this one, leaving the keys `aside`; a key that it is too
+    old to have is at its default."""
+    there = check_config(stored, "the stored config").model_dump(mode="json")
+    found = differences(there, config.model_dump(mode="json"))
+    return [line for line in found if not line.startswith(aside)]
+
+
 def tell_check(run: Run, config: Config, name: str) -> int:
     """Compare with results/<name>.json; 0 if the run holds, 1 if it is different."""
     file = RESULTS / f"{name}.json"
@@ -185,8 +191,7 @@ def tell_check(run: Run, config: Config, name: str) -> int:
         known = [found.stem for found in RESULTS.glob("*.json")]
         raise LabError(f"no {file} to check against{nearest(name, known)}; there are {known}")
     reference = read_json(file)
-    differing = differences(reference["config"], config.model_dump(mode="json"))
-    differing = [line for line in differing if not line.startswith(MACHINE)]
+    differing = other_configs(reference["config"], config, MACHINE)
     if differing:
         raise LabError(f"{run.folder} is not the config of {file}: {differing[0]}")
     for stage in run.manifest["stages"]:

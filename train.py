@@ -40,8 +40,7 @@ from measure.journal import Journal
 from measure.provenance import environment
 from student.hidden import Projected
 from student.lessons import Lessons, scarce, smoothed_labels
-from student.objectives import Objective, cross_entropy
-from student.recipe import Match, match_of, objective_of, recipes_of
+from student.recipe import FROM_TEXT, Match, Objective, match_of, objective_of, recipes_of
 from tasks import load_task
 from tasks.pronounce import Pronounce
 from tasks.rows import Rows, batch_order, collate, weight_of
@@ -209,7 +208,7 @@ def train_teacher(lab: Lab, stage: str, seed: int) -> Closing:
         stage,
         model,
         Lessons(lab.rows),
-        cross_entropy,
+        objective_of(FROM_TEXT),
         settings.training,
         steps=max(1, round(settings.epochs * order.per_epoch)),
         seed=seed,
@@ -402,18 +401,19 @@ def fit(
         count = min(training.accumulation * processes, len(indices))
         own = np.array_split(indices, count)[accelerator.process_index :: processes]
         total, positions = weight_of(lessons.rows, indices, training.prompt_weight)
-        fade = match.fade(step, steps) if match else 0.0
-        learner = model if fade else student_of(model)
+        progress = step / steps
+        looks = match is not None and progress < match.until
+        learner = model if looks else student_of(model)
         loss = torch.zeros((), dtype=student_of(model).dtype, device=device)
         for part in own:
             part = collate(lessons.rows, part, pad, training.prompt_weight)
             signal = lessons.signal(part).to(device)
             shown = learner(part.input_ids.to(device), use_cache=False)
-            losses = objective(shown.logits[part.counted], signal)
+            losses = objective(shown.logits[part.counted], signal, progress)
             part_loss = (losses * part.weights.to(device)).sum() / total
-            if fade:
-                misses = match(shown, part.positions, lessons.inside(part).to(device))
-                part_loss = part_loss + fade * misses.sum() / positions
+            if looks:
+                misses = match(shown, part.positions, lessons.inside(part).to(device), progress)
+                part_loss = part_loss + misses.sum() / positions
             accelerator.backward(part_loss)
             loss += part_loss.detach()
         if processes > 1:
@@ -424,7 +424,7 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
 
-        flops += (costs if fade else plain_costs).of_batch(lessons.rows.lengths[indices])
+        flops += (costs if looks else plain_costs).of_batch(lessons.rows.lengths[indices])
         if journal is None:
             continue
         tokens = len(indices) * int(lessons.rows.lengths[indices].max())

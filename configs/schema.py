@@ -32,7 +32,9 @@ class LabError(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class Model(Section):
@@ -82,17 +84,43 @@ class Teacher(Section):
     seed: int = Field(0, ge=0)
 
 
+class Schedule(Section):
+    """A number that goes in a straight line from `start` to `end`, which it reaches at `until` of
+    the training and then keeps."""
+
+    start: float = Field(ge=0)
+    end: float = Field(ge=0)
+    until: float = Field(1.0, gt=0, le=1)
+
+
+Scheduled = float | Schedule  # a number, or one that changes as the training goes on
+
+
+def value_at(scheduled: Scheduled, progress: float) -> float:
+    """The number at `progress`, 0 at the first step of a training and 1 after the last."""
+    if not isinstance(scheduled, Schedule):
+        return scheduled
+    share = min(1.0, progress / scheduled.until)
+    return scheduled.start + share * (scheduled.end - scheduled.start)
+
+
+def extremes(scheduled: Scheduled) -> tuple[float, float]:
+    """(least, greatest) of the values that a number takes during a training."""
+    ends = value_at(scheduled, 0.0), value_at(scheduled, 1.0)
+    return min(ends), max(ends)
+
+
 class Recipe(Section):
     """A distillation method is three choices: access, sequences, objective. The rest is dosage."""
 
     access: Literal["none", "text", "top_k", "logits", "hidden"] = "logits"
     sequences: Literal["data", "teacher"] = "data"
-    objective: dict[str, float] = {"forward_kl": 1.0}  # terms and their weights, summing to 1
-    temperature: float = Field(1.0, gt=0)  # of the divergence: both distributions are softened
+    # terms and their weights, which sum to 1 at the start
+    objective: dict[str, Scheduled] = {"forward_kl": 1.0}
+    temperature: Scheduled = 1.0  # of the divergence: both distributions are softened
     beta: float = Field(0.5, gt=0, lt=1)  # generalised JSD: share of the teacher in the mixture
     k: int = Field(8, gt=0)  # access top_k: how many probabilities the teacher reveals
     hidden_layers: list[int] = []  # access hidden: a layer of the teacher for each of the student
-    match_until: float = Field(0.5, gt=0, le=1)  # of training, where the terms of hidden are gone
     sampling_temperature: float = Field(0.0, ge=0)  # sequences teacher: 0 writes greedily
     prompts: Literal["train", "invented"] = "train"  # sequences teacher: whose words it answers
     transfer_rows: int | None = Field(None, gt=0)  # how many rows the teacher answers; null: all
@@ -112,13 +140,16 @@ class Recipe(Section):
         for name in self.objective:
             if name not in known:
                 raise ValueError(f"no objective {name!r}{nearest(name, known)}; there are {known}")
-        if any(weight <= 0 for weight in self.objective.values()):
+        if any(low < 0 or high <= 0 for low, high in map(extremes, self.objective.values())):
             raise ValueError("objective weights must be above 0; leave a term out instead")
-        if abs(sum(self.objective.values()) - 1) > 1e-6:
+        total = sum(value_at(weight, 0.0) for weight in self.objective.values())
+        if abs(total - 1) > 1e-6:
             raise ValueError(
-                f"objective weights sum to {sum(self.objective.values()):g}, expected 1: a larger "
-                "sum is a larger learning rate in disguise"
+                f"objective weights sum to {total:g}, expected 1: a larger sum is a larger "
+                "learning rate in disguise"
             )
+        if extremes(self.temperature)[0] <= 0:
+            raise ValueError(f"temperature {self.temperature} must stay above 0")
         matches = bool({*inside} & {*self.objective})
         if matches != (self.access == "hidden"):
             raise ValueError(

@@ -6,8 +6,6 @@ both softened by the temperature T. Divergences carry T^2, which keeps their gra
 of T = 1 (Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2.1).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -55,6 +53,3 @@ def generalised_jsd(
     to_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
     to_student = (student.exp() * (student - mixture)).sum(-1)
     return temperature**2 * (beta * to_teacher + (1 - beta) * to_student)
-
-
-Objective = Callable[[Tensor, Signal], Tensor]

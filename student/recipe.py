@@ -1,70 +1,86 @@
 """From a recipe to an objective, and from a student's recipe to those of its controls."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
-from configs.schema import Config, Recipe
+from configs.schema import Config, Recipe, Schedule, Scheduled, value_at
 from student import objectives
 from student.hidden import Shown, attention_match, hidden_match
-from student.objectives import Objective
 from teacher.signal import Inside, Signal
+
+# (student_logits [M, V], signal, progress of the training from 0 to 1) -> [M] nats
+Objective = Callable[[Tensor, Signal, float], Tensor]
 
 
 def objective_of(recipe: Recipe) -> Objective:
-    """The weighted sum of the recipe's terms as one function of (student_logits, signal) -> [M].
+    """The weighted sum of the recipe's terms, weights and temperature as they are at `progress`.
 
     Terms that look inside are no part of it: they compare other positions, see `match_of`.
     """
-    divergence = {"temperature": recipe.temperature}
     functions = {
         "cross_entropy": objectives.cross_entropy,
-        "forward_kl": partial(objectives.forward_kl, **divergence),
-        "reverse_kl": partial(objectives.reverse_kl, **divergence),
-        "generalised_jsd": partial(objectives.generalised_jsd, **divergence, beta=recipe.beta),
+        "forward_kl": objectives.forward_kl,
+        "reverse_kl": objectives.reverse_kl,
+        "generalised_jsd": partial(objectives.generalised_jsd, beta=recipe.beta),
     }
 
-    def objective(student_logits: Tensor, signal: Signal) -> Tensor:
-        terms = [
-            weight * functions[name](student_logits, signal)
-            for name, weight in recipe.objective.items()
-            if name in functions
-        ]
-        return sum(terms[1:], start=terms[0])
+    def objective(student_logits: Tensor, signal: Signal, progress: float = 0.0) -> Tensor:
+        divergence = {"temperature": value_at(recipe.temperature, progress)}
+        total = 0
+        for name, weight in recipe.objective.items():
+            if name in functions:
+                softened = {} if name == "cross_entropy" else divergence
+                term = functions[name](student_logits, signal, **softened)
+                total = total + value_at(weight, progress) * term
+        return total
 
     return objective
 
 
+# What a teacher learns by, and a student without one.
+FROM_TEXT = Recipe(access="none", objective={"cross_entropy": 1.0})
+
+
 @dataclass(frozen=True)
 class Match:
-    """The terms that look inside. They show a student the way, then fade: from their weight in the
-    recipe to 0 at `until` of the training; what it has no room for would hold it back later on.
+    """The terms that look inside, with their weights. They show a student the way best when they
+    fade to 0 before the end: what it has no room for would hold it back later on.
     """
 
-    hidden: float
-    attention: float
-    until: float
+    hidden: Scheduled
+    attention: Scheduled
+
+    @property
+    def until(self) -> float:
+        """The progress from which on all weights are 0."""
+        fades = [
+            weight.until if isinstance(weight, Schedule) and weight.end == 0 else 1.0
+            for weight in (self.hidden, self.attention)
+            if weight
+        ]
+        return max(fades)
 
     def steps(self, steps: int) -> int:
         """How many of the first steps of a training look inside."""
         return math.ceil(self.until * steps)
 
-    def fade(self, step: int, steps: int) -> float:
-        return max(0.0, 1 - step / (self.until * steps))
-
-    def __call__(self, shown: Shown, positions: Tensor, inside: Inside) -> Tensor:
+    def __call__(
+        self, shown: Shown, positions: Tensor, inside: Inside, progress: float = 0.0
+    ) -> Tensor:
         """(what a student shows, positions [B, L], what the teacher revealed) -> [P]."""
         states = hidden_match(shown.projected[positions], inside)
         looks = attention_match(shown.attention[positions], inside)
-        return self.hidden * states + self.attention * looks
+        return value_at(self.hidden, progress) * states + value_at(self.attention, progress) * looks
 
 
 def match_of(recipe: Recipe) -> Match | None:
     """The terms of a recipe that look inside, None for a recipe without any."""
     weights = [recipe.objective.get(name, 0.0) for name in ("hidden_match", "attention_match")]
-    return Match(*weights, recipe.match_until) if any(weights) else None
+    return Match(*weights) if any(weights) else None
 
 
 def control_recipe(control: str, student: Recipe) -> Recipe:
@@ -75,12 +91,12 @@ def control_recipe(control: str, student: Recipe) -> Recipe:
     shuffled  the teacher's outputs for the wrong rows: must not help
     smoothed  the data with label smoothing of the teacher's entropy: is softness all there is?
     """
-    data = Recipe(access="none", sequences="data", objective={"cross_entropy": 1.0})
+    smoothed = {"smoothed": True, "objective": {"forward_kl": 1.0}}
     return {
-        "alone": data,
-        "scarce": data.model_copy(update={"label_fraction": 0.05}),
+        "alone": FROM_TEXT,
+        "scarce": FROM_TEXT.model_copy(update={"label_fraction": 0.05}),
         "shuffled": student.model_copy(update={"shuffled": True}),
-        "smoothed": data.model_copy(update={"smoothed": True, "objective": {"forward_kl": 1.0}}),
+        "smoothed": FROM_TEXT.model_copy(update=smoothed),
     }[control]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.schema import Model, Recipe
+from configs.schema import Model, Recipe, value_at
 from measure.cost import TrainingFlops
 from student.hidden import Projected, attention_match, hidden_match
 from student.recipe import match_of, objective_of
@@ -96,14 +96,17 @@ def test_looking_inside_fades_and_is_charged_only_while_it_lasts(student, until)
     recipe = Recipe(
         access="hidden",
         hidden_layers=[1, 2],
-        objective={"forward_kl": 0.5, "hidden_match": 0.3, "attention_match": 0.2},
-        match_until=until,
+        objective={
+            "forward_kl": 0.5,
+            "hidden_match": {"start": 0.3, "end": 0, "until": until},
+            "attention_match": {"start": 0.2, "end": 0, "until": until / 2},
+        },
     )
     match = match_of(recipe)
-    assert match.fade(0, 100) == 1.0
-    assert match.fade(25, 100) == pytest.approx(1 - 0.25 / until)
-    assert match.fade(match.steps(100), 100) == 0.0
-    assert match.fade(match.steps(100) - 1, 100) > 0.0
+    assert match.until == until
+    assert match.steps(101) == -(-101 * until // 1)
+    assert value_at(match.hidden, 0.25) == pytest.approx(0.3 * (1 - 0.25 / until))
+    assert value_at(match.attention, until / 2) == 0.0 < value_at(match.hidden, until / 2)
 
     rows, training = Pronounce(limit=300).rows("train"), Training(batch_rows=32)
     model = Projected(student, width=24, seed=0)
@@ -111,7 +114,7 @@ def test_looking_inside_fades_and_is_charged_only_while_it_lasts(student, until)
     order = batch_order(rows.lengths, 32, 0)
 
     def cost(steps):
-        costs = [whole if match.fade(i, steps) else plain for i in range(steps)]
+        costs = [whole if i / steps < until else plain for i in range(steps)]
         return sum(c.of_batch(rows.lengths[order(i)]) for i, c in enumerate(costs))
 
     budget = cost(40) + 1

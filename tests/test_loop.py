@@ -15,12 +15,13 @@ from configs.schema import LabError, Training, read_config
 from measure.cost import TrainingFlops
 from student.hidden import Projected
 from student.lessons import Lessons
-from student.objectives import cross_entropy
-from student.recipe import match_of, objective_of
+from student.recipe import FROM_TEXT, match_of, objective_of
 from tasks.rows import collate
 from teacher.model import build_model, initialise, load_model
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
+
+TEXT = objective_of(FROM_TEXT)
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def lab(tmp_path):
     return lab
 
 
-def fit(lab, objective=cross_entropy, steps=5, stage="teacher", **changed):
+def fit(lab, objective=TEXT, steps=5, stage="teacher", **changed):
     settings = lab.config.teacher
     model = build_model(settings.model, lab.task.tokenizer, lab.task.longest_row)
     training = settings.training.model_copy(update=changed)
@@ -98,9 +99,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_the_weights(lab
     lab = dataclasses.replace(lab, config=lab.config.model_copy(update={"checkpoint_seconds": 0}))
     calls = []
 
-    def spoiled(logits, signal):
+    def spoiled(logits, signal, progress):
         calls.append(logits)
-        return cross_entropy(logits, signal) * (float("nan") if len(calls) > 3 else 1.0)
+        return TEXT(logits, signal) * (float("nan") if len(calls) > 3 else 1.0)
 
     with pytest.raises(LabError, match="teacher: the loss is nan at step 4; its rows are named"):
         fit(lab, objective=spoiled)
