@@ -43,7 +43,8 @@ from tasks import load_task
 from tasks.pronounce import Pronounce
 from tasks.rows import Rows
 from teacher.model import load_model
-from teacher.outputs import Outputs, name_of
+from teacher.outputs import name_of
+from teacher.shards import Outputs
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"

@@ -45,7 +45,8 @@ from tasks import load_task
 from tasks.pronounce import Pronounce
 from tasks.rows import Rows, batch_order, collate, weight_of
 from teacher.model import build_model, initialise, load_model, save_model, size_of
-from teacher.outputs import Outputs, make_outputs, name_of, outputs_binding, sha256_of_outputs
+from teacher.outputs import make_outputs, name_of, outputs_binding, sha256_of_outputs
+from teacher.shards import Outputs
 
 
 def main(arguments: list[str] | None = None) -> int:

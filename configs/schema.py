@@ -24,6 +24,17 @@ METRICS = (
     "agreement_on_teacher_errors",
     "ece",
 )
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "generalised_jsd",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "adaptive_kl",
+    "total_variation",
+    "sorted_distance",
+)
+INSIDE = ("hidden_match", "attention_match")
 CONTROLS = ("alone", "scarce", "shuffled", "smoothed", "twin")
 
 
@@ -113,13 +124,17 @@ def extremes(scheduled: Scheduled) -> tuple[float, float]:
 class Recipe(Section):
     """A distillation method is three choices: access, sequences, objective. The rest is dosage."""
 
-    access: Literal["none", "text", "top_k", "logits", "hidden"] = "logits"
+    access: Literal["none", "text", "top_k", "sampled", "logits", "hidden"] = "logits"
     sequences: Literal["data", "teacher"] = "data"
     # terms and their weights, which sum to 1 at the start
     objective: dict[str, Scheduled] = {"forward_kl": 1.0}
     temperature: Scheduled = 1.0  # of the divergence: both distributions are softened
+    temperature_squared: bool = True  # divergences times T^2, so that gradients keep their scale
     beta: float = Field(0.5, gt=0, lt=1)  # generalised JSD: share of the teacher in the mixture
-    k: int = Field(8, gt=0)  # access top_k: how many probabilities the teacher reveals
+    skew: float = Field(0.1, gt=0, lt=1)  # skewed KLs: share of the first in the mixture
+    head: float = Field(0.5, gt=0, lt=1)  # adaptive KL: probability of the teacher's head
+    k: int = Field(8, gt=0)  # access top_k: how many probabilities the teacher reveals; or draws
+    stored_as: Literal["float16", "bfloat16"] = "float16"  # the numbers of the outputs on disk
     hidden_layers: list[int] = []  # access hidden: a layer of the teacher for each of the student
     sampling_temperature: float = Field(0.0, ge=0)  # sequences teacher: 0 writes greedily
     prompts: Literal["train", "invented"] = "train"  # sequences teacher: whose words it answers
@@ -135,11 +150,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def possible(self) -> "Recipe":
-        inside = ("hidden_match", "attention_match")
-        known = ("cross_entropy", "forward_kl", "reverse_kl", "generalised_jsd", *inside)
+        known = ("cross_entropy", *DIVERGENCES, *INSIDE)
         for name in self.objective:
             if name not in known:
-                raise ValueError(f"no objective {name!r}{nearest(name, known)}; there are {known}")
+                raise ValueError(
+                    f"no objective {name!r}{nearest(name, known)}; there are {', '.join(known)}"
+                )
         if any(low < 0 or high <= 0 for low, high in map(extremes, self.objective.values())):
             raise ValueError("objective weights must be above 0; leave a term out instead")
         total = sum(value_at(weight, 0.0) for weight in self.objective.values())
@@ -150,13 +166,13 @@ class Recipe(Section):
             )
         if extremes(self.temperature)[0] <= 0:
             raise ValueError(f"temperature {self.temperature} must stay above 0")
-        matches = bool({*inside} & {*self.objective})
+        matches = bool({*INSIDE} & {*self.objective})
         if matches != (self.access == "hidden"):
             raise ValueError(
-                f"objectives {' and '.join(inside)} and access hidden need each other; found "
+                f"objectives {' and '.join(INSIDE)} and access hidden need each other; found "
                 f"access {self.access!r} with objectives {list(self.objective)}"
             )
-        if matches and {*self.objective} <= {*inside}:
+        if matches and {*self.objective} <= {*INSIDE}:
             raise ValueError(
                 f"objectives {list(self.objective)} alone leave the output layer untrained; add "
                 "forward_kl"
@@ -166,7 +182,7 @@ class Recipe(Section):
                 "hidden_layers names the teacher's layers for access hidden, as in [2, 4]; found "
                 f"{self.hidden_layers} with access {self.access!r}"
             )
-        compares = [n for n in self.objective if n not in ("cross_entropy", *inside)]
+        compares = [n for n in self.objective if n not in ("cross_entropy", *INSIDE)]
         if compares and self.access in ("none", "text"):
             raise ValueError(
                 f"objective {compares[0]} compares distributions, but access {self.access!r} "
@@ -184,11 +200,18 @@ class Recipe(Section):
                 "access text over sequences data is training on the data itself: nothing of the "
                 "teacher is used; use sequences teacher, or access none for a control"
             )
-        if self.access == "top_k" and self.temperature != 1:
+        if self.access in ("top_k", "sampled") and self.temperature != 1:
             raise ValueError(
-                "temperature other than 1 needs access logits: the mass beyond the top k cannot "
-                "be softened, as its shape is unknown"
+                "temperature other than 1 needs access logits: the mass beyond what access "
+                f"{self.access} reveals cannot be softened, as its shape is unknown"
             )
+        if self.access == "sampled" and compares != ["forward_kl"]:
+            raise ValueError(
+                "access sampled can estimate forward_kl alone, as the draws are the teacher's; "
+                f"found {list(self.objective)}"
+            )
+        if "sorted_distance" in compares and self.access not in ("logits", "hidden"):
+            raise ValueError("sorted_distance sorts all probabilities: it needs access logits")
         if self.prompts == "invented" and self.sequences == "data":
             raise ValueError("invented prompts have no data to answer them: use sequences teacher")
         return self

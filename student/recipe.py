@@ -16,26 +16,38 @@ from teacher.signal import Inside, Signal
 Objective = Callable[[Tensor, Signal, float], Tensor]
 
 
+FIRST_ORDER = ("total_variation", "sorted_distance")  # these carry T, the others T^2
+
+
 def objective_of(recipe: Recipe) -> Objective:
     """The weighted sum of the recipe's terms, weights and temperature as they are at `progress`.
 
     Terms that look inside are no part of it: they compare other positions, see `match_of`.
     """
-    functions = {
-        "cross_entropy": objectives.cross_entropy,
+    divergences = {
         "forward_kl": objectives.forward_kl,
         "reverse_kl": objectives.reverse_kl,
         "generalised_jsd": partial(objectives.generalised_jsd, beta=recipe.beta),
+        "skewed_forward_kl": partial(objectives.skewed_forward_kl, skew=recipe.skew),
+        "skewed_reverse_kl": partial(objectives.skewed_reverse_kl, skew=recipe.skew),
+        "adaptive_kl": partial(objectives.adaptive_kl, head=recipe.head),
+        "total_variation": objectives.total_variation,
+        "sorted_distance": objectives.sorted_distance,
     }
 
     def objective(student_logits: Tensor, signal: Signal, progress: float = 0.0) -> Tensor:
-        divergence = {"temperature": value_at(recipe.temperature, progress)}
+        temperature = value_at(recipe.temperature, progress)
         total = 0
         for name, weight in recipe.objective.items():
-            if name in functions:
-                softened = {} if name == "cross_entropy" else divergence
-                term = functions[name](student_logits, signal, **softened)
-                total = total + value_at(weight, progress) * term
+            if name in divergences:
+                term = divergences[name](student_logits, signal, temperature=temperature)
+                if not recipe.temperature_squared:
+                    term = term / temperature ** (1 if name in FIRST_ORDER else 2)
+            elif name == "cross_entropy":
+                term = objectives.cross_entropy(student_logits, signal)
+            else:
+                continue
+            total = total + value_at(weight, progress) * term
         return total
 
     return objective

@@ -17,15 +17,38 @@ def row_id(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 1
 
 
+class Chunks:
+    """Arrays read as if they were one. They may be memory-mapped files: only what is asked for is
+    copied, so that a million rows take no more memory than a thousand."""
+
+    def __init__(self, arrays: list[np.ndarray]) -> None:
+        self.arrays = arrays
+        self.starts = np.cumsum([0, *map(len, arrays)])
+
+    def __getitem__(self, places: np.ndarray | slice) -> np.ndarray:
+        if isinstance(places, slice):
+            chunk = np.searchsorted(self.starts, places.start, side="right") - 1
+            if places.stop <= self.starts[chunk + 1]:  # a row lies in one shard
+                start = self.starts[chunk]
+                return self.arrays[chunk][places.start - start : places.stop - start]
+            places = np.arange(places.start, places.stop)
+        chunks = np.searchsorted(self.starts, places, side="right") - 1
+        found = np.empty(len(places), self.arrays[0].dtype)
+        for chunk in np.unique(chunks):
+            here = chunks == chunk
+            found[here] = self.arrays[chunk][places[here] - self.starts[chunk]]
+        return found
+
+
 @dataclass(frozen=True)
 class Rows:
-    """N ragged rows. ids [N] int64; tokens [total] int32; offsets [N+1]; prompt_lengths [N].
+    """N ragged rows. ids [N] int64; tokens [total]; offsets [N+1]; prompt_lengths [N].
 
     Row i is tokens[offsets[i]:offsets[i+1]]; its first prompt_lengths[i] tokens are the prompt.
     """
 
     ids: np.ndarray
-    tokens: np.ndarray
+    tokens: np.ndarray | Chunks
     offsets: np.ndarray
     prompt_lengths: np.ndarray
 
@@ -43,7 +66,11 @@ class Rows:
 
     @classmethod
     def build_flat(
-        cls, ids: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray
+        cls,
+        ids: np.ndarray,
+        tokens: np.ndarray | Chunks,
+        lengths: np.ndarray,
+        prompt_lengths: np.ndarray,
     ) -> "Rows":
         empty = np.flatnonzero((lengths < 1) | (prompt_lengths < 1))
         if len(empty):
@@ -79,7 +106,8 @@ class Rows:
     def digest(self) -> str:
         """sha256 over ids, tokens and boundaries: two sets of rows are the same if this is."""
         digest = hashlib.sha256()
-        for array in (self.ids, self.tokens, self.offsets, self.prompt_lengths):
+        tokens = self.tokens.arrays if isinstance(self.tokens, Chunks) else [self.tokens]
+        for array in (self.ids, *tokens, self.offsets, self.prompt_lengths):
             digest.update(np.ascontiguousarray(array).astype("<i8").tobytes())
         return digest.hexdigest()
 

@@ -1,16 +1,11 @@
 """The teacher's outputs: made once, stored by row id, bound to what made them, read by students.
 
-A folder of Arrow shards and a provenance.json. One record is one row: its id, its tokens, how
-many of them are the prompt, the log-probabilities at the positions of the completion (float16,
-nats, temperature 1), and for access `hidden` the states and the attention at all positions but
-the last (float16).
-Reading is memory-mapped: a student touches only its batch.
+A folder of shards, as teacher/shards.py describes them, and a provenance.json that says what they
+are bound to.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +15,23 @@ import torch
 
 from configs.runs import read_json, write_json
 from configs.schema import LabError, Recipe
-from tasks.rows import Batch, Rows, collate, row_id
+from tasks.rows import Rows, collate, row_id
 from teacher.model import Forward, generate
-from teacher.signal import TINY, Inside, Signal, shows_states, states_of
+from teacher.shards import Record, check_binding, sha256_of_file, write_shard
+from teacher.signal import shows_states, states_of
 
 SHARD_ROWS = 8192
 BATCH_ROWS = 512
-HIDDEN_SAMPLE = 50_000  # positions that tell the mean and deviation of the states
 RAREST_WORDS = 0.02  # a teacher that invents fewer well-formed words than this is given up
 
 
 def name_of(recipe: Recipe) -> str:
     """The folder of the outputs that a recipe needs: recipes that need the same share it."""
-    access = f"top_{recipe.k}" if recipe.access == "top_k" else recipe.access
-    parts = [recipe.sequences, access, *map(str, recipe.hidden_layers)]
+    access = {"top_k": f"top_{recipe.k}", "sampled": f"sampled_{recipe.k}"}
+    parts = [recipe.sequences, access.get(recipe.access, recipe.access)]
+    parts += map(str, recipe.hidden_layers)
+    if recipe.stored_as != "float16":
+        parts.append(recipe.stored_as)
     if recipe.sequences == "teacher":
         parts += [recipe.prompts]
         if recipe.sampling_temperature:
@@ -52,7 +50,8 @@ def outputs_binding(
         "tokenizer": tokenizer_sha256,
         "rows": rows.digest(),
         "access": recipe.access,
-        "k": recipe.k if recipe.access == "top_k" else None,
+        "k": recipe.k if recipe.access in ("top_k", "sampled") else None,
+        "stored_as": recipe.stored_as,
         "hidden_layers": list(recipe.hidden_layers),
         "sequences": recipe.sequences,
         "prompts": recipe.prompts,
@@ -97,11 +96,11 @@ def make_outputs(
                 picked = np.arange(start, start + size) * len(rows) // count
                 answer = written if recipe.sequences == "teacher" else scored
                 records = answer(forward, task, rows.take(picked), recipe, generator, progress)
-            write_shard(file, records, recipe, forward)
+            write_shard(file, records, recipe, forward, len(task.tokenizer), generator)
     shards, flops = {}, 0.0
     for number in range(len(starts)):
         file = folder / f"shard-{number:05d}.arrow"
-        shards[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        shards[file.name] = sha256_of_file(file)
         with pa.memory_map(str(file)) as source:
             flops += float(pa.ipc.open_stream(source).schema.metadata[b"flops"])
     write_json(provenance, {"binding": binding, "shards": shards})
@@ -112,19 +111,6 @@ def sha256_of_outputs(folder: Path) -> str:
     """One hash over the shards of a finished folder."""
     shards = read_json(folder / "provenance.json")["shards"]
     return hashlib.sha256("".join(shards.values()).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row and what the teacher revealed there: log_probs [completion, V], hidden
-    [row - 1, layers, W], attention [row - 1, layers, row - 1], or none of them."""
-
-    id: int
-    tokens: np.ndarray
-    prompt_length: int
-    log_probs: torch.Tensor | None
-    hidden: torch.Tensor | None = None
-    attention: torch.Tensor | None = None
 
 
 def scored(
@@ -241,212 +227,3 @@ def invented(
                 written_row.hidden,
                 written_row.attention,
             )
-
-
-def write_shard(file: Path, records: Iterator[Record], recipe: Recipe, forward: Forward) -> None:
-    """One shard as an Arrow stream: no more than the access of the recipe reveals, and what it
-    cost a counted teacher."""
-    before = getattr(forward, "flops", 0.0)
-    ids, tokens, prompts, values, indices, hidden, attention = [], [], [], [], [], [], []
-    for record in records:
-        ids.append(record.id)
-        tokens.append(np.asarray(record.tokens, np.int32))
-        prompts.append(record.prompt_length)
-        if recipe.access == "top_k":
-            top = record.log_probs.topk(recipe.k, dim=-1)
-            values.append(stored(top.values))
-            indices.append(top.indices.int().numpy().ravel())
-        elif recipe.access != "text":
-            values.append(stored(record.log_probs))
-        if recipe.access == "hidden":
-            hidden.append(stored(record.hidden))
-            attention.append(stored(record.attention))
-    columns = {
-        "id": pa.array(ids, pa.int64()),
-        "tokens": ragged(tokens),
-        "prompt_length": pa.array(prompts, pa.int32()),
-    }
-    if values:
-        columns["log_probs"] = ragged(values)
-    if indices:
-        columns["indices"] = ragged(indices)
-    if hidden:
-        columns["hidden"] = ragged(hidden)
-        columns["attention"] = ragged(attention)
-    cost = {"flops": repr(getattr(forward, "flops", 0.0) - before)}
-    table = pa.table(columns).combine_chunks().replace_schema_metadata(cost)
-    partial = file.with_name(f".{file.name}.partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    os.replace(partial, file)
-
-
-def stored(values: torch.Tensor) -> np.ndarray:
-    """Flat float16; float64 stays what it is, for traces that must agree on every machine."""
-    return (values if values.dtype == torch.float64 else values.half()).numpy().ravel()
-
-
-def ragged(arrays: list[np.ndarray]) -> pa.LargeListArray:
-    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])])
-    return pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(arrays)))
-
-
-def check_binding(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """LabError naming what differs, when outputs are not those that this training needs."""
-    for key in dict.fromkeys([*expected, *found]):
-        value = expected.get(key, "nothing")
-        if found.get(key, "nothing") != value:
-            raise LabError(
-                f"{folder} was made with another {key} ({str(found.get(key))[:16]}, expected "
-                f"{str(value)[:16]}); delete that folder and run train.py on the config again"
-            )
-
-
-class Outputs:
-    """A folder of outputs, open for reading: `rows`, and the `signal` at the rows of a batch."""
-
-    def __init__(self, folder: Path, binding: dict[str, Any] | None = None) -> None:
-        """LabError if a shard is missing or damaged, or if the outputs are bound to other things
-        than `binding` says."""
-        provenance = read_json(folder / "provenance.json")
-        if not isinstance(provenance, dict) or not all(
-            isinstance(provenance.get(key, 0), kind)
-            for key, kind in (("binding", dict), ("shards", dict | None))
-        ):
-            raise LabError(
-                f"{folder / 'provenance.json'} is damaged; delete {folder} and run train.py on the "
-                "config again"
-            )
-        if binding is not None:
-            check_binding(folder, provenance["binding"], binding)
-        tables = []
-        for name, digest in (provenance["shards"] or {}).items():
-            file = folder / name
-            if file.is_symlink() or file.parent != folder or Path(name).name != name:
-                raise LabError(f"{folder}: {name!r} is not a file of this folder; delete it")
-            if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-                raise LabError(
-                    f"{file} is {'damaged' if file.exists() else 'missing'}; delete {folder} and "
-                    "run train.py on the config again"
-                )
-            tables.append(pa.ipc.open_stream(pa.memory_map(str(file))).read_all())
-        if not tables:
-            raise LabError(f"{folder} is not finished; run train.py on the config to go on")
-        self.k = provenance["binding"].get("k")
-        self.layers = len(provenance["binding"].get("hidden_layers", []))
-        self.rows = Rows.build_flat(
-            ids=joined(tables, "id"),
-            tokens=np.concatenate([flat(table, "tokens")[0] for table in tables]),
-            lengths=np.concatenate([np.diff(flat(table, "tokens")[1]) for table in tables]),
-            prompt_lengths=joined(tables, "prompt_length"),
-        )
-        self.shard_starts = np.cumsum([0, *(len(table) for table in tables)])
-        self.values, self.indices, self.hidden, self.attention = (
-            [flat(table, column) for table in tables if column in table.column_names]
-            for column in ("log_probs", "indices", "hidden", "attention")
-        )
-        if self.hidden:
-            positions = int((self.rows.lengths - 1).sum())
-            self.hidden_width = sum(len(v) for v, _ in self.hidden) // (positions * self.layers)
-            every = max(1, positions // HIDDEN_SAMPLE)  # rows come in the order of the alphabet
-            shape = (-1, self.layers, self.hidden_width)
-            sample = np.concatenate([v.reshape(shape)[::every] for v, _ in self.hidden])
-            states = torch.from_numpy(sample.astype(np.promote_types(sample.dtype, np.float32)))
-            self.hidden_mean, self.hidden_scale = states.mean(0), states.std(0) + TINY
-        self.source = np.arange(len(self.rows))  # whose completion and log-probabilities row i has
-
-    def shuffle(self, seed: int) -> "Outputs":
-        """Give every row the outputs of another row (a control): prompts stay, answers move.
-
-        Within prompts of one length, so that states stay at their positions and the control gets
-        answers of the right length for the wrong word. A prompt that is alone in its length would
-        keep its own answer; it is left out.
-        """
-        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self.rows))
-        lengths = self.rows.prompt_lengths[order]
-        groups = [order[lengths == length] for length in np.unique(lengths)]
-        for group in groups:
-            self.source[group] = np.roll(group, 1)
-        kept = np.sort(np.concatenate([group for group in groups if len(group) > 1]))
-        rows, self.source = self.rows, self.source[kept]
-        self.rows = Rows.build(
-            rows.ids[kept].tolist(),
-            [rows.prompt(i).tolist() for i in kept],
-            [rows.completion(i).tolist() for i in self.source],
-        )
-        return self
-
-    def signal(self, batch: Batch) -> Signal:
-        """What the teacher revealed at the counted positions of a batch of `rows`."""
-        if not self.values:
-            return Signal(batch.targets)
-        counted = len(batch.targets)
-        log_probs = joined_rows(self.pieces(self.values, batch)).view(counted, -1)
-        if not self.indices:
-            return Signal(batch.targets, log_probs)
-        indices = joined_rows(self.pieces(self.indices, batch)).long().view(counted, self.k)
-        return Signal(batch.targets, log_probs, indices)
-
-    def inside(self, batch: Batch) -> Inside:
-        """States and attention at all positions of a batch of `rows` (access `hidden`)."""
-        positions = int(batch.positions.sum())
-        states = joined_rows(self.pieces(self.hidden, batch)).view(positions, self.layers, -1)
-        attention = padded(self.pieces(self.attention, batch), batch.positions, self.layers)
-        return Inside(self.standardise(states), attention)
-
-    def pieces(self, shards: list[tuple[np.ndarray, np.ndarray]], batch: Batch) -> list[np.ndarray]:
-        """The stored values of the rows of a batch, memory-mapped."""
-        found = []
-        for row in self.source[batch.indices]:
-            shard = np.searchsorted(self.shard_starts, row, side="right") - 1
-            values, offsets = shards[shard]
-            place = row - self.shard_starts[shard]
-            found.append(values[offsets[place] : offsets[place + 1]])
-        return found
-
-    def standardise(self, hidden: torch.Tensor) -> torch.Tensor:
-        """States [P, layers, W] with mean 0 and variance 1 in every dimension: the large ones of a
-        deep layer would otherwise be all that a student looks at."""
-        return (hidden.to(self.hidden_mean.dtype) - self.hidden_mean) / self.hidden_scale
-
-    def mean_entropy(self) -> float:
-        """Of the teacher's distributions over all positions, in nats (access `logits`)."""
-        total, positions = 0.0, 0
-        for values, _ in self.values:
-            log_probs = values.reshape(-1, self.k or self.width).astype(np.float32)
-            total -= float((np.exp(log_probs) * log_probs).sum())
-            positions += len(log_probs)
-        return total / positions
-
-    @property
-    def width(self) -> int:
-        """Outcomes per position."""
-        completions = self.rows.lengths - self.rows.prompt_lengths
-        return sum(len(values) for values, _ in self.values) // int(completions.sum())
-
-
-def joined_rows(pieces: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(pieces))
-
-
-def padded(pieces: list[np.ndarray], positions: torch.Tensor, layers: int) -> torch.Tensor:
-    """Attention of rows of n positions, each [n, layers, n], as one [P, layers, L]. `positions`
-    [B, L] says which of a row are its own."""
-    counts = positions.sum(1).tolist()
-    precision = np.promote_types(pieces[0].dtype, np.float32)
-    whole = np.zeros((sum(counts), layers, positions.shape[1]), precision)
-    start = 0
-    for piece, n in zip(pieces, counts, strict=True):
-        whole[start : start + n, :, :n] = piece.reshape(n, layers, n)
-        start += n
-    return torch.from_numpy(whole)
-
-
-def joined(tables: list[pa.Table], column: str) -> np.ndarray:
-    return np.concatenate([table[column].to_numpy() for table in tables])
-
-
-def flat(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """A list column as its values, memory-mapped, and its offsets."""
-    chunk = table[column].chunk(0)
-    return chunk.values.to_numpy(zero_copy_only=True), chunk.offsets.to_numpy()

@@ -14,8 +14,10 @@ class Signal:
     """M positions of text and what the teacher revealed there.
 
     targets [M]: the tokens that stand in the text (all that access `text` reveals).
-    log_probs [M, V] for access `logits`, [M, k] for `top_k`, None for `text`; nats, temperature 1.
+    log_probs [M, V] for access `logits`, [M, k] for `top_k` and `sampled`, None for `text`; nats,
+    temperature 1.
     indices [M, k]: the token ids of the k log-probabilities, None otherwise.
+    weights [M, k] for `sampled`: the share of the draws that each of the ids got; 0 fills up.
 
     A signal read from disk and one computed a moment ago are the same type.
     """
@@ -23,9 +25,11 @@ class Signal:
     targets: Tensor
     log_probs: Tensor | None = None
     indices: Tensor | None = None
+    weights: Tensor | None = None
 
     def to(self, device: torch.device) -> "Signal":
-        moved = [t if t is None else t.to(device) for t in (self.log_probs, self.indices)]
+        revealed = (self.log_probs, self.indices, self.weights)
+        moved = [tensor if tensor is None else tensor.to(device) for tensor in revealed]
         return Signal(self.targets.to(device), *moved)
 
     def outcomes(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -37,6 +41,8 @@ class Signal:
         """
         if self.log_probs is None:
             raise ValueError("this signal is text alone: it has no distribution to compare with")
+        if self.weights is not None:
+            raise ValueError("of a sampled signal forward_kl alone can be estimated")
         teacher = self.log_probs.to(student_logits.dtype)
         if self.indices is None:
             return (
@@ -47,6 +53,14 @@ class Signal:
             raise ValueError("top-k signals cannot be softened: the tail's shape is unknown")
         student = torch.log_softmax(student_logits, dim=-1).gather(-1, self.indices)
         return with_tail(teacher), with_tail(student)
+
+    def drawn(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(teacher, student) log-probabilities of the outcomes that were drawn, each [M, k]; not
+        normalised. For access `sampled`, to be averaged by `weights`."""
+        if temperature != 1:
+            raise ValueError("sampled signals cannot be softened: they were drawn at temperature 1")
+        student = torch.log_softmax(student_logits, dim=-1).gather(-1, self.indices)
+        return self.log_probs.to(student_logits.dtype), student
 
 
 def with_tail(log_probs: Tensor) -> Tensor:

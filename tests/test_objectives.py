@@ -7,12 +7,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.schema import DIVERGENCES as DIVERGENCES_OF_CONFIGS
 from configs.schema import Recipe
-from student.objectives import cross_entropy, forward_kl, generalised_jsd, reverse_kl
+from student.objectives import (
+    adaptive_kl,
+    cross_entropy,
+    forward_kl,
+    generalised_jsd,
+    reverse_kl,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+    sorted_distance,
+    total_variation,
+)
 from student.recipe import objective_of
 from teacher.signal import Signal
 
-DIVERGENCES = [forward_kl, reverse_kl, generalised_jsd]
+KLS = [forward_kl, reverse_kl, generalised_jsd, skewed_forward_kl, skewed_reverse_kl]
+DIVERGENCES = [*KLS, adaptive_kl, total_variation]
 P, Q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
 
 
@@ -39,6 +51,74 @@ def test_hand_values():
     jsd = 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3)
     assert generalised_jsd(Q.log(), signal).item() == pytest.approx(jsd, rel=1e-5)
     assert cross_entropy(Q.log(), signal).item() == pytest.approx(math.log(4))
+    # m = .1 p + .9 q = (.275, .25, .475)
+    skewed = 0.5 * math.log(0.5 / 0.275) + 0.25 * math.log(0.25 / 0.475)
+    assert skewed_forward_kl(Q.log(), signal).item() == pytest.approx(skewed, rel=1e-5)
+    skewed = 0.25 * math.log(0.25 / 0.475) + 0.5 * math.log(0.5 / 0.275)  # m = (.475, .25, .275)
+    assert skewed_reverse_kl(Q.log(), signal).item() == pytest.approx(skewed, rel=1e-5)
+    assert total_variation(Q.log(), signal).item() == pytest.approx(0.25)
+    # both have the same sizes, of other outcomes
+    assert sorted_distance(Q.log(), signal).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_adaptive_kl_weighs_forward_kl_by_the_share_of_the_gap_in_the_head():
+    p, q = torch.tensor([[0.6, 0.3, 0.1]]), torch.tensor([[0.5, 0.1, 0.4]])
+    forward = 0.6 * math.log(0.6 / 0.5) + 0.3 * math.log(0.3 / 0.1) + 0.1 * math.log(0.1 / 0.4)
+    reverse = 0.5 * math.log(0.5 / 0.6) + 0.1 * math.log(0.1 / 0.3) + 0.4 * math.log(0.4 / 0.1)
+    for head, share in ((0.5, 0.1 / 0.6), (0.7, 0.3 / 0.6)):  # head {.6}, then {.6, .3}
+        found = adaptive_kl(q.log(), dense(p.log()), head=head).item()
+        assert found == pytest.approx(share * forward + (1 - share) * reverse, rel=1e-5)
+
+
+def test_skewed_kls_are_bounded_where_the_plain_ones_explode():
+    far = torch.tensor([[30.0, 0.0, 0.0]]), torch.tensor([[0.0, 30.0, 0.0]])
+    for skewed, plain in ((skewed_forward_kl, forward_kl), (skewed_reverse_kl, reverse_kl)):
+        assert plain(far[1], dense(far[0])).item() > 29
+        assert skewed(far[1], dense(far[0])).item() <= -math.log(0.1) + 1e-5
+
+
+def test_total_variation_is_symmetric_and_at_most_1(generator):
+    teacher, student = draw(generator), draw(generator)
+    there = total_variation(student, dense(teacher))
+    torch.testing.assert_close(there, total_variation(teacher, dense(student)))
+    assert (there <= 1).all()
+
+
+def test_the_sorted_distance_looks_at_sizes_alone_whatever_the_vocabulary(generator):
+    teacher = draw(generator)
+    renamed = teacher[:, torch.randperm(11, generator=generator)]
+    assert sorted_distance(renamed, dense(teacher)).abs().max() < 1e-12
+    wider = torch.cat([teacher, torch.full((7, 5), -1e4)], dim=1)  # a larger vocabulary
+    assert sorted_distance(wider, dense(teacher)).abs().max() < 1e-12
+    assert sorted_distance(teacher, dense(wider)).abs().max() < 1e-12
+    assert sorted_distance(draw(generator), dense(teacher)).min() > 0
+
+
+def sampled(logits: torch.Tensor, draws: int, generator: torch.Generator) -> Signal:
+    """Every draw by itself: a repeated outcome stands there as often as it was drawn."""
+    log_probs = torch.log_softmax(logits, -1)
+    indices = torch.multinomial(log_probs.exp(), draws, replacement=True, generator=generator)
+    weights = torch.full(indices.shape, 1 / draws, dtype=logits.dtype)
+    targets = torch.zeros(len(logits), dtype=torch.long)
+    return Signal(targets, log_probs.gather(-1, indices), indices, weights)
+
+
+def test_sampled_forward_kl_is_right_in_expectation_in_value_and_gradient(generator):
+    teacher, student = draw(generator, 1), draw(generator, 1)
+    for few in (1, 12):
+        many = student.expand(40_000, -1).clone().requires_grad_()
+        loss = forward_kl(many, sampled(teacher.expand(40_000, -1), few, generator))
+        loss.sum().backward()
+        whole = student.clone().requires_grad_()
+        forward_kl(whole, dense(teacher)).sum().backward()
+        exact = forward_kl(student, dense(teacher))
+        assert loss.mean().item() == pytest.approx(exact.item(), abs=0.05)
+        torch.testing.assert_close(many.grad.mean(0), whole.grad[0], atol=0.01, rtol=0)
+
+
+def test_a_sampled_student_equal_to_the_teacher_has_no_loss(generator):
+    teacher = draw(generator)
+    assert forward_kl(teacher, sampled(teacher, 5, generator)).abs().max() < 1e-12
 
 
 def test_forward_and_reverse_kl_equal_those_of_torch(generator):
@@ -58,7 +138,7 @@ def test_cross_entropy_equals_forward_kl_plus_entropy_for_a_certain_teacher(gene
     torch.testing.assert_close(cross_entropy(student, certain), forward_kl(student, certain))
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", [*KLS, adaptive_kl])  # |p - q| has a kink there
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_zero_loss_and_zero_gradient_when_student_equals_teacher(
     divergence, temperature, generator
@@ -84,7 +164,7 @@ def test_the_gradient_keeps_its_scale_as_temperature_rises(divergence, generator
     assert norms[1] == pytest.approx(norms[0], rel=0.2)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", [*KLS, total_variation])  # f-divergences, all of them
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), k=st.integers(1, 10))
 def test_top_k_with_a_tail_is_a_true_divergence_below_the_full_one(divergence, seed, k):
@@ -120,10 +200,40 @@ def test_a_mix_is_the_weighted_sum_of_its_terms(generator):
     teacher, student = draw(generator), draw(generator)
     signal = dense(teacher, torch.arange(7))
     mix = Recipe(objective={"forward_kl": 0.75, "cross_entropy": 0.25}, temperature=2)
-    expected = 0.75 * forward_kl(student, signal, temperature=2) + 0.25 * cross_entropy(
-        student, signal
+    soft, hard = forward_kl(student, signal, temperature=2), cross_entropy(student, signal)
+    torch.testing.assert_close(objective_of(mix)(student, signal), 0.75 * soft + 0.25 * hard)
+    plain = mix.model_copy(update={"temperature_squared": False})
+    expected = 0.75 * soft / 4 + 0.25 * hard
+    torch.testing.assert_close(objective_of(plain)(student, signal), expected)
+
+
+def test_weights_and_temperature_follow_their_schedules(generator):
+    teacher, student = draw(generator), draw(generator)
+    signal = dense(teacher, torch.arange(7))
+    fading = Recipe(
+        objective={
+            "forward_kl": {"start": 0.8, "end": 0, "until": 0.5},
+            "cross_entropy": {"start": 0.2, "end": 1},
+        },
+        temperature={"start": 4, "end": 1},
     )
-    torch.testing.assert_close(objective_of(mix)(student, signal), expected)
+    for progress, soft, hard, temperature in (
+        (0, 0.8, 0.2, 4),
+        (0.25, 0.4, 0.4, 3.25),
+        (1, 0, 1, 1),
+    ):
+        torch.testing.assert_close(
+            objective_of(fading)(student, signal, progress),
+            soft * forward_kl(student, signal, temperature) + hard * cross_entropy(student, signal),
+        )
+
+
+@pytest.mark.parametrize("name", DIVERGENCES_OF_CONFIGS)
+def test_every_divergence_that_a_config_may_name_is_0_at_the_teacher(name, generator):
+    teacher = draw(generator)
+    objective = objective_of(Recipe(objective=name, temperature=2))
+    assert objective(teacher, dense(teacher)).abs().max() < 1e-12
+    assert objective(draw(generator), dense(teacher)).min() > 0
 
 
 def test_text_has_no_distribution_and_top_k_no_temperature(generator):
@@ -131,3 +241,7 @@ def test_text_has_no_distribution_and_top_k_no_temperature(generator):
         forward_kl(draw(generator), Signal(torch.arange(7)))
     with pytest.raises(ValueError, match="cannot be softened"):
         forward_kl(draw(generator), top_k(draw(generator), 3), temperature=2)
+    with pytest.raises(ValueError, match="cannot be softened"):
+        forward_kl(draw(generator), sampled(draw(generator), 3, generator), temperature=2)
+    with pytest.raises(ValueError, match="forward_kl alone"):
+        reverse_kl(draw(generator), sampled(draw(generator), 3, generator))

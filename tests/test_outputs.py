@@ -13,13 +13,15 @@ from tasks.pronounce import Pronounce
 from tasks.rows import collate
 from teacher import outputs as outputs_module
 from teacher.model import generate, load_model
-from teacher.outputs import Outputs, make_outputs, name_of, outputs_binding
+from teacher.outputs import make_outputs, name_of, outputs_binding
+from teacher.shards import Outputs
 from teacher.signal import shows_states
 
 DATA = Recipe(access="logits", sequences="data")
 WRITTEN = Recipe(access="logits", sequences="teacher")
 FEW = Recipe(access="logits", sequences="data", transfer_rows=12)
 TOP = Recipe(access="top_k", sequences="data", k=5)
+SAMPLED = Recipe(access="sampled", sequences="data", k=12)
 TEXT = Recipe(access="text", sequences="teacher", objective="cross_entropy")
 INVENTED = Recipe(access="logits", sequences="teacher", prompts="invented", transfer_rows=40)
 
@@ -69,6 +71,10 @@ def make(tmp_path, task, teacher, rows, monkeypatch):
 def live_log_probs(teacher, batch):
     with torch.no_grad():
         return torch.log_softmax(teacher(batch.input_ids).logits[batch.counted], -1)
+
+
+def size_of(folder):
+    return sum(file.stat().st_size for file in folder.glob("*.arrow"))
 
 
 @pytest.mark.parametrize("recipe", [DATA, WRITTEN, INVENTED], ids=name_of)
@@ -143,6 +149,56 @@ def test_top_k_keeps_the_k_largest_and_their_tokens(make, teacher):
         live.gather(-1, signal.indices), signal.log_probs.float(), atol=1e-2, rtol=1e-3
     )
     torch.testing.assert_close(live.topk(5).values, signal.log_probs.float(), atol=1e-2, rtol=1e-3)
+
+
+def test_bfloat16_is_half_as_exact_and_no_larger(make, teacher, tmp_path):
+    plain, brief = make(DATA), make(DATA.model_copy(update={"stored_as": "bfloat16"}))
+    batch = collate(plain.rows, np.arange(50), pad=0)
+    found, live = brief.signal(batch).log_probs, live_log_probs(teacher, batch)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), live, atol=0, rtol=2**-8)
+    sizes = [size_of(tmp_path / name) for name in ("data-logits", "data-logits-bfloat16")]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+    assert brief.mean_entropy() == pytest.approx(plain.mean_entropy(), rel=0.01)
+
+
+def test_sampled_outputs_are_draws_from_the_teachers_own_distribution(make, teacher, tmp_path):
+    stored = make(SAMPLED)
+    batch = collate(stored.rows, np.arange(100), pad=0)
+    signal, live = stored.signal(batch), live_log_probs(teacher, batch)
+    assert torch.allclose(signal.weights.sum(-1), torch.ones(len(live)))
+    drawn = signal.weights > 0
+    torch.testing.assert_close(
+        live.gather(-1, signal.indices)[drawn],
+        signal.log_probs.float()[drawn],
+        atol=2e-2,
+        rtol=1e-3,
+    )
+    # over all positions the shares of the draws are the probabilities, tail and all
+    shares = torch.zeros_like(live).scatter_add(-1, signal.indices, signal.weights)
+    torch.testing.assert_close(shares.mean(0), live.exp().mean(0), atol=0.02, rtol=0)
+    # and they take fewer bytes than all probabilities
+    make(DATA)
+    assert size_of(tmp_path / name_of(SAMPLED)) < 0.5 * size_of(tmp_path / "data-logits")
+
+
+def test_the_loss_of_sampled_outputs_is_that_of_all_probabilities_in_the_mean(
+    make, teacher, generator
+):
+    from student.objectives import forward_kl
+    from teacher.signal import Signal
+
+    stored = make(SAMPLED)
+    batch = collate(stored.rows, np.arange(100), pad=0)
+    live = Signal(batch.targets, live_log_probs(teacher, batch))
+    student = torch.randn(*live.log_probs.shape, generator=generator)
+    found, exact = (forward_kl(student, s).mean().item() for s in (stored.signal(batch), live))
+    assert found == pytest.approx(exact, rel=0.03)
+    # and a row has the same draws in every batch
+    turned = stored.signal(collate(stored.rows, np.arange(100)[::-1].copy(), pad=0))
+    assert forward_kl(student * 0, turned).sum() == pytest.approx(
+        forward_kl(student * 0, stored.signal(batch)).sum(), rel=1e-4
+    )
 
 
 def test_text_reveals_the_greedy_answers_and_nothing_more(make, teacher, task, rows):

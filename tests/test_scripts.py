@@ -417,7 +417,7 @@ def test_a_run_of_an_older_version_is_named(copy, capsys):
 @pytest.mark.parametrize("name", ["../stolen.arrow", "/etc/passwd", "link.arrow"])
 def test_outputs_never_leave_their_folder(name, copy, tmp_path):
     from configs.schema import LabError
-    from teacher.outputs import Outputs
+    from teacher.shards import Outputs
 
     folder = copy / "outputs" / "data-logits"
     provenance = json.loads((folder / "provenance.json").read_text())
