@@ -43,7 +43,7 @@ from tasks import load_task
 from tasks.pronounce import Pronounce
 from tasks.rows import Rows
 from teacher.model import load_model
-from teacher.outputs import name_of
+from teacher.outputs import charged_stages
 from teacher.shards import Outputs
 
 SCHEMA = 1
@@ -309,9 +309,8 @@ def costs(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any
     teacher = run.cost_of("teacher")
     fractions = {}
     for arm, recipe in recipes_of(config).items():
-        parts = [run.cost_of(stage_of(arm, config.seeds[0]))]
-        if recipe.access != "none":
-            parts.append(run.cost_of(f"outputs/{name_of(recipe)}"))
+        stages = [stage_of(arm, config.seeds[0]), *charged_stages(recipe, config)]
+        parts = [run.cost_of(stage) for stage in stages]
         fractions[arm] = {
             key: sum(part[key] for part in parts) / teacher[key] if teacher[key] else None
             for key in ("flops", "seconds", "joules")

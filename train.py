@@ -9,17 +9,11 @@ Stopped at any moment, the same command goes on where it was. Judge the run with
 import argparse
 import hashlib
 import math
-import multiprocessing
-import os
-import signal as signals
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -33,19 +27,53 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.checkpoints import checkpoint, restore
-from configs.runs import Run, sha256_of_model, sha256_of_tensors, write_json
+from configs.runs import Run, read_json, sha256_of_model, sha256_of_tensors, write_json
 from configs.schema import Config, LabError, Model, Recipe, Training, read_config
-from measure.cost import CountedForward, Stopwatch, TrainingFlops
+from configs.workers import side_by_side
+from measure.cost import (
+    CountedForward,
+    Stopwatch,
+    TrainingFlops,
+    affordable_steps,
+    expected_steps,
+)
 from measure.journal import Journal
 from measure.provenance import environment
 from student.hidden import Projected
 from student.lessons import Lessons, scarce, smoothed_labels
-from student.recipe import FROM_TEXT, Match, Objective, match_of, objective_of, recipes_of
+from student.on_policy import OnPolicy
+from student.recipe import (
+    FROM_TEXT,
+    Match,
+    Objective,
+    match_of,
+    objective_of,
+    recipes_of,
+    waves_of,
+)
 from tasks import load_task
 from tasks.pronounce import Pronounce
 from tasks.rows import Rows, batch_order, collate, weight_of
-from teacher.model import build_model, initialise, load_model, save_model, size_of
-from teacher.outputs import make_outputs, name_of, outputs_binding, sha256_of_outputs
+from teacher.model import (
+    Averaged,
+    build_model,
+    initialise,
+    load_model,
+    save_model,
+    size_of,
+    take_layers,
+)
+from teacher.outputs import (
+    charged_stages,
+    finish_outputs,
+    make_outputs,
+    name_of,
+    needs_outputs,
+    outputs_binding,
+    sha256_of_outputs,
+    stage_of_teacher,
+    transfer_rows,
+)
 from teacher.shards import Outputs
 
 
@@ -82,6 +110,9 @@ class Lab:
     accelerator: Accelerator
 
 
+NOTED_SECONDS = 2.0  # how often the making of outputs notes its time
+SPARE_STEPS = 4  # of a training that ends by its budget: some are dearer than others
+
 # What a stage hands back for the run's books: its cost, and what it made.
 Closing = tuple[dict[str, Any], dict[str, Any]]
 
@@ -103,7 +134,7 @@ def story(config: Config, folder: Path) -> None:
             run = Run.open(folder, config, here)
         accelerator.wait_for_everyone()
         lab = open_lab(config, run if main_process else Run(folder).reload(), accelerator)
-        for settings in (config.teacher.model, config.students.model):
+        for settings in (config.teacher.model, *map(config.model_of, recipes_of(config).values())):
             try_model(lab, settings)
         run = lab.run
         run.manifest["data"] = {"rows": lab.rows.digest(), "tokenizer": tokenizer_sha256(lab.task)}
@@ -112,19 +143,18 @@ def story(config: Config, folder: Path) -> None:
             teachers["twin"] = (train_teacher, config.teacher.seed + 1)
         train_all(lab, teachers)
 
-        recipes = recipes_of(config)
-        for recipe in recipes.values():
-            if recipe.access != "none":
-                produce_outputs(lab, recipe)
-
-        train_all(
-            lab,
-            {
-                f"students/{name}/seed-{seed}": (train_student, name, recipe, seed)
-                for seed in config.seeds
-                for name, recipe in recipes.items()
-            },
-        )
+        for recipes in waves_of(config):
+            for recipe in recipes.values():
+                if needs_outputs(recipe):
+                    produce_outputs(lab, recipe)
+            train_all(
+                lab,
+                {
+                    f"students/{name}/seed-{seed}": (train_student, name, recipe, seed)
+                    for seed in config.seeds
+                    for name, recipe in recipes.items()
+                },
+            )
         if main_process:
             run.close()
             farewell(run)
@@ -133,39 +163,18 @@ def story(config: Config, folder: Path) -> None:
 def train_all(lab: Lab, jobs: dict[str, tuple]) -> None:
     """Run the training stages that are not done yet: {stage: (function, *arguments)}.
 
-    With `workers` above 1 that many processes share the threads: tiny models gain little from a
-    second thread, but two of them train side by side. What a stage computes does not depend on
-    when it runs, nor on its neighbours.
+    With `workers` above 1 as many processes share the threads. What a stage computes does not
+    depend on when it runs, nor on its neighbours.
     """
     waiting = {stage: job for stage, job in jobs.items() if not lab.run.stage_done(stage)}
     if lab.config.workers == 1 or len(jobs) == 1:
         for stage, (function, *arguments) in waiting.items():
             close_stage(lab, stage, function(lab, stage, *arguments))
         return
-    threads = max(1, torch.get_num_threads() // lab.config.workers)
-    with ProcessPoolExecutor(
-        lab.config.workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=start_worker,
-        initargs=(lab.config, lab.run.folder, threads),
-    ) as pool:
-        try:
-            running = {
-                pool.submit(work, function, stage, *arguments): stage
-                for stage, (function, *arguments) in waiting.items()
-            }
-            for done in as_completed(running):
-                lab.run.close_stage(running[done], *done.result())
-        except BrokenProcessPool:
-            raise LabError(
-                "a worker was killed from outside, perhaps for memory; the same command goes on, "
-                "workers=1 under another name=... needs less"
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    tasks = {stage: (work, function, stage, *rest) for stage, (function, *rest) in waiting.items()}
+    place = (lab.config, lab.run.folder)
+    for stage, closing in side_by_side(tasks, lab.config.workers, open_worker_lab, place):
+        close_stage(lab, stage, closing)
 
 
 def close_stage(lab: Lab, stage: str, closing: Closing | None) -> None:
@@ -177,13 +186,9 @@ def close_stage(lab: Lab, stage: str, closing: Closing | None) -> None:
         lab.run.reload()
 
 
-def start_worker(config: Config, folder: Path, threads: int) -> None:
-    """A worker opens the lab once. It leaves Ctrl-C to its parent, and ends when that ends."""
+def open_worker_lab(config: Config, folder: Path) -> None:
+    """A worker opens the lab once, for all the stages it trains."""
     global worker_lab
-    signals.signal(signals.SIGINT, signals.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(threads)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     worker_lab = open_lab(config, Run(folder).reload(), accelerator)
 
@@ -241,20 +246,55 @@ def produce_outputs(lab: Lab, recipe: Recipe) -> None:
     stage = f"outputs/{name_of(recipe)}"
     if lab.run.stage_done(stage):
         return
-    if not lab.accelerator.is_main_process:
-        return close_stage(lab, stage, None)
-    watch = Stopwatch(lab.config.cost, torch.get_num_threads())
-    teacher = CountedForward(load_model(lab.run.teacher))
-    folder = lab.run.folder / stage
+    accelerator, folder = lab.accelerator, lab.run.folder / stage
+    spent = lab.run.checkpoints(stage) / "cost.json"  # by a part of this stage that was interrupted
+    before = read_json(spent) if spent.exists() else None
+    watch = Stopwatch(lab.config.cost, torch.get_num_threads(), before)
     total = recipe.transfer_rows or len(lab.rows)
+    noted = 0.0
     with tqdm(total=total, desc=stage, unit="row", ascii=True, leave=False, disable=None) as bar:
-        flops = make_outputs(
-            folder, teacher, lab.task, lab.rows, recipe, binding_of(lab, recipe), bar.update
+
+        def progress(rows: int) -> None:
+            nonlocal noted
+            bar.update(rows)
+            if accelerator.is_main_process and watch.elapsed() - noted >= NOTED_SECONDS:
+                write_json(spent, watch.read(0))
+                noted = watch.elapsed()
+
+        make_outputs(
+            folder,
+            teacher_of(lab, recipe),
+            lab.task,
+            lab.rows,
+            recipe,
+            binding_of(lab, recipe),
+            progress,
+            accelerator.process_index,
+            accelerator.num_processes,
         )
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    made = {"sha256": sha256_of_outputs(folder), "rows": total, "bytes": size}
-    close_stage(lab, stage, (watch.read(flops), made))
-    tqdm.write(f"{stage:<34} {total} rows, {size / 2**20:.1f} MB")
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return close_stage(lab, stage, None)
+    flops, tokens = finish_outputs(folder)
+    size = sum(file.stat().st_size for file in folder.glob("*.arrow"))
+    cost = {**watch.read(flops), "bytes": size, "bytes_per_token": size / tokens}
+    close_stage(lab, stage, (cost, {"sha256": sha256_of_outputs(folder), "rows": total}))
+    tqdm.write(
+        f"{stage:<34} {total} rows, {size / 2**20:.1f} MB, {size / tokens:.1f} bytes per token"
+    )
+
+
+def teacher_of(lab: Lab, recipe: Recipe) -> CountedForward | Averaged:
+    """Who teaches a recipe, its forward passes counted."""
+    stages = [stage_of_teacher(name, lab.config) for name in recipe.teachers]
+    models = [CountedForward(load_model(lab.run.folder / stage)) for stage in stages]
+    return models[0] if len(models) == 1 else Averaged(models)
+
+
+def teacher_sha256(lab: Lab, recipe: Recipe) -> str:
+    stages = lab.run.manifest["stages"]
+    names = [stage_of_teacher(name, lab.config) for name in recipe.teachers]
+    return "+".join(stages[name]["sha256"] for name in names)
 
 
 def tokenizer_sha256(task: Pronounce) -> str:
@@ -265,7 +305,7 @@ def binding_of(lab: Lab, recipe: Recipe) -> dict[str, Any]:
     """What the outputs of a recipe must be bound to in this run."""
     return outputs_binding(
         recipe,
-        teacher_sha256=lab.run.manifest["stages"]["teacher"]["sha256"],
+        teacher_sha256=teacher_sha256(lab, recipe),
         tokenizer_sha256=lab.run.manifest["data"]["tokenizer"],
         rows=lab.rows,
         seed=lab.config.teacher.seed,
@@ -278,18 +318,27 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
     All cost the same FLOPs, outputs included: who does not pay for outputs trains for more steps.
     """
     settings = lab.config.students
-    model = new_model(lab, settings.model, seed)
-    budget = settings.budget * lab.run.cost_of("teacher")["flops"]
+    model = new_model(lab, lab.config.model_of(recipe), seed)
+    if recipe.initial_layers:
+        taught_by = stage_of_teacher(recipe.teachers[0], lab.config)
+        model = take_layers(model, load_model(lab.run.folder / taught_by), recipe.initial_layers)
     lineage = f"Student `{name}` from seed {seed} <- "
     if recipe.access != "none":
-        budget -= lab.run.cost_of(f"outputs/{name_of(recipe)}")["flops"]
-        teacher = lab.run.manifest["stages"]["teacher"]["sha256"][:16]
-        lineage += f"teacher {teacher} <- "
+        lineage += f"teacher {teacher_sha256(lab, recipe)[:16]} <- "
+    budget = recipe.budget_share * settings.budget * lab.run.cost_of("teacher")["flops"]
+    budget -= sum(lab.run.cost_of(s)["flops"] for s in charged_stages(recipe, lab.config))
     lessons = lessons_of(lab, recipe, seed)
     match = match_of(recipe)
     if match:
         model = Projected(model, lessons.width, seed)
-    steps = affordable_steps(model, lessons.rows, settings.training, seed, budget, match)
+    lengths, batch_rows = lessons.rows.lengths, settings.training.batch_rows
+    whole, plain = TrainingFlops(model), TrainingFlops(student_of(model))
+    if lessons.on_policy:
+        steps = expected_steps(plain, lessons.on_policy, lengths, batch_rows, budget)
+    else:
+        order = batch_order(lengths, batch_rows, seed)
+        looks = match.steps if match else lambda steps: 0
+        steps = affordable_steps(whole, plain, lengths, order, budget, looks)
     if steps < 1:
         raise LabError(
             f"{name}: students.budget {settings.budget:g} of the teacher's FLOPs leaves none for "
@@ -306,11 +355,29 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
         seed=seed,
         lineage=f"{lineage}data `{lab.task.name}`. Recipe: `{recipe.model_dump_json()}`.",
         match=match,
+        budget=budget if lessons.on_policy else None,
     )
 
 
 def lessons_of(lab: Lab, recipe: Recipe, seed: int) -> Lessons:
     """The rows that a recipe trains on, and the signal at each of their positions."""
+    if recipe.writes_itself:
+        stored = lab.rows.take(transfer_rows(lab.rows, recipe))
+        policy = OnPolicy(
+            rows=stored,
+            teacher=teacher_of(lab, recipe),
+            counted=CountedForward,
+            recipe=recipe,
+            seed=seed,
+            batch_rows=lab.config.students.training.batch_rows,
+            longest=lab.task.longest_answer,
+            end=lab.task.tokenizer.eos_token_id,
+            vocabulary=len(lab.task.tokenizer),
+        )
+        if not needs_outputs(recipe):
+            return Lessons(stored, on_policy=policy)
+        outputs = Outputs(lab.run.folder / f"outputs/{name_of(recipe)}", binding_of(lab, recipe))
+        return Lessons(outputs.rows, outputs.signal, on_policy=policy)
     if recipe.access != "none":
         stage = f"outputs/{name_of(recipe)}"
         outputs = Outputs(lab.run.folder / stage, binding_of(lab, recipe))
@@ -324,27 +391,6 @@ def lessons_of(lab: Lab, recipe: Recipe, seed: int) -> Lessons:
         entropy = Outputs(lab.run.folder / f"outputs/{name_of(softest)}").mean_entropy()
         return Lessons(lab.rows, smoothed_labels(len(lab.task.tokenizer), entropy))
     return Lessons(scarce(lab.rows, recipe.label_fraction))
-
-
-def affordable_steps(
-    model: nn.Module,
-    rows: Rows,
-    training: Training,
-    seed: int,
-    budget: float,
-    match: Match | None = None,
-) -> int:
-    """How many steps on these rows fit into a budget of FLOPs."""
-    order = batch_order(rows.lengths, training.batch_rows, seed)
-    whole, plain = TrainingFlops(model), TrainingFlops(student_of(model))
-    spent, extra = [0], [0]  # after so many steps: plain, and on top by those that look inside
-    while spent[-1] <= budget:
-        lengths = rows.lengths[order(len(spent) - 1)]
-        spent.append(spent[-1] + plain.of_batch(lengths))
-        extra.append(extra[-1] + whole.of_batch(lengths) - plain.of_batch(lengths))
-    looks = match.steps if match else lambda steps: 0
-    affordable = [n for n in range(len(spent)) if spent[n] + extra[looks(n)] <= budget]
-    return max(affordable, default=0)
 
 
 def student_of(model: nn.Module) -> nn.Module:
@@ -364,14 +410,16 @@ def fit(
     seed: int,
     lineage: str,
     match: Match | None = None,
+    budget: float | None = None,
 ) -> Closing | None:
     """THE training loop: teacher, student and control differ only by what they are handed.
 
-    Batch by step number, forward, objective, backward, clip, step, log, checkpoint. Ends with the
-    saved model at <run>/<stage>; returns what the run enters in its books. Several processes share
-    every step; the main one alone writes and returns.
+    Batch by step number, forward, objective, backward, clip, step, log, checkpoint. It takes so
+    many steps or, with a budget of FLOPs, about as many: until it is spent. Ends with the saved
+    model at <run>/<stage>; returns what the run enters in its books. Several processes share every
+    step; the main one alone writes and returns.
     """
-    pad = lab.task.tokenizer.pad_token_id
+    pad, vocabulary = lab.task.tokenizer.pad_token_id, len(lab.task.tokenizer)
     accelerator, device = lab.accelerator, lab.accelerator.device
     processes, main_process = accelerator.num_processes, accelerator.is_main_process
     model.to(device)
@@ -386,62 +434,77 @@ def fit(
         )
     costs, plain_costs = TrainingFlops(model), TrainingFlops(student_of(model))
     checkpoints = lab.run.checkpoints(stage)
-    first, flops, cost_before = restore(checkpoints, model, optimizer)
+    step, flops, cost_before = restore(checkpoints, model, optimizer)
     watch = Stopwatch(lab.config.cost, torch.get_num_threads(), cost_before)
+    writing = (cost_before or {}).get("writing_seconds", 0.0)
+    if budget:  # the last steps must not overspend it
+        budget *= max(0.5, 1 - SPARE_STEPS / steps)
+
+    def done() -> float:
+        """The share of the training that is behind us."""
+        return flops / budget if budget else step / steps
+
     accelerator.wait_for_everyone()  # all have read the checkpoint before one writes another
     journal = None
     if main_process:
-        journal = Journal(lab.run, stage, lab.task, lab.validation, steps, first)
+        journal = Journal(lab.run, stage, lab.task, lab.validation, steps, step, done())
     saved_at = watch.elapsed()
     model.train()
-    for step in range(first, steps):
+    while (progress := done()) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, step, steps)
-        indices = order(step)
+            group["lr"] = learning_rate(training, progress * steps if budget else step, steps)
+        started = watch.elapsed()
+        now = lessons.at(student_of(model), step, progress)
+        writing += watch.elapsed() - started
+        indices = order(step) if now is lessons else np.arange(len(now.rows))
         # Every process takes its parts of the step; the denominators are those of the whole step.
         count = min(training.accumulation * processes, len(indices))
         own = np.array_split(indices, count)[accelerator.process_index :: processes]
-        total, positions = weight_of(lessons.rows, indices, training.prompt_weight)
-        progress = step / steps
+        total, positions = weight_of(now.rows, indices, training.prompt_weight)
         looks = match is not None and progress < match.until
         learner = model if looks else student_of(model)
         loss = torch.zeros((), dtype=student_of(model).dtype, device=device)
         for part in own:
-            part = collate(lessons.rows, part, pad, training.prompt_weight)
-            signal = lessons.signal(part).to(device)
+            part = collate(now.rows, part, pad, training.prompt_weight)
+            signal = now.signal(part).to(device)
             shown = learner(part.input_ids.to(device), use_cache=False)
-            losses = objective(shown.logits[part.counted], signal, progress)
+            losses = objective(shown.logits[part.counted][:, :vocabulary], signal, progress)
             part_loss = (losses * part.weights.to(device)).sum() / total
             if looks:
-                misses = match(shown, part.positions, lessons.inside(part).to(device), progress)
+                misses = match(shown, part.positions, now.inside(part).to(device), progress)
                 part_loss = part_loss + misses.sum() / positions
             accelerator.backward(part_loss)
             loss += part_loss.detach()
         if processes > 1:
             loss = sum_over_processes(accelerator, model, loss)
         if not math.isfinite(loss):
-            stop_at_nonfinite(lab, stage, step, float(loss), lessons.rows.ids[indices])
+            stop_at_nonfinite(lab, stage, step, float(loss), now.rows.ids[indices])
         norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-        flops += (costs if looks else plain_costs).of_batch(lessons.rows.lengths[indices])
+        lengths = now.rows.lengths[indices]
+        flops += now.flops + (costs if looks else plain_costs).of_batch(lengths)
+        step += 1
         if journal is None:
             continue
-        tokens = len(indices) * int(lessons.rows.lengths[indices].max())
-        logged = journal.note(step + 1, learner, loss, norm, flops, tokens)
+        tokens = len(indices) * int(lengths.max())
+        logged = journal.note(step, done(), learner, loss, norm, flops, tokens)
         # Only where a line of the log ends, so that a continued run logs what a whole one does.
         due = watch.elapsed() - saved_at > lab.config.checkpoint_seconds
-        if logged and due and step + 1 < steps:
-            checkpoint(checkpoints, step + 1, model, optimizer, flops, watch.read(flops))
+        if logged and due and done() < 1:
+            cost = {**watch.read(flops), "writing_seconds": writing}
+            checkpoint(checkpoints, step, model, optimizer, flops, cost)
             saved_at = watch.elapsed()
     if journal is None:
         return None
     journal.close()
     model = student_of(model)
     folder = lab.run.folder / stage
-    save_model(model, lab.task.tokenizer, folder, card(stage, model, lineage, steps))
-    cost = {**watch.read(flops), "steps": steps}
+    save_model(model, lab.task.tokenizer, folder, card(stage, model, lineage, step))
+    cost = {**watch.read(flops), "steps": step}
+    if lessons.on_policy:
+        cost["writing_seconds"] = round(writing, 3)  # and scoring, live
     return cost, {"sha256": sha256_of_model(folder), "params": size_of(model)}
 
 
@@ -470,7 +533,7 @@ def stop_at_nonfinite(lab: Lab, stage: str, step: int, loss: float, ids: np.ndar
     )
 
 
-def learning_rate(training: Training, step: int, steps: int) -> float:
+def learning_rate(training: Training, step: float, steps: int) -> float:
     """Linear warm-up, then half a cosine down to final_fraction of the peak."""
     warmup = max(1, round(training.warmup_fraction * steps))
     if step < warmup:

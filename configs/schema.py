@@ -125,7 +125,7 @@ class Recipe(Section):
     """A distillation method is three choices: access, sequences, objective. The rest is dosage."""
 
     access: Literal["none", "text", "top_k", "sampled", "logits", "hidden"] = "logits"
-    sequences: Literal["data", "teacher"] = "data"
+    sequences: Literal["data", "teacher", "student"] = "data"
     # terms and their weights, which sum to 1 at the start
     objective: dict[str, Scheduled] = {"forward_kl": 1.0}
     temperature: Scheduled = 1.0  # of the divergence: both distributions are softened
@@ -136,9 +136,19 @@ class Recipe(Section):
     k: int = Field(8, gt=0)  # access top_k: how many probabilities the teacher reveals; or draws
     stored_as: Literal["float16", "bfloat16"] = "float16"  # the numbers of the outputs on disk
     hidden_layers: list[int] = []  # access hidden: a layer of the teacher for each of the student
+    # Share of the steps whose answers the student writes and the teacher scores, live; sequences
+    # student: all of them.
+    on_policy: Scheduled = 0.0
+    student_temperature: float = Field(1.0, ge=0)  # at which it writes them
     sampling_temperature: float = Field(0.0, ge=0)  # sequences teacher: 0 writes greedily
     prompts: Literal["train", "invented"] = "train"  # sequences teacher: whose words it answers
     transfer_rows: int | None = Field(None, gt=0)  # how many rows the teacher answers; null: all
+    # Who teaches: teacher, twin, or another recipe (its first student, an assistant whose cost is
+    # charged). Several are averaged.
+    teachers: list[str] = Field(["teacher"], min_length=1)
+    model: Model | None = None  # another shape than students.model
+    initial_layers: list[int] = []  # of the teacher, that the student starts from; else from noise
+    budget_share: float = Field(1.0, gt=0, le=1)  # how much of students.budget this may spend
     label_fraction: float = Field(1.0, gt=0, le=1)  # access none: share of training words labelled
     shuffled: bool = False  # outputs of the wrong rows (a control)
     smoothed: bool = False  # uniform label smoothing, as much entropy as the teacher's (a control)
@@ -212,9 +222,30 @@ class Recipe(Section):
             )
         if "sorted_distance" in compares and self.access not in ("logits", "hidden"):
             raise ValueError("sorted_distance sorts all probabilities: it needs access logits")
-        if self.prompts == "invented" and self.sequences == "data":
+        if self.prompts == "invented" and self.sequences != "teacher":
             raise ValueError("invented prompts have no data to answer them: use sequences teacher")
+        if self.writes_itself and self.access not in ("top_k", "sampled", "logits"):
+            raise ValueError(
+                f"access {self.access!r} cannot score what the student writes: use access logits, "
+                "top_k or sampled"
+            )
+        if extremes(self.on_policy)[1] > 1:
+            raise ValueError(f"on_policy {self.on_policy} is a share of the steps, at most 1")
+        if self.sequences == "student" and self.on_policy:
+            raise ValueError("sequences student writes at all steps: leave on_policy away")
+        if len(self.teachers) > 1 and (self.sequences != "data" or self.access == "hidden"):
+            raise ValueError(
+                "several teachers are averaged over sequences data and access logits, top_k or "
+                "sampled: their states differ, and they would write different texts"
+            )
+        if len(set(self.teachers)) != len(self.teachers):
+            raise ValueError(f"teachers {self.teachers} repeat")
         return self
+
+    @property
+    def writes_itself(self) -> bool:
+        """Does the student write some of its own training text?"""
+        return self.sequences == "student" or extremes(self.on_policy)[1] > 0
 
 
 class Students(Section):
@@ -305,6 +336,11 @@ class Config(Section):
             raise ValueError(
                 "the control shuffled mixes up the first recipe's outputs, but it has none"
             )
+        if "shuffled" in self.controls and next(iter(self.recipes.values())).writes_itself:
+            raise ValueError(
+                "the control shuffled mixes up stored outputs, but students of the first recipe "
+                "write their own text; put another recipe first"
+            )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat; every seed is one independent student")
         if self.students.training.prompt_weight > 0:
@@ -314,15 +350,33 @@ class Config(Section):
                         f"students.training.prompt_weight is above 0, but {name} learns from "
                         f"access {recipe.access!r}, which is revealed for completions only"
                     )
-        shallow = self.students.model.num_hidden_layers
-        deep = self.teacher.model.num_hidden_layers
         for name, recipe in self.recipes.items():
-            layers = recipe.hidden_layers
-            if layers and (len(layers) != shallow or not all(1 <= n <= deep for n in layers)):
-                raise ValueError(
-                    f"recipes.{name}.hidden_layers {layers}: expected {shallow} layers, one for "
-                    f"each of the student's, from 1 to the teacher's {deep}"
+            for teacher in recipe.teachers:
+                if teacher not in (*self.recipes, "teacher", *{"twin"} & {*self.controls}):
+                    raise ValueError(
+                        f"recipes.{name}.teachers: nobody is called {teacher!r}"
+                        f"{nearest(teacher, ['teacher', *self.recipes])}; twin is one of controls"
+                    )
+            shallow = self.model_of(recipe).num_hidden_layers
+            deep = self.teacher_model_of(recipe).num_hidden_layers
+            for key in ("hidden_layers", "initial_layers"):
+                layers = getattr(recipe, key)
+                if layers and (len(layers) != shallow or not all(1 <= n <= deep for n in layers)):
+                    raise ValueError(
+                        f"recipes.{name}.{key} {layers}: expected {shallow} layers, one for each "
+                        f"of the student's, from 1 to the teacher's {deep}"
+                    )
+            if recipe.initial_layers:
+                own, its = (
+                    m.model_dump(exclude={"num_hidden_layers", "initializer_range"})
+                    for m in (self.model_of(recipe), self.teacher_model_of(recipe))
                 )
+                if own != its:
+                    raise ValueError(
+                        f"recipes.{name}.initial_layers: layers can be taken over only if the "
+                        "student's model has the teacher's sizes, but for num_hidden_layers"
+                    )
+        self.waves()
         known = {*self.recipes, *self.controls, "teacher"}
         for verdict in self.verdicts:
             for name in verdict.names:
@@ -332,6 +386,33 @@ class Config(Section):
                         f"{nearest(name, known)}"
                     )
         return self
+
+    def model_of(self, recipe: Recipe) -> Model:
+        """The shape of a recipe's students."""
+        return recipe.model or self.students.model
+
+    def teacher_model_of(self, recipe: Recipe) -> Model:
+        """The shape of who teaches them; the first of several."""
+        first = recipe.teachers[0]
+        if first in self.recipes:
+            return self.model_of(self.recipes[first])
+        return self.teacher.model
+
+    def waves(self) -> list[list[str]]:
+        """Names of recipes in the order of training: who teaches another comes in an earlier wave.
+
+        ValueError if recipes teach each other in a circle.
+        """
+        waiting, taught, found = dict(self.recipes), {"teacher", "twin"}, []
+        while waiting:
+            wave = [n for n, recipe in waiting.items() if taught.issuperset(recipe.teachers)]
+            if not wave:
+                raise ValueError(f"recipes {', '.join(waiting)} teach each other in a circle")
+            found.append(wave)
+            taught.update(wave)
+            for name in wave:
+                del waiting[name]
+        return found
 
 
 def nearest(word: str, known: Any) -> str:

@@ -7,6 +7,7 @@ matrix products), for teacher and student alike.
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,39 @@ class TrainingFlops:
     def of_batch(self, lengths: np.ndarray) -> int:
         """Of a batch of rows padded to the longest."""
         return len(lengths) * self.of_row(int(lengths.max()))
+
+
+def affordable_steps(
+    whole: TrainingFlops,
+    plain: TrainingFlops,
+    lengths: np.ndarray,
+    order: Callable[[int], np.ndarray],
+    budget: float,
+    looks: Callable[[int], int],
+) -> int:
+    """How many steps on rows of these lengths fit into a budget of FLOPs: the first looks(steps) of
+    them cost `whole`, the others `plain`."""
+    spent, extra = [0], [0]  # after so many steps: plain, and on top by those that look inside
+    while spent[-1] <= budget:
+        batch = lengths[order(len(spent) - 1)]
+        spent.append(spent[-1] + plain.of_batch(batch))
+        extra.append(extra[-1] + whole.of_batch(batch) - plain.of_batch(batch))
+    affordable = [n for n in range(len(spent)) if spent[n] + extra[looks(n)] <= budget]
+    return max(affordable, default=0)
+
+
+def expected_steps(
+    plain: TrainingFlops, policy: Any, lengths: np.ndarray, batch_rows: int, budget: float
+) -> int:
+    """About how many steps fit into a budget, if the rows of some are written on the spot, as long
+    as those of these lengths. What they cost shows only in the training, which ends by it."""
+    length = round(float(lengths.mean()))
+    before = policy.teacher.flops
+    policy.teacher(torch.ones((1, length), dtype=torch.long), use_cache=False)
+    scoring, step = policy.teacher.flops - before, plain.of_row(length)
+    share = float(np.mean([policy.share(progress) for progress in np.linspace(0, 1, 101)]))
+    per_row = step + share * (step / 3 + scoring)  # a forward pass is a third of a step
+    return int(budget / (batch_rows * per_row))
 
 
 # FLOPs per row of a forward pass, by the shape of the model (its config), tokens and cached tokens

@@ -20,10 +20,18 @@ class Journal:
     """The log of one stage: a progress bar, a line every so often, the same in metrics.jsonl."""
 
     def __init__(
-        self, run: Run, stage: str, task: Pronounce, validation: Rows, steps: int, first: int
+        self,
+        run: Run,
+        stage: str,
+        task: Pronounce,
+        validation: Rows,
+        steps: int,
+        first: int,
+        progress: float,
     ) -> None:
         self.run, self.stage, self.task, self.validation = run, stage, task, validation
-        self.steps, self.validated, self.every = steps, first, run.config().log_every
+        self.steps, self.every = steps, run.config().log_every
+        self.validations = validations_by(progress)
         self.losses: list[torch.Tensor] = []
         self.tokens, self.started = 0, time.perf_counter()
         run.forget_metrics(stage, after=first)
@@ -40,17 +48,18 @@ class Journal:
     def note(
         self,
         step: int,
+        progress: float,
         model: nn.Module,
         loss: torch.Tensor,
         norm: torch.Tensor,
         flops: float,
         tokens: int,
     ) -> bool:
-        """After `step` steps: write a line if one is due, and say so."""
+        """After `step` steps, so much of the training: write a line if one is due, and say so."""
         self.bar.update()
         self.losses.append(loss)
         self.tokens += tokens
-        if step % self.every and step < self.steps:
+        if step % self.every and progress < 1:
             return False
         loss = float(torch.stack(self.losses).mean())
         speed = self.tokens / (time.perf_counter() - self.started)
@@ -58,10 +67,10 @@ class Journal:
         text = (
             f"{self.stage:<26} step {step:>6}/{self.steps:<6} loss {loss:8.4f} {speed:>8.0f} tok/s"
         )
-        if VALIDATIONS * step // self.steps > VALIDATIONS * self.validated // self.steps:
+        if validations_by(progress) > self.validations:
             line["validation_nll"] = validation_nll(model, self.task, self.validation)
             text += f"  validation {line['validation_nll']:.4f}"
-            self.validated = step
+            self.validations = validations_by(progress)
         self.run.log(self.stage, step=step, **line)
         tqdm.write(text)
         self.losses, self.tokens, self.started = [], 0, time.perf_counter()
@@ -69,6 +78,10 @@ class Journal:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def validations_by(progress: float) -> int:
+    return int(VALIDATIONS * progress + 1e-9)
 
 
 @torch.no_grad()

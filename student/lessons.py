@@ -2,13 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy.optimize import brentq
+from torch import nn
 
 from tasks.rows import Batch, Rows
 from teacher.signal import Inside, Signal
+
+if TYPE_CHECKING:
+    from student.on_policy import OnPolicy
 
 
 def text_signal(batch: Batch) -> Signal:
@@ -19,12 +24,21 @@ def text_signal(batch: Batch) -> Signal:
 @dataclass(frozen=True)
 class Lessons:
     """Rows and what is revealed at a batch of them. Without a teacher that is the text itself;
-    with access `hidden`, its `inside` too, of width W."""
+    with access `hidden`, its `inside` too, of width W. At the steps of `on_policy` the lessons are
+    others, made on the spot for so many `flops`."""
 
     rows: Rows
     signal: Callable[[Batch], Signal] = text_signal
     inside: Callable[[Batch], Inside] | None = None
     width: int = 0
+    on_policy: "OnPolicy | None" = None
+    flops: float = 0.0
+
+    def at(self, student: nn.Module, step: int, progress: float) -> "Lessons":
+        """The lessons of a step: these, or what the student just wrote."""
+        if self.on_policy is None or not self.on_policy.due(step, progress):
+            return self
+        return self.on_policy.lessons(student, step)
 
 
 def scarce(rows: Rows, fraction: float) -> Rows:

@@ -112,6 +112,16 @@ def control_recipe(control: str, student: Recipe) -> Recipe:
     }[control]
 
 
+def waves_of(config: Config) -> list[dict[str, Recipe]]:
+    """The same in the order of training: who teaches others comes in an earlier wave."""
+    recipes = recipes_of(config)
+    waves = [{name: recipes[name] for name in wave} for wave in config.waves()]
+    controls = {name: recipe for name, recipe in recipes.items() if name not in config.recipes}
+    last = next((i for i, wave in enumerate(waves) if next(iter(config.recipes)) in wave), 0)
+    waves[last] |= controls  # shuffled needs the outputs of the first recipe
+    return waves
+
+
 def recipes_of(config: Config) -> dict[str, Recipe]:
     """Every student and every control that is one, by name, in the order of the config. Controls
     follow the first student. The twin is no student: it is a second teacher."""

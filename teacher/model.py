@@ -3,17 +3,21 @@
 The student is built here as well: it is the same kind of thing, only smaller.
 """
 
+import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils.logging import disable_progress_bar
 
 from configs.schema import LabError, Model, nearest
@@ -122,6 +126,36 @@ def load_model(folder: Path) -> nn.Module:
             "delete that folder and run train.py on the config again"
         ) from None
     return model.eval()
+
+
+class Averaged:
+    """Several teachers as one: the mean of their probabilities, for reading, not for writing."""
+
+    def __init__(self, models: Sequence[Forward]) -> None:
+        self.models = models
+
+    @property
+    def flops(self) -> float:
+        return sum(model.flops for model in self.models)
+
+    def __call__(self, input_ids: Tensor, **options: Any) -> CausalLMOutput:
+        each = [model(input_ids, **options).logits.log_softmax(-1) for model in self.models]
+        return CausalLMOutput(logits=torch.stack(each).logsumexp(0) - math.log(len(each)))
+
+
+def take_layers(student: nn.Module, teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
+    """A student that starts from some of the teacher's layers, counted from 1, and from all that
+    is no layer: Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, section 2."""
+    theirs = dict(teacher.named_parameters())
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            source = re.sub(
+                r"\.(layers|h)\.(\d+)\.",
+                lambda found: f".{found[1]}.{layers[int(found[2])] - 1}.",
+                name,
+            )
+            parameter.copy_(theirs[source])
+    return student
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from configs.runs import read_json, write_json
-from configs.schema import LabError, Recipe
+from configs.schema import Config, LabError, Recipe
 from tasks.rows import Rows, collate, row_id
 from teacher.model import Forward, generate
 from teacher.shards import Record, check_binding, sha256_of_file, write_shard
@@ -27,8 +27,9 @@ RAREST_WORDS = 0.02  # a teacher that invents fewer well-formed words than this 
 
 def name_of(recipe: Recipe) -> str:
     """The folder of the outputs that a recipe needs: recipes that need the same share it."""
+    teachers = recipe.teachers if recipe.teachers != ["teacher"] else []
     access = {"top_k": f"top_{recipe.k}", "sampled": f"sampled_{recipe.k}"}
-    parts = [recipe.sequences, access.get(recipe.access, recipe.access)]
+    parts = [*teachers, recipe.sequences, access.get(recipe.access, recipe.access)]
     parts += map(str, recipe.hidden_layers)
     if recipe.stored_as != "float16":
         parts.append(recipe.stored_as)
@@ -39,6 +40,27 @@ def name_of(recipe: Recipe) -> str:
     if recipe.transfer_rows:
         parts.append(str(recipe.transfer_rows))
     return "-".join(parts)
+
+
+def needs_outputs(recipe: Recipe) -> bool:
+    """Does a teacher have to answer before students of this recipe can train?"""
+    return recipe.access != "none" and recipe.sequences != "student"
+
+
+def stage_of_teacher(name: str, config: Config) -> str:
+    """`teacher`, `twin`, or the first student of a recipe that teaches others."""
+    return f"students/{name}/seed-{config.seeds[0]}" if name in config.recipes else name
+
+
+def charged_stages(recipe: Recipe, config: Config) -> list[str]:
+    """What has to be paid before a student of this recipe can train: its outputs, and an assistant
+    that taught it. The teacher itself was there before."""
+    stages = [f"outputs/{name_of(recipe)}"] if needs_outputs(recipe) else []
+    for name in recipe.teachers:
+        if name in config.recipes and recipe.access != "none":
+            stages += [stage_of_teacher(name, config)]
+            stages += charged_stages(config.recipes[name], config)
+    return list(dict.fromkeys(stages))
 
 
 def outputs_binding(
@@ -61,6 +83,15 @@ def outputs_binding(
     }
 
 
+def transfer_rows(
+    rows: Rows, recipe: Recipe, start: int = 0, size: int | None = None
+) -> np.ndarray:
+    """Places of the rows that a teacher answers, drawn evenly: rows come in dictionary order."""
+    count = recipe.transfer_rows or len(rows)
+    size = count - start if size is None else size
+    return np.arange(start, start + size) * len(rows) // count
+
+
 def make_outputs(
     folder: Path,
     forward: Forward,
@@ -69,12 +100,13 @@ def make_outputs(
     recipe: Recipe,
     binding: dict[str, Any],
     progress: Callable[[int], None] = lambda rows: None,
-) -> float:
+    process: int = 0,
+    processes: int = 1,
+) -> None:
     """Write the teacher's outputs for `rows`, shard by shard; shards already there are kept.
 
     A killed run goes on at the first missing shard: what a shard holds depends on the rows, the
-    seed and the shard's number alone. Returns the FLOPs of all shards, those of an earlier,
-    interrupted part too: each shard says what it cost.
+    seed and the shard's number alone. Several processes share the shards.
     """
     folder.mkdir(parents=True, exist_ok=True)
     provenance = folder / "provenance.json"
@@ -83,28 +115,32 @@ def make_outputs(
     else:
         write_json(provenance, {"binding": binding, "shards": None})
     count = recipe.transfer_rows or len(rows)
-    starts = range(0, count, SHARD_ROWS)
-    for number, start in enumerate(starts):
+    for number, start in enumerate(range(0, count, SHARD_ROWS)):
         file = folder / f"shard-{number:05d}.arrow"
         size = min(SHARD_ROWS, count - start)
-        if not file.exists():
+        if number % processes == process and not file.exists():
             generator = torch.Generator().manual_seed(binding["seed"] * 1_000_003 + number)
             if recipe.prompts == "invented":
                 records = invented(forward, task, size, recipe, generator, progress)
             else:
-                # Transfer rows are drawn evenly: rows come in dictionary order.
-                picked = np.arange(start, start + size) * len(rows) // count
+                picked = transfer_rows(rows, recipe, start, size)
                 answer = written if recipe.sequences == "teacher" else scored
                 records = answer(forward, task, rows.take(picked), recipe, generator, progress)
             write_shard(file, records, recipe, forward, len(task.tokenizer), generator)
-    shards, flops = {}, 0.0
-    for number in range(len(starts)):
-        file = folder / f"shard-{number:05d}.arrow"
+
+
+def finish_outputs(folder: Path) -> tuple[float, int]:
+    """Enter the hashes of all shards: the outputs can be read. Returns (FLOPs, tokens that
+    something was revealed for) of all shards, those of an interrupted part too, as each says."""
+    provenance = folder / "provenance.json"
+    shards, flops, tokens = {}, 0.0, 0
+    for file in sorted(folder.glob("shard-*.arrow")):
         shards[file.name] = sha256_of_file(file)
         with pa.memory_map(str(file)) as source:
-            flops += float(pa.ipc.open_stream(source).schema.metadata[b"flops"])
-    write_json(provenance, {"binding": binding, "shards": shards})
-    return flops
+            metadata = pa.ipc.open_stream(source).schema.metadata
+            flops, tokens = flops + float(metadata[b"flops"]), tokens + int(metadata[b"tokens"])
+    write_json(provenance, {"binding": read_json(provenance)["binding"], "shards": shards})
+    return flops, tokens
 
 
 def sha256_of_outputs(folder: Path) -> str:

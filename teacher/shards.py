@@ -60,8 +60,9 @@ def write_shard(
     """One shard: no more than the access of the recipe reveals, and what it cost a counted
     teacher."""
     before = getattr(forward, "flops", 0.0)
-    ids, prompts, lists = [], [], {"tokens": []}
+    ids, prompts, lists, tokens = [], [], {"tokens": []}, 0
     for record in records:
+        tokens += len(record.tokens) - record.prompt_length
         ids.append(record.id)
         prompts.append(record.prompt_length)
         lists["tokens"].append(narrow(record.tokens, vocabulary))
@@ -69,7 +70,7 @@ def write_shard(
             lists.setdefault(name, []).append(values)
     columns = {"id": pa.array(ids, pa.int64()), "prompt_length": pa.array(prompts, pa.int32())}
     columns |= {name: ragged(arrays) for name, arrays in lists.items()}
-    cost = {"flops": repr(getattr(forward, "flops", 0.0) - before)}
+    cost = {"flops": repr(getattr(forward, "flops", 0.0) - before), "tokens": str(tokens)}
     table = pa.table(columns).combine_chunks().replace_schema_metadata(cost)
     partial = file.with_name(f".{file.name}.partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:

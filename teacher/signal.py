@@ -63,6 +63,21 @@ class Signal:
         return self.log_probs.to(student_logits.dtype), student
 
 
+def reveal(
+    access: str, k: int, targets: Tensor, log_probs: Tensor, generator: torch.Generator
+) -> Signal:
+    """What a teacher that thinks log_probs [M, V] reveals of them, live; see shards.py for what is
+    kept on disk. Access `sampled` draws k times from its distribution."""
+    if access == "top_k":
+        top = log_probs.topk(k, dim=-1)
+        return Signal(targets, top.values, top.indices)
+    if access == "sampled":
+        drawn = torch.multinomial(log_probs.exp(), k, replacement=True, generator=generator)
+        weights = torch.full(drawn.shape, 1 / k, dtype=log_probs.dtype)
+        return Signal(targets, log_probs.gather(-1, drawn), drawn, weights)
+    return Signal(targets, log_probs)
+
+
 def with_tail(log_probs: Tensor) -> Tensor:
     """[M, k] -> [M, k + 1]: the rest of the probability mass as one more outcome."""
     tail = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp_min(TINY)

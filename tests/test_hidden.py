@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Model, Recipe, value_at
-from measure.cost import TrainingFlops
+from measure.cost import TrainingFlops, affordable_steps
 from student.hidden import Projected, attention_match, hidden_match
 from student.recipe import match_of, objective_of
 from tasks.pronounce import Pronounce
@@ -89,8 +89,6 @@ def test_the_match_is_no_term_over_the_vocabulary(generator):
 
 @pytest.mark.parametrize("until", [0.5, 1.0])
 def test_looking_inside_fades_and_is_charged_only_while_it_lasts(student, until):
-    import train
-    from configs.schema import Training
     from tasks.rows import batch_order
 
     recipe = Recipe(
@@ -108,7 +106,7 @@ def test_looking_inside_fades_and_is_charged_only_while_it_lasts(student, until)
     assert value_at(match.hidden, 0.25) == pytest.approx(0.3 * (1 - 0.25 / until))
     assert value_at(match.attention, until / 2) == 0.0 < value_at(match.hidden, until / 2)
 
-    rows, training = Pronounce(limit=300).rows("train"), Training(batch_rows=32)
+    rows = Pronounce(limit=300).rows("train")
     model = Projected(student, width=24, seed=0)
     whole, plain = TrainingFlops(model), TrainingFlops(student)
     order = batch_order(rows.lengths, 32, 0)
@@ -118,5 +116,5 @@ def test_looking_inside_fades_and_is_charged_only_while_it_lasts(student, until)
         return sum(c.of_batch(rows.lengths[order(i)]) for i, c in enumerate(costs))
 
     budget = cost(40) + 1
-    assert train.affordable_steps(model, rows, training, 0, budget, match) == 40
-    assert train.affordable_steps(model, rows, training, 0, budget - 2, match) == 39
+    assert affordable_steps(whole, plain, rows.lengths, order, budget, match.steps) == 40
+    assert affordable_steps(whole, plain, rows.lengths, order, budget - 2, match.steps) == 39

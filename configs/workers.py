@@ -1,0 +1,59 @@
+"""Work side by side: processes that share the threads of a machine.
+
+Tiny models gain little from a second thread, but two of them train side by side.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
+from typing import Any
+
+import torch
+
+from configs.schema import LabError
+
+
+def side_by_side(
+    jobs: dict[str, tuple], workers: int, opened: Callable[..., None], arguments: tuple
+) -> Iterator[tuple[str, Any]]:
+    """Run {name: (function, *arguments)} in so many processes; yields (name, result) as each ends.
+
+    Every process first calls `opened(*arguments)`, with its share of the threads set. An exception
+    in a job ends them all and is raised here; a process that was killed is a LabError.
+    """
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=start_worker,
+        initargs=(threads, opened, arguments),
+    ) as pool:
+        try:
+            running = {
+                pool.submit(function, *rest): name for name, (function, *rest) in jobs.items()
+            }
+            for done in as_completed(running):
+                yield running[done], done.result()
+        except BrokenProcessPool:
+            raise LabError(
+                "a worker was killed from outside, perhaps for memory; the same command goes on, "
+                "workers=1 under another name=... needs less"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def start_worker(threads: int, opened: Callable[..., None], arguments: tuple) -> None:
+    """It leaves Ctrl-C to its parent, and ends when that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(threads)
+    opened(*arguments)

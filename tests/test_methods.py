@@ -1,0 +1,161 @@
+"""Ways of composing a method: who teaches, who writes, where a student starts, what it costs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as judge
+import train
+from configs.runs import Run
+from configs.schema import Recipe, read_config
+from measure.cost import CountedForward
+from student.on_policy import OnPolicy
+from tasks.pronounce import Pronounce
+from tasks.rows import collate
+from teacher.model import Averaged, build_model, initialise, load_model, take_layers
+from teacher.outputs import charged_stages
+
+TINY = str(Path(__file__).parent.parent / "configs" / "tiny.yaml")
+MODEL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+RECIPES = {
+    "plain": {"access": "logits"},
+    "own": {"access": "logits", "sequences": "student", "objective": "reverse_kl"},
+    "mixed": {"access": "top_k", "k": 5, "on_policy": {"start": 0, "end": 1}},
+    "assistant": {"access": "logits", "model": MODEL | {"hidden_size": 24}, "budget_share": 0.5},
+    "assisted": {"access": "sampled", "k": 6, "teachers": ["assistant"]},
+    "averaged": {"access": "logits", "teachers": ["teacher", "twin"]},
+    "born_again": {"access": "logits", "model": MODEL, "initial_layers": [1]},
+}
+OVERRIDES = (
+    "name=methods", "seeds=[0]", "controls=[twin]", "verdicts=[]", "teacher.epochs=3",
+    f"recipes={json.dumps(RECIPES)}",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("methods")
+    assert train.main([TINY, *OVERRIDES, "--runs", str(runs)]) == 0
+    assert judge.main([str(runs / "methods")]) == 0
+    return Run.finished(runs / "methods")
+
+
+def test_every_method_costs_the_same_all_that_it_needs_included(run):
+    """Outputs, what the student writes and the teacher scores, and an assistant's training."""
+    config, teacher = run.config(), run.cost_of("teacher")["flops"]
+    for name, recipe in config.recipes.items():
+        own = run.cost_of(f"students/{name}/seed-0")["flops"]
+        before = sum(run.cost_of(stage)["flops"] for stage in charged_stages(recipe, config))
+        budget = recipe.budget_share * 0.6 * teacher
+        assert 0.9 * budget < own + before <= budget, name
+    assert charged_stages(config.recipes["assisted"], config) == [
+        "outputs/assistant-data-sampled_6", "students/assistant/seed-0", "outputs/data-logits",
+    ]  # fmt: skip
+    result = json.loads((run.folder / "eval.json").read_text("utf-8"))
+    fractions = result["cost"]["fraction_of_teacher_by_student"]
+    assert fractions["assisted"]["flops"] == pytest.approx(0.6, abs=0.03)
+    assert fractions["assistant"]["flops"] == pytest.approx(0.3, abs=0.03)
+
+
+def test_the_ledger_says_what_writing_takes_and_what_a_token_weighs(run):
+    for name in ("own", "mixed"):
+        cost = run.cost_of(f"students/{name}/seed-0")
+        assert 0 < cost["writing_seconds"] < cost["seconds"]
+    assert "writing_seconds" not in run.cost_of("students/plain/seed-0")
+    bytes_per_token = {
+        stage: run.cost_of(f"outputs/{stage}")["bytes_per_token"]
+        for stage in ("data-logits", "data-top_5", "assistant-data-sampled_6")
+    }
+    assert bytes_per_token["data-logits"] > 2 * 72
+    assert bytes_per_token["data-top_5"] < 60
+    assert bytes_per_token["assistant-data-sampled_6"] < 60
+
+
+def test_a_student_writes_at_the_steps_that_its_schedule_names_and_in_no_others(tmp_path):
+    task = Pronounce(limit=300)
+    recipe = Recipe(access="logits", on_policy={"start": 0, "end": 1})
+    policy = OnPolicy(task.rows("train"), None, None, recipe, 0, 8, 20, 2, 72)
+    due = [policy.due(step, step / 2000) for step in range(2000)]
+    assert sum(due[:200]) < 40 < 160 < sum(due[-200:])
+    assert sum(due) == pytest.approx(1000, abs=70)
+    assert due == [policy.due(step, step / 2000) for step in range(2000)]
+
+
+def test_on_policy_lessons_are_the_students_own_words_with_the_teachers_live_signal(tiny_run):
+    task, teacher = Pronounce(limit=600), load_model(tiny_run / "teacher")
+    student = load_model(tiny_run / "students" / "distilled" / "seed-0")
+    recipe = Recipe(access="logits", sequences="student", student_temperature=0)
+    rows = task.rows("train")
+    counted = CountedForward(teacher)
+    policy = OnPolicy(rows, counted, CountedForward, recipe, 0, 16, 20, 2, 72)
+    lessons = policy.lessons(student, step=3)
+    again = policy.lessons(student, step=3)
+    assert lessons.rows.digest() == again.rows.digest()
+    assert lessons.rows.digest() != policy.lessons(student, step=4).rows.digest()
+    assert lessons.flops == pytest.approx(again.flops)
+    for i in range(4):  # greedy here, so that it can be checked without a cache
+        prompt = torch.from_numpy(lessons.rows.prompt(i).astype(np.int64))
+        answer = lessons.rows.completion(i).tolist()
+        seen = prompt
+        for token in answer:
+            with torch.no_grad():
+                assert int(student(seen[None]).logits[0, -1].argmax()) == token
+            seen = torch.cat([seen, torch.tensor([token])])
+    part = collate(lessons.rows, np.array([5, 2, 9]), pad=0)
+    with torch.no_grad():
+        live = torch.log_softmax(teacher(part.input_ids).logits[part.counted], -1)
+    torch.testing.assert_close(lessons.signal(part).log_probs, live, atol=1e-4, rtol=1e-4)
+
+
+def test_several_teachers_are_the_mean_of_their_probabilities(tiny_run):
+    models = [load_model(tiny_run / name) for name in ("teacher", "twin")]
+    ids = torch.tensor([Pronounce(limit=600).prompt("lab")])
+    with torch.no_grad():
+        each = [model(ids).logits.softmax(-1) for model in models]
+        found = Averaged(models)(ids).logits
+    torch.testing.assert_close(found.exp(), sum(each) / 2)
+
+
+def test_a_student_may_start_from_layers_of_its_teacher():
+    task = Pronounce(limit=100)
+    shape = read_config(TINY).teacher.model.model_copy(update={"num_hidden_layers": 3})
+    teacher = initialise(build_model(shape, task.tokenizer, 72), 0)
+    student = initialise(
+        build_model(shape.model_copy(update={"num_hidden_layers": 2}), task.tokenizer, 72), 1
+    )
+    take_layers(student, teacher, [1, 3])
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    for name, tensor in ours.items():
+        source = name.replace("layers.1.", "layers.2.")
+        assert torch.equal(tensor, theirs[source]), name
+
+
+def test_interrupted_on_policy_training_goes_on_to_the_same_student(run, tmp_path, monkeypatch):
+    """What it wrote is a function of the step, what it cost is in the checkpoint."""
+    import measure.journal
+
+    overrides = [*OVERRIDES, "checkpoint_seconds=0"]
+    noted = []
+
+    class Stop(Exception):
+        pass
+
+    note = measure.journal.Journal.note
+
+    def interrupt(self, step, *rest):
+        if self.stage == "students/mixed/seed-0" and step == 27:
+            raise Stop
+        noted.append(self.stage)
+        return note(self, step, *rest)
+
+    monkeypatch.setattr(measure.journal.Journal, "note", interrupt)
+    with pytest.raises(Stop):
+        train.main([TINY, *overrides, "--runs", str(tmp_path)])
+    monkeypatch.setattr(measure.journal.Journal, "note", note)
+    assert train.main([TINY, *overrides, "--runs", str(tmp_path)]) == 0
+    found = Run.finished(tmp_path / "methods").manifest["stages"]
+    for stage, made in run.manifest["stages"].items():
+        assert found[stage]["sha256"] == made["sha256"], stage
