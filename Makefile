@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo reproduce test test-all lint clean
+.PHONY: demo reproduce test test-all benchmark lint clean
 
 demo: $(VENV)/.installed
 	$(RUN) train.py configs/quickstart.yaml
@@ -23,6 +23,9 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(RUN) -m pytest
+
+benchmark: $(VENV)/.installed-test
+	$(RUN) -m tests.benchmarks.speed
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff format --check .

@@ -3,6 +3,7 @@
     python eval.py runs/quickstart                              # eval.json, report.html, a table
     python eval.py runs/quickstart --ask deepseek distillation  # what each model answers
     python eval.py runs/quickstart --check                      # does it hold? exit code 0 or 1
+    python eval.py runs/quickstart --selfcheck                  # is the run sound? exit code 0 or 1
     python eval.py --compare runs/a runs/b                      # what differs, and why
     python eval.py --environment                                # what a bug report needs
     python eval.py runs/quickstart --update                     # write results/quickstart.json
@@ -36,14 +37,16 @@ from measure.cost import CountedForward, Stopwatch
 from measure.judged import Reference, free_running
 from measure.provenance import environment, environment_facts
 from measure.report import render_check, render_report
+from measure.selfcheck import selfcheck
 from measure.statistics import Comparison, Metric, share_of_gap, verdicts
 from measure.tables import console_table, facts_of, with_tables
+from student.lab import open_lab
 from student.recipe import recipes_of
 from tasks import load_task
 from tasks.pronounce import Pronounce
 from tasks.rows import Rows
 from teacher.model import load_model
-from teacher.outputs import charged_stages
+from teacher.outputs import charged_stages, name_of, needs_outputs
 from teacher.shards import Outputs
 
 SCHEMA = 1
@@ -60,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", nargs="?", const="", metavar="NAME", help="compare with results/<name>.json"
     )
+    parser.add_argument("--selfcheck", action="store_true", help="check the run by its own files")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="RUN", help="two runs")
     parser.add_argument("--environment", action="store_true", help="is this machine set up?")
     parser.add_argument("--update", action="store_true", help="also write results/<name>.json")
@@ -86,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.check is not None:
             return tell_check(run, config, options.check or config.name)
+        if options.selfcheck:
+            return tell_selfcheck(run, config)
         with run.locked():
             judge(run, config, options.split)
         if options.update:
@@ -137,7 +143,7 @@ def judge(run: Run, config: Config, split: str) -> None:
         "cost": costs(run, config, {"stage": "evaluation", **watch.read(flops)}),
         "gaps": gaps(config, {arm: found[splits[0]] for arm, found in metrics.items()}),
         "verdicts": verdicts(
-            [comparison(claim, metrics) for claim in config.verdicts if claim.split in splits]
+            [comparison(claim, metrics) for claim in config.claims() if claim.split in splits]
         ),
         "environment": {
             **environment(torch.get_num_threads()),
@@ -209,6 +215,17 @@ def tell_check(run: Run, config: Config, name: str) -> int:
     write_atomically(run.folder / "check.html", render_check(result, reference, lines))
     print("\n".join(lines))
     return 1 if tier == "D" else 0
+
+
+def tell_selfcheck(run: Run, config: Config) -> int:
+    """[OK], [FAIL] or [--] for everything that a run can know of itself; 1 if anything fails."""
+    result = read_json(run.folder / "eval.json")
+    bad = 0
+    for good, line in selfcheck(open_lab(config, run), result):
+        print(f"{'[--]' if good is None else '[OK]' if good else '[FAIL]':<6} {line}", flush=True)
+        bad += good is False
+    print(f"{bad} of the findings do not hold" if bad else "the run is sound")
+    return 1 if bad else 0
 
 
 def tell_environment() -> int:
@@ -307,8 +324,10 @@ def measure_speed(model: torch.nn.Module, task: Pronounce, sample: Rows) -> dict
 def costs(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any]:
     """A row per stage, and outputs plus one student as a fraction of the teacher's training."""
     teacher = run.cost_of("teacher")
-    fractions = {}
+    fractions, weights = {}, {}
     for arm, recipe in recipes_of(config).items():
+        if needs_outputs(recipe):
+            weights[arm] = run.cost_of(f"outputs/{name_of(recipe)}")["bytes_per_token"]
         stages = [stage_of(arm, config.seeds[0]), *charged_stages(recipe, config)]
         parts = [run.cost_of(stage) for stage in stages]
         fractions[arm] = {
@@ -329,6 +348,7 @@ def costs(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any
         "stages": [*run.ledger, evaluation],
         "fraction_of_teacher": fractions[main],
         "fraction_of_teacher_by_student": fractions,
+        "bytes_per_token_by_student": weights,
         "flops_per_student_with_teacher": amortised,
         "joules_source": teacher["joules_source"],
     }

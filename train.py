@@ -7,12 +7,11 @@ Stopped at any moment, the same command goes on where it was. Judge the run with
 """
 
 import argparse
-import hashlib
 import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,20 @@ from measure.cost import (
 )
 from measure.journal import Journal
 from measure.provenance import environment
-from student.hidden import Projected
-from student.lessons import Lessons, scarce, smoothed_labels
-from student.on_policy import OnPolicy
+from student import chunked
+from student.lab import (
+    Lab,
+    binding_of,
+    lessons_of,
+    new_model,
+    new_student,
+    open_lab,
+    student_of,
+    teacher_of,
+    teacher_sha256,
+    tokenizer_sha256,
+)
+from student.lessons import Lessons
 from student.recipe import (
     FROM_TEXT,
     Match,
@@ -51,17 +61,11 @@ from student.recipe import (
     recipes_of,
     waves_of,
 )
-from tasks import load_task
-from tasks.pronounce import Pronounce
-from tasks.rows import Rows, batch_order, collate, weight_of
+from tasks.rows import batch_order, collate, weight_of
 from teacher.model import (
-    Averaged,
     build_model,
-    initialise,
-    load_model,
     save_model,
     size_of,
-    take_layers,
 )
 from teacher.outputs import (
     charged_stages,
@@ -69,12 +73,8 @@ from teacher.outputs import (
     make_outputs,
     name_of,
     needs_outputs,
-    outputs_binding,
     sha256_of_outputs,
-    stage_of_teacher,
-    transfer_rows,
 )
-from teacher.shards import Outputs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,18 +96,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
-
-
-@dataclass(frozen=True)
-class Lab:
-    """What every stage works with."""
-
-    config: Config
-    run: Run
-    task: Pronounce
-    rows: Rows  # the training split
-    validation: Rows
-    accelerator: Accelerator
 
 
 NOTED_SECONDS = 2.0  # how often the making of outputs notes its time
@@ -134,8 +122,14 @@ def story(config: Config, folder: Path) -> None:
             run = Run.open(folder, config, here)
         accelerator.wait_for_everyone()
         lab = open_lab(config, run if main_process else Run(folder).reload(), accelerator)
-        for settings in (config.teacher.model, *map(config.model_of, recipes_of(config).values())):
-            try_model(lab, settings)
+        try_model(lab, config.teacher.model)
+        for name, recipe in recipes_of(config).items():
+            try_model(lab, config.model_of(recipe))
+            if recipe.access == "top_k" and recipe.k > len(lab.task.tokenizer):
+                raise LabError(
+                    f"recipes.{name}.k: found {recipe.k}, expected at most "
+                    f"{len(lab.task.tokenizer)}, the size of the vocabulary"
+                )
         run = lab.run
         run.manifest["data"] = {"rows": lab.rows.digest(), "tokenizer": tokenizer_sha256(lab.task)}
         teachers = {"teacher": (train_teacher, config.teacher.seed)}
@@ -199,11 +193,6 @@ def work(function: Callable[..., Closing], stage: str, *arguments: Any) -> Closi
     return function(worker_lab, stage, *arguments)
 
 
-def open_lab(config: Config, run: Run, accelerator: Accelerator) -> Lab:
-    task = load_task(config.task)
-    return Lab(config, run, task, task.rows("train"), task.rows("validation"), accelerator)
-
-
 def train_teacher(lab: Lab, stage: str, seed: int) -> Closing:
     """The teacher, or its twin from another seed, learns the task's own rows."""
     settings = lab.config.teacher
@@ -236,11 +225,6 @@ def try_model(lab: Lab, settings: Model) -> None:
         ) from None
 
 
-def new_model(lab: Lab, settings: Model, seed: int) -> nn.Module:
-    model = build_model(settings, lab.task.tokenizer, lab.task.longest_row)
-    return initialise(model.to(getattr(torch, lab.config.precision)), seed)
-
-
 def produce_outputs(lab: Lab, recipe: Recipe) -> None:
     """What the teacher reveals for the transfer rows, computed once and kept on disk."""
     stage = f"outputs/{name_of(recipe)}"
@@ -263,7 +247,7 @@ def produce_outputs(lab: Lab, recipe: Recipe) -> None:
 
         make_outputs(
             folder,
-            teacher_of(lab, recipe),
+            teacher_of(lab, recipe, CountedForward),
             lab.task,
             lab.rows,
             recipe,
@@ -284,53 +268,19 @@ def produce_outputs(lab: Lab, recipe: Recipe) -> None:
     )
 
 
-def teacher_of(lab: Lab, recipe: Recipe) -> CountedForward | Averaged:
-    """Who teaches a recipe, its forward passes counted."""
-    stages = [stage_of_teacher(name, lab.config) for name in recipe.teachers]
-    models = [CountedForward(load_model(lab.run.folder / stage)) for stage in stages]
-    return models[0] if len(models) == 1 else Averaged(models)
-
-
-def teacher_sha256(lab: Lab, recipe: Recipe) -> str:
-    stages = lab.run.manifest["stages"]
-    names = [stage_of_teacher(name, lab.config) for name in recipe.teachers]
-    return "+".join(stages[name]["sha256"] for name in names)
-
-
-def tokenizer_sha256(task: Pronounce) -> str:
-    return hashlib.sha256(task.tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
-
-
-def binding_of(lab: Lab, recipe: Recipe) -> dict[str, Any]:
-    """What the outputs of a recipe must be bound to in this run."""
-    return outputs_binding(
-        recipe,
-        teacher_sha256=teacher_sha256(lab, recipe),
-        tokenizer_sha256=lab.run.manifest["data"]["tokenizer"],
-        rows=lab.rows,
-        seed=lab.config.teacher.seed,
-    )
-
-
 def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) -> Closing:
     """One student or control: the same starting weights per seed, other lessons and objective.
 
     All cost the same FLOPs, outputs included: who does not pay for outputs trains for more steps.
     """
     settings = lab.config.students
-    model = new_model(lab, lab.config.model_of(recipe), seed)
-    if recipe.initial_layers:
-        taught_by = stage_of_teacher(recipe.teachers[0], lab.config)
-        model = take_layers(model, load_model(lab.run.folder / taught_by), recipe.initial_layers)
     lineage = f"Student `{name}` from seed {seed} <- "
     if recipe.access != "none":
         lineage += f"teacher {teacher_sha256(lab, recipe)[:16]} <- "
     budget = recipe.budget_share * settings.budget * lab.run.cost_of("teacher")["flops"]
     budget -= sum(lab.run.cost_of(s)["flops"] for s in charged_stages(recipe, lab.config))
-    lessons = lessons_of(lab, recipe, seed)
-    match = match_of(recipe)
-    if match:
-        model = Projected(model, lessons.width, seed)
+    lessons, match = lessons_of(lab, recipe, seed, CountedForward), match_of(recipe)
+    model = new_student(lab, recipe, lessons, seed)
     lengths, batch_rows = lessons.rows.lengths, settings.training.batch_rows
     whole, plain = TrainingFlops(model), TrainingFlops(student_of(model))
     if lessons.on_policy:
@@ -357,45 +307,6 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
         match=match,
         budget=budget if lessons.on_policy else None,
     )
-
-
-def lessons_of(lab: Lab, recipe: Recipe, seed: int) -> Lessons:
-    """The rows that a recipe trains on, and the signal at each of their positions."""
-    if recipe.writes_itself:
-        stored = lab.rows.take(transfer_rows(lab.rows, recipe))
-        policy = OnPolicy(
-            rows=stored,
-            teacher=teacher_of(lab, recipe),
-            counted=CountedForward,
-            recipe=recipe,
-            seed=seed,
-            batch_rows=lab.config.students.training.batch_rows,
-            longest=lab.task.longest_answer,
-            end=lab.task.tokenizer.eos_token_id,
-            vocabulary=len(lab.task.tokenizer),
-        )
-        if not needs_outputs(recipe):
-            return Lessons(stored, on_policy=policy)
-        outputs = Outputs(lab.run.folder / f"outputs/{name_of(recipe)}", binding_of(lab, recipe))
-        return Lessons(outputs.rows, outputs.signal, on_policy=policy)
-    if recipe.access != "none":
-        stage = f"outputs/{name_of(recipe)}"
-        outputs = Outputs(lab.run.folder / stage, binding_of(lab, recipe))
-        if recipe.shuffled:
-            outputs = outputs.shuffle(seed)
-        if recipe.access == "hidden":
-            return Lessons(outputs.rows, outputs.signal, outputs.inside, outputs.hidden_width)
-        return Lessons(outputs.rows, outputs.signal)
-    if recipe.smoothed:
-        softest = next(r for r in lab.config.recipes.values() if r.access in ("logits", "hidden"))
-        entropy = Outputs(lab.run.folder / f"outputs/{name_of(softest)}").mean_entropy()
-        return Lessons(lab.rows, smoothed_labels(len(lab.task.tokenizer), entropy))
-    return Lessons(scarce(lab.rows, recipe.label_fraction))
-
-
-def student_of(model: nn.Module) -> nn.Module:
-    """The model itself, without what only training needs."""
-    return model.student if isinstance(model, Projected) else model
 
 
 def fit(
@@ -467,8 +378,12 @@ def fit(
         for part in own:
             part = collate(now.rows, part, pad, training.prompt_weight)
             signal = now.signal(part).to(device)
-            shown = learner(part.input_ids.to(device), use_cache=False)
-            losses = objective(shown.logits[part.counted][:, :vocabulary], signal, progress)
+            goal = partial(objective, progress=progress)
+            if vocabulary >= chunked.LARGE and not looks:
+                losses = chunked.losses_in_chunks(learner, part, goal, signal, vocabulary)
+            else:
+                shown = learner(part.input_ids.to(device), use_cache=False)
+                losses = goal(shown.logits[part.counted][:, :vocabulary], signal)
             part_loss = (losses * part.weights.to(device)).sum() / total
             if looks:
                 misses = match(shown, part.positions, now.inside(part).to(device), progress)

@@ -288,6 +288,13 @@ class Verdict(Section):
         return first, second
 
 
+class Compare(Section):
+    """Every recipe against some arms, in a table: verdicts that are corrected together."""
+
+    against: list[str] = Field(min_length=1)
+    metrics: list[Literal[METRICS]] = Field(["sequence_agreement"], min_length=1)
+
+
 class Cost(Section):
     price_per_hour: float = Field(0.10, ge=0)  # money per hour of this machine, any currency
     currency: str = "USD"
@@ -317,6 +324,7 @@ class Config(Section):
         "shuffled",
     ]
     verdicts: list[Verdict] = []
+    compare: Compare | None = None
     cost: Cost = Cost()
     checkpoint_seconds: float = Field(30.0, ge=0)
     log_every: int = Field(50, gt=0)
@@ -378,6 +386,9 @@ class Config(Section):
                     )
         self.waves()
         known = {*self.recipes, *self.controls, "teacher"}
+        for name in self.compare.against if self.compare else []:
+            if name not in known - {"teacher"}:
+                raise ValueError(f"compare.against: no arm {name!r}{nearest(name, known)}")
         for verdict in self.verdicts:
             for name in verdict.names:
                 if name not in known:
@@ -386,6 +397,19 @@ class Config(Section):
                         f"{nearest(name, known)}"
                     )
         return self
+
+    def claims(self) -> list[Verdict]:
+        """What the evaluation decides: the verdicts, then those of `compare`."""
+        if self.compare is None:
+            return self.verdicts
+        compared = [
+            Verdict(claim=f"{name} beats {other}", metric=metric)
+            for metric in self.compare.metrics
+            for other in self.compare.against
+            for name in self.recipes
+            if name != other
+        ]
+        return [*self.verdicts, *compared]
 
     def model_of(self, recipe: Recipe) -> Model:
         """The shape of a recipe's students."""

@@ -59,7 +59,7 @@ class Journal:
         self.bar.update()
         self.losses.append(loss)
         self.tokens += tokens
-        if step % self.every and progress < 1:
+        if step % self.every and progress < 1 and step > 1:  # the first loss is worth a check
             return False
         loss = float(torch.stack(self.losses).mean())
         speed = self.tokens / (time.perf_counter() - self.started)
@@ -94,6 +94,7 @@ def validation_nll(model: nn.Module, task: Pronounce, rows: Rows) -> float:
     for indices in np.array_split(chosen, -(-len(chosen) // 256)):
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
         logits = model(batch.input_ids.to(model.device), use_cache=False).logits[batch.counted]
+        logits = logits[:, : len(task.tokenizer)]
         targets = batch.targets.to(model.device)
         total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
         positions += len(targets)

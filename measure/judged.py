@@ -36,6 +36,7 @@ def free_running(forward: Forward, task: Any, rows: Rows) -> Answers:
                 longest=task.longest_answer,
                 end=task.tokenizer.eos_token_id,
                 keep_log_probs=True,
+                vocabulary=len(task.tokenizer),
             )
             for i, answer in zip(indices, written, strict=True):
                 texts[i] = task.render(answer.tokens.tolist())
@@ -50,7 +51,7 @@ def completion_logits(forward: Forward, task: Any, rows: Rows) -> tuple[torch.Te
     logits: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     for indices in np.array_split(order, -(-len(rows) // BATCH_ROWS)):
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
-        flat = forward(batch.input_ids).logits[batch.counted]
+        flat = forward(batch.input_ids).logits[batch.counted][:, : len(task.tokenizer)]
         for i, piece in zip(indices, flat.split(batch.counted.sum(1).tolist()), strict=True):
             logits[i] = piece
     targets = torch.from_numpy(np.concatenate([rows.completion(i) for i in range(len(rows))]))

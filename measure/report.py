@@ -3,8 +3,6 @@
 Reads a finished run's files and what the evaluation handed over; computes no metric of its own.
 """
 
-import base64
-import io
 import itertools
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,17 @@ import torch
 
 from configs.runs import Run
 from measure.check import metrics_of
-from measure.fidelity import ECE_BINS
+from measure.figures import (
+    agreement_by_temperature,
+    alike,
+    bytes_against_kl,
+    fidelity_against_cost,
+    learning_curves,
+    reliability,
+    strips,
+)
 from measure.judged import Judged, Reference
-from measure.tables import COLUMNS, arms_in, cells_of, facts_of
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from measure.tables import COLUMNS, arms_in, cells_of, facts_of, more_cells, more_headings
 
 COLOURS = mpl.colormaps["tab20"].colors[::2] + mpl.colormaps["tab20"].colors[1::2]
 EXAMPLES = 24
@@ -48,33 +51,69 @@ def render_report(
         main=main,
         result=result,
         facts=facts_of(result),
-        headings=["parameters", "TFLOPs", *COLUMNS, "ms per answer", "answers per s"],
+        headings=[
+            "parameters",
+            "TFLOPs",
+            *COLUMNS,
+            "ms per answer",
+            "answers per s",
+            *more_headings(result),
+        ],
         tables={
-            title: {arm: report_cells(entry) for arm, entry in entries.items()}
+            title: {
+                arm: [*report_cells(entry), *more_cells(result, arm)]
+                for arm, entry in entries.items()
+            }
             for title, entries in splits.items()
         },
-        figures={
-            "Learning curves": (
-                learning_curves(run, colours),
-                "Validation loss in nats per phoneme while training, against the FLOPs spent. "
-                "One line per seed.",
-            ),
-            "Fidelity against cost": (
-                fidelity_against_cost(result, arms, colours),
-                "How often a student gives the teacher's very own answer, against what it cost, "
-                "its outputs included. All students and controls have the same budget by design.",
-            ),
-            "Reliability": (
-                reliability(first, colours),
-                "When a model is this sure of a phoneme, how often is it right? The diagonal is "
-                "perfect calibration.",
-            ),
-        },
+        figures=figures_of(run, result, first, arms, colours),
         arms=shown,
         differ=[a for a in answers if a["teacher"] != a[main]][:EXAMPLES],
         copied=[a for a in answers if a["teacher"] == a[main] and not a["right"]][:EXAMPLES],
         knowledge=dark_knowledge(reference),
     )
+
+
+def figures_of(
+    run: Run,
+    result: dict[str, Any],
+    first: dict[str, Judged],
+    arms: dict[str, Any],
+    colours: dict[str, str],
+) -> dict[str, tuple[str, str]]:
+    """{title: (figure, caption)}, those that have something to show."""
+    compared = result["config"].get("compare") is not None
+    found = {
+        "Learning curves": (
+            learning_curves(run, colours),
+            "Validation loss in nats per phoneme while training, against the FLOPs spent. "
+            "One line per seed.",
+        ),
+        "Fidelity against cost": (
+            fidelity_against_cost(result, arms, colours, "seconds" if compared else "flops"),
+            "How often a student gives the teacher's very own answer, against what it cost, its "
+            "outputs included. All students and controls have the same budget of FLOPs by design. "
+            "Dashed: nothing cheaper is as faithful.",
+        ),
+    }
+    if len(alike(result, ("access", "k", "stored_as"))) > 2:
+        found["Bytes against fidelity"] = (
+            bytes_against_kl(result, arms, colours),
+            "Students whose recipes differ only in what the teacher reveals: how far they end from "
+            "its distribution, against what a token of its outputs weighs on disk.",
+        )
+    if len(alike(result, ("temperature",))) > 2:
+        found["Temperature"] = (
+            agreement_by_temperature(result, arms, colours),
+            "Students whose recipes differ only in temperature.",
+        )
+    return found | {
+        "Reliability": (
+            reliability(first, colours),
+            "When a model is this sure of a phoneme, how often is it right? The diagonal is "
+            "perfect calibration.",
+        )
+    }
 
 
 def report_cells(entry: dict[str, Any]) -> list[str]:
@@ -127,50 +166,6 @@ def dark_knowledge(reference: Reference) -> list[dict[str, Any]]:
     return shown
 
 
-def learning_curves(run: Run, colours: dict[str, str]) -> str:
-    figure, axes = plt.subplots(figsize=(7, 4))
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for line in run.metrics():
-        if "validation_nll" in line:
-            curves.setdefault(line["stage"], []).append((line["flops"], line["validation_nll"]))
-    labelled = set()
-    for stage, points in curves.items():
-        arm = stage.split("/")[1] if "/" in stage else stage
-        label = None if arm in labelled else arm
-        labelled.add(arm)
-        axes.plot(*zip(*points, strict=True), color=colours[arm], label=label, lw=1.4)
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss (nats)")
-    axes.legend(frameon=False)
-    return picture(figure)
-
-
-def fidelity_against_cost(
-    result: dict[str, Any], arms: dict[str, Any], colours: dict[str, str]
-) -> str:
-    """Outputs and student in % of the teacher's training; a twin cost as much as the teacher."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    shares = result["cost"]["fraction_of_teacher_by_student"]
-    points = []
-    for arm, entry in arms.items():
-        metric = entry["fidelity"].get("sequence_agreement")
-        if metric is None:
-            continue
-        x, y = 100 * shares[arm]["flops"] if arm in shares else 100.0, 100 * metric["mean"]
-        error = [[y - 100 * metric["ci95"][0]], [100 * metric["ci95"][1] - y]]
-        axes.errorbar(x, y, yerr=error, fmt="o", color=colours[arm], capsize=3)
-        points.append((y, x, arm))
-    below = -np.inf
-    reach = max(y for y, _, _ in points) or 1
-    for y, x, arm in sorted(points):  # labels of arms that lie together are spread upwards
-        below = max(y, below + 0.06 * reach)
-        axes.annotate(arm, (x, below), xytext=(8, -4), textcoords="offset points")
-    axes.set(xlabel="% of the teacher's training FLOPs", ylabel="same answer %", xscale="log")
-    axes.set_xlim(1, 250)
-    axes.set_xticks([1, 2, 5, 10, 20, 50, 100], labels=["1", "2", "5", "10", "20", "50", "100"])
-    axes.minorticks_off()
-    return picture(figure)
-
-
 def render_check(result: dict[str, Any], reference: dict[str, Any], lines: list[str]) -> str:
     """HTML of a check: what it said, and every metric inside the distribution of its seeds."""
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
@@ -183,49 +178,3 @@ def render_check(result: dict[str, Any], reference: dict[str, Any], lines: list[
         seeds=max((len(band["values"]) for band in bands.values()), default=0),
         image=strips(metrics_of(result), bands) if bands else None,
     )
-
-
-def strips(found: dict[str, list[float]], bands: dict[str, Any]) -> str:
-    """A line per metric, in units of its band: grey the committed seeds, blue this run."""
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.24 * len(bands)))
-    for row, (key, band) in enumerate(bands.items()):
-        middle, half = (band["high"] + band["low"]) / 2, (band["high"] - band["low"]) / 2 or 1
-        seeds = (np.asarray(band["values"]) - middle) / half
-        axes.plot(seeds, np.full(len(seeds), row), "|", color="#888", ms=9)
-        for here in (np.asarray(found[key]) - middle) / half:
-            axes.plot(here, row, "o", color="#1b6ca8" if abs(here) <= 1 else "#b3261e", ms=5)
-    axes.axvspan(-1, 1, color="#1b6ca8", alpha=0.08, lw=0)
-    axes.set_yticks(range(len(bands)), labels=[key.replace("_", " ") for key in bands], fontsize=7)
-    axes.invert_yaxis()
-    axes.set(xlabel="distance from the middle of the band, in half-widths", ylim=(len(bands), -1))
-    return picture(figure)
-
-
-def reliability(first: dict[str, Judged], colours: dict[str, str]) -> str:
-    figure, axes = plt.subplots(figsize=(5, 4.4))
-    axes.plot([0, 1], [0, 1], color="#999", lw=1, ls="--")
-    for arm, judged in first.items():
-        count, confidence, hits = np.split(judged.columns["calibration"].sum(0), 3)
-        filled = count > 0
-        axes.plot(
-            confidence[filled] / count[filled],
-            hits[filled] / count[filled],
-            marker="o",
-            ms=3,
-            lw=1.2,
-            color=colours[arm],
-            label=arm,
-        )
-    axes.set(xlabel=f"confidence ({ECE_BINS} bins)", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(frameon=False)
-    return picture(figure)
-
-
-def picture(figure: plt.Figure) -> str:
-    """A figure as an SVG data address, the same bytes for the same figure."""
-    buffer = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "lab", "svg.fonttype": "none"}):
-        figure.tight_layout()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

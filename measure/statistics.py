@@ -259,6 +259,7 @@ def verdict(comparison: Comparison, p_holm: float) -> dict:
         "ci95": [low, high],
         "threshold": comparison.threshold,
         "seeds": len(comparison.first.per_seed),
+        "against": len(comparison.second.per_seed),
         "p_permutation": comparison.p_permutation(),
         "p_holm": p_holm,
         "effect_size": comparison.effect_size(),
@@ -277,6 +278,8 @@ def verdict_line(verdict: dict) -> str:
         if verdict["seeds"] > 1
         else "over 1 seed (the interval is over rows alone)"
     )
+    if verdict["seeds"] > 1 == verdict["against"]:
+        seeds += " against one"  # whose own luck the interval does not know
     by, beyond = "by", ""
     if " matches " in verdict["claim"]:
         by, beyond = "to", f", margin {scale * verdict['threshold']:g}"

@@ -50,9 +50,57 @@ def fixed(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
+def compared_in(result: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """{heading: (other arm, metric)} of the columns that `compare` of the config adds."""
+    compare = result["config"].get("compare")
+    if not compare:
+        return {}
+    return {
+        f"{metric.replace('_', ' ')} against {other}": (other, metric)
+        for metric in compare["metrics"]
+        for other in compare["against"]
+    }
+
+
+def more_headings(result: dict[str, Any]) -> list[str]:
+    """Of a comparison of methods: cost in all, what a token of the outputs weighs, verdicts."""
+    compared = compared_in(result)
+    return ["cost %", "bytes per token", *compared] if compared else []
+
+
+def more_cells(result: dict[str, Any], arm: str) -> list[str]:
+    """The cells under `more_headings`: differences in points (nats for divergences)."""
+    compared, cost = compared_in(result), result["cost"]
+    if not compared:
+        return []
+    share = cost["fraction_of_teacher_by_student"].get(arm)
+    weight = cost["bytes_per_token_by_student"].get(arm)
+    cells = [
+        f"{100 * share['flops']:.1f}" if share else "-",
+        f"{weight:.1f}" if weight else "-",
+    ]
+    found = {(v["claim"], v["metric"]): v for v in result["verdicts"]}
+    for other, metric in compared.values():
+        verdict = found.get((f"{arm} beats {other}", metric))
+        if verdict is None:
+            cells.append("-")
+            continue
+        nats = metric.startswith(("kl_", "nll"))
+        scale, digits = (1, 3) if nats else (100, 1)
+        cells.append(f"{scale * verdict['difference']:+.{digits}f} {verdict['result']}")
+    return cells
+
+
 def facts_of(result: dict[str, Any]) -> list[str]:
-    """Verdicts, gaps closed and cost, a line each."""
-    facts = [verdict_line(verdict) for verdict in result["verdicts"]]
+    """Verdicts but for those in the table, gaps closed and cost, a line each."""
+    own = [(v["claim"], v["metric"]) for v in result["config"].get("verdicts", [])]
+    facts = [
+        verdict_line(verdict)
+        for verdict in result["verdicts"]
+        if (verdict["claim"], verdict["metric"]) in own or not compared_in(result)
+    ]
+    if compared_in(result):
+        return [*facts, corrected(result)]
     for arm, shares in result["gaps"].items():
         for gap, share in shares.items():
             words = gap.replace("_", " ")
@@ -72,14 +120,23 @@ def facts_of(result: dict[str, Any]) -> list[str]:
     return facts
 
 
+def corrected(result: dict[str, Any]) -> str:
+    """How many comparisons the table makes, and what came of them."""
+    results = [verdict["result"] for verdict in result["verdicts"]]
+    counts = [f"{results.count(kind)} {kind}" for kind in dict.fromkeys(results)]
+    return f"{len(results)} comparisons, corrected together after Holm: {', '.join(counts)}"
+
+
 def console_table(result: dict[str, Any]) -> Table:
     table = Table(box=box.ASCII, title=f"{result['config']['name']}, {result['split']} words")
     table.add_column("")
-    for heading in ("params", "TFLOPs", *SHORT):
+    compared = compared_in(result)
+    for heading in ("params", "TFLOPs", *SHORT, *more_headings(result)):
         table.add_column(heading, justify="right")
     for arm, entry in arms_in(result).items():
         size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
-        table.add_row(arm, *size, *cells_of(entry, SHORT, interval=True))
+        cells = cells_of(entry, SHORT, interval=not compared)
+        table.add_row(arm, *size, *cells, *more_cells(result, arm))
     return table
 
 
@@ -98,11 +155,12 @@ def with_tables(readme: str, results: Path) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """One result as a Markdown table and a list of facts."""
-    headings = ["", "parameters", "TFLOPs", *SHORT]
+    headings = ["", "parameters", "TFLOPs", *SHORT, *more_headings(result)]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for arm, entry in arms_in(result).items():
         size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
-        lines.append(f"| {' | '.join([arm, *size, *cells_of(entry, SHORT, interval=False)])} |")
+        cells = [*cells_of(entry, SHORT, interval=False), *more_cells(result, arm)]
+        lines.append(f"| {' | '.join([arm, *size, *cells])} |")
     stages = result["cost"]["stages"]
     where = result["environment"]["trained"]
     facts = [

@@ -89,6 +89,7 @@ def write(writer: Forward, prompts: Rows, policy: OnPolicy, generator: torch.Gen
             end=policy.end,
             temperature=policy.recipe.student_temperature,
             generator=generator,
+            vocabulary=policy.vocabulary,
         )
         for i, answer in zip(group, written, strict=True):
             answers[i] = answer.tokens.tolist()

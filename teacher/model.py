@@ -3,6 +3,7 @@
 The student is built here as well: it is the same kind of thing, only smaller.
 """
 
+import logging
 import math
 import os
 import re
@@ -16,7 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils.logging import disable_progress_bar
 
@@ -24,6 +32,10 @@ from configs.schema import LabError, Model, nearest
 from teacher.signal import shows_states, states_of
 
 disable_progress_bar()  # a bar per file of a toy model is noise
+# Rows are padded on the right and attention looks to the left: they need no mask, and no warning.
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "recommend passing in an `attention_mask`" not in record.getMessage()
+)
 
 # What a language model is to us: token ids [B, L] -> logits [B, L, V]; it may be a counted one.
 Forward = Callable[..., nn.Module]
@@ -128,6 +140,18 @@ def load_model(folder: Path) -> nn.Module:
     return model.eval()
 
 
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that a model was saved with."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise LabError(
+            f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {reason}); "
+            "delete that folder and run train.py on the config again"
+        ) from None
+
+
 class Averaged:
     """Several teachers as one: the mean of their probabilities, for reading, not for writing."""
 
@@ -185,12 +209,14 @@ def generate(
     spelling_temperature: float = 1.0,
     keep_log_probs: bool = False,
     keep_layers: Sequence[int] = (),
+    vocabulary: int | None = None,
 ) -> list[Written]:
     """Let a model write: prompts [B, P], all of one length, to B continuations up to `end`.
 
     Temperature 0 takes the likeliest token. No top-p, top-k or repetition penalty hides here.
     With a `separator`, tokens up to it are sampled at `spelling_temperature` (a model that
-    invents its own prompts), those after it at `temperature`. `keep_layers` counts from 1.
+    invents its own prompts), those after it at `temperature`. `keep_layers` counts from 1. Ids
+    from `vocabulary` on, which pad the matrices of some models, are never written.
     """
     rows, prompt_length = prompts.shape
     alive = torch.arange(rows)
@@ -205,7 +231,7 @@ def generate(
     options = {"use_cache": True} | shows_states(keep_layers)
     for step in range(longest):
         output = forward(inputs, past_key_values=cache, **options)
-        logits = output.logits[:, -1]
+        logits = output.logits[:, -1, :vocabulary]
         if keep_layers:
             states, looks = states_of(output, keep_layers)
             if hidden is None:

@@ -160,7 +160,8 @@ def scored(
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
         with torch.no_grad():
             output = forward(batch.input_ids, **shows_states(layers))
-        log_probs = torch.log_softmax(output.logits[batch.counted], -1)
+        logits = output.logits[batch.counted][:, : len(task.tokenizer)]  # no padding of the matrix
+        log_probs = torch.log_softmax(logits, -1)
         log_probs = log_probs.split(batch.counted.sum(1).tolist())
         hidden, attention = states_of(output, layers) if layers else (None, None)
         for place, i in enumerate(indices):
@@ -200,6 +201,7 @@ def written(
                 generator=generator,
                 keep_log_probs=recipe.access != "text",
                 keep_layers=recipe.hidden_layers,
+                vocabulary=len(task.tokenizer),
             )
             for i, answer in zip(indices, answers, strict=True):
                 row = np.concatenate([rows.prompt(i), answer.tokens.numpy()])
@@ -246,6 +248,7 @@ def invented(
             separator=task.separator,
             keep_log_probs=recipe.access != "text",
             keep_layers=recipe.hidden_layers,
+            vocabulary=len(task.tokenizer),
         )
         for written_row in rows:
             row = np.concatenate([[task.tokenizer.bos_token_id], written_row.tokens.numpy()])

@@ -32,6 +32,12 @@ class Signal:
         moved = [tensor if tensor is None else tensor.to(device) for tensor in revealed]
         return Signal(self.targets.to(device), *moved)
 
+    def part(self, start: int, stop: int) -> "Signal":
+        """That of some of the positions."""
+        revealed = (self.log_probs, self.indices, self.weights)
+        cut = [tensor if tensor is None else tensor[start:stop] for tensor in revealed]
+        return Signal(self.targets[start:stop], *cut)
+
     def outcomes(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(teacher, student) log-probabilities over the same outcomes, each [M, K], normalised.
 

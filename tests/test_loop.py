@@ -13,9 +13,11 @@ from configs.checkpoints import load_checkpoint, save_checkpoint
 from configs.runs import Run
 from configs.schema import LabError, Training, read_config
 from measure.cost import TrainingFlops
+from measure.journal import validation_nll
 from student.hidden import Projected
 from student.lessons import Lessons
 from student.recipe import FROM_TEXT, match_of, objective_of
+from tasks.pronounce import split_of
 from tasks.rows import collate
 from teacher.model import build_model, initialise, load_model
 
@@ -64,7 +66,7 @@ def test_the_loss_of_matched_states_does_not_depend_on_accumulation(lab, tmp_pat
     recipe = lab.config.recipes["states"]
     fit(lab)
     train.produce_outputs(lab, recipe)
-    lessons = train.lessons_of(lab, recipe, seed=0)
+    lessons = train.lessons_of(lab, recipe, 0, train.CountedForward)
     settings = lab.config.students
     for stage, accumulation in (("whole", 1), ("parts", 5)):
         model = build_model(settings.model, lab.task.tokenizer, lab.task.longest_row)
@@ -77,6 +79,86 @@ def test_the_loss_of_matched_states_does_not_depend_on_accumulation(lab, tmp_pat
     np.testing.assert_allclose(losses(lab, "whole"), losses(lab, "parts"), rtol=1e-5)
     saved = load_model(lab.run.folder / "whole")  # without the projections
     assert train.size_of(saved) == train.size_of(model)
+
+
+def test_the_logged_norm_is_that_of_the_mean_loss(lab):
+    """Divided by the tokens once: a second time would be hidden by AdamW, and clip nothing ever."""
+    fit(lab, steps=1)
+    model = initialise(
+        build_model(lab.config.teacher.model, lab.task.tokenizer, lab.task.longest_row), 0
+    )
+    batch = collate(lab.rows, train.batch_order(lab.rows.lengths, 32, 0)(0), 0, 1.0)
+    logits = model(batch.input_ids).logits[batch.counted]
+    torch.nn.functional.cross_entropy(logits, batch.targets).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    logged = next(line["grad_norm"] for line in lab.run.metrics())
+    assert logged == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_a_training_that_was_interrupted_goes_on_with_the_next_batch(lab, monkeypatch):
+    lab = dataclasses.replace(lab, config=lab.config.model_copy(update={"checkpoint_seconds": 0}))
+    whole = fit(lab, steps=8, stage="whole")
+
+    def stop(path, step, *rest):
+        save(path, step, *rest)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    save = train.checkpoint
+    monkeypatch.setattr(train, "checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(lab, steps=8, stage="parts")
+    monkeypatch.setattr(train, "checkpoint", save)
+    parts = fit(lab, steps=8, stage="parts")
+    assert parts[1]["sha256"] == whole[1]["sha256"]
+    assert losses(lab, "parts") == losses(lab, "whole")
+    assert parts[0]["flops"] == whole[0]["flops"]
+
+
+def test_training_never_sees_the_held_out_words(lab, monkeypatch):
+    asked = []
+    rows = type(lab.task).rows
+    monkeypatch.setattr(
+        type(lab.task), "rows", lambda self, split: asked.append(split) or rows(self, split)
+    )
+    opened = train.open_lab(lab.config, lab.run, lab.accelerator)
+    assert asked == ["train", "validation"]
+    splits = {split_of(lab.task.by_id[int(i)]) for i in opened.validation.ids}
+    assert splits == {"validation"}
+    assert {split_of(lab.task.by_id[int(i)]) for i in opened.rows.ids} == {"train"}
+
+
+def test_the_validation_loss_is_that_of_the_answer_tokens_whatever_was_trained(lab):
+    """exp of a training loss with a divergence in it would be no perplexity."""
+    model = initialise(
+        build_model(lab.config.teacher.model, lab.task.tokenizer, lab.task.longest_row), 0
+    )
+    batch = collate(lab.validation, np.arange(len(lab.validation)), 0)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(
+            model(batch.input_ids).logits[batch.counted], batch.targets
+        )
+    found = validation_nll(model, lab.task, lab.validation)
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_loaded_teacher_is_not_in_training_mode_and_keeps_no_gradients(lab):
+    fit(lab, steps=1)
+    teacher = load_model(lab.run.teacher)
+    assert not teacher.training
+    seen = []
+
+    def watched(*arguments, **options):
+        seen.append(teacher(*arguments, **options))
+        return seen[-1]
+
+    recipe = lab.config.recipes["distilled"].model_copy(update={"transfer_rows": 20})
+    binding = train.binding_of(lab, recipe)
+    train.make_outputs(
+        lab.run.folder / "outputs" / "few", watched, lab.task, lab.rows, recipe, binding
+    )
+    assert seen
+    assert not any(output.logits.requires_grad for output in seen)
 
 
 def test_the_first_loss_is_the_mean_per_counted_token(lab):
@@ -99,7 +181,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_the_weights(lab
     lab = dataclasses.replace(lab, config=lab.config.model_copy(update={"checkpoint_seconds": 0}))
     calls = []
 
-    def spoiled(logits, signal, progress):
+    def spoiled(logits, signal, progress=0.0):
         calls.append(logits)
         return TEXT(logits, signal) * (float("nan") if len(calls) > 3 else 1.0)
 

@@ -1,6 +1,8 @@
 """Ways of composing a method: who teaches, who writes, where a student starts, what it costs."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,15 @@ import torch
 import eval as judge
 import train
 from configs.runs import Run
-from configs.schema import Recipe, read_config
+from configs.schema import LabError, Recipe, read_config
 from measure.cost import CountedForward
+from student.lab import open_lab, outputs_of, teacher_of
 from student.on_policy import OnPolicy
 from tasks.pronounce import Pronounce
 from tasks.rows import collate
 from teacher.model import Averaged, build_model, initialise, load_model, take_layers
 from teacher.outputs import charged_stages
+from teacher.shards import Outputs
 
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.yaml")
 MODEL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -131,6 +135,106 @@ def test_a_student_may_start_from_layers_of_its_teacher():
     for name, tensor in ours.items():
         source = name.replace("layers.1.", "layers.2.")
         assert torch.equal(tensor, theirs[source]), name
+
+
+# -- vocabularies ----------------------------------------------------------------------------------
+
+
+def renamed(folder, swap):
+    """A copy of a saved tokenizer in which two tokens have each other's ids."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    words = content["model"]["vocab"]
+    a, b = swap
+    words[a], words[b] = words[b], words[a]
+    file.write_text(json.dumps(content), "utf-8")
+
+
+def test_ids_that_mean_other_tokens_are_refused_and_the_ways_that_remain_are_named(run, tmp_path):
+    """Both have 72 tokens: a cut to the same width would notice nothing."""
+    folder = Path(shutil.copytree(run.folder, tmp_path / "methods"))
+    renamed(folder / "teacher", ("AA", "AE"))
+    lab = open_lab(run.config(), Run(folder).reload())
+    said = "id 32 is 'AE' there, 'AA' here.*access text, or objective sorted_distance"
+    with pytest.raises(LabError, match=said):
+        teacher_of(lab, Recipe(access="logits"), CountedForward)
+    teacher_of(
+        lab, Recipe(access="text", sequences="teacher", objective="cross_entropy"), CountedForward
+    )
+    teacher_of(lab, Recipe(access="logits", objective="sorted_distance"), CountedForward)
+
+
+def test_rows_that_pad_the_matrices_of_a_model_change_nothing(tmp_path):
+    """A teacher and students as wide as 80, of 72 tokens that mean the same."""
+    wide = [
+        "name=wide", "seeds=[0]", "controls=[alone]", "verdicts=[]", "teacher.epochs=1",
+        "teacher.model.settings={vocab_size: 80}", "students.model.settings={vocab_size: 75}",
+        'recipes={plain: {access: logits}, own: {access: logits, sequences: student}, '
+        'top: {access: top_k, sequences: teacher}}',
+    ]  # fmt: skip
+    assert train.main([TINY, *wide, "--runs", str(tmp_path)]) == 0
+    assert judge.main([str(tmp_path / "wide")]) == 0
+    stored = outputs_of(
+        open_lab(read_config(TINY, wide), Run(tmp_path / "wide").reload()), Recipe()
+    )
+    signal = stored.signal(collate(stored.rows, np.arange(10), pad=0))
+    assert signal.log_probs.shape[-1] == 72
+    torch.testing.assert_close(
+        signal.log_probs.float().exp().sum(-1), torch.ones(len(signal.targets)), atol=2e-3, rtol=0
+    )
+
+
+# -- the run checks itself -------------------------------------------------------------------------
+
+
+def findings(folder, capsys):
+    code = judge.main([str(folder), "--selfcheck"])
+    return code, capsys.readouterr().out
+
+
+def test_a_sound_run_says_so(run, tiny_run, capsys):
+    for folder in (run.folder, tiny_run):
+        code, said = findings(folder, capsys)
+        assert code == 0, said
+        assert "[FAIL]" not in said
+        assert said.splitlines()[-1] == "the run is sound"
+        assert "the teacher as its own student: KL 0, agreement 1" in said
+    for name in ("distilled", "states", "top", "alone", "shuffled", "smoothed"):
+        assert f"{name}: first loss" in said
+
+
+def test_outputs_read_by_position_are_found(run, capsys, monkeypatch):
+    """Planted: the rows of a batch get the outputs of the first rows."""
+    slices = Outputs.slices
+
+    def by_position(self, shards, batch):
+        return slices(self, shards, replace(batch, indices=np.arange(len(batch.indices))))
+
+    monkeypatch.setattr(Outputs, "slices", by_position)
+    code, said = findings(run.folder, capsys)
+    assert code == 1
+    assert "[FAIL] outputs/data-logits" in said
+
+
+def test_a_teacher_that_was_exchanged_after_its_outputs_is_found(tiny_run, tmp_path, capsys):
+    copy = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+    shutil.rmtree(copy / "teacher")
+    shutil.copytree(copy / "twin", copy / "teacher")
+    code, said = findings(copy, capsys)
+    assert code == 1
+    assert "[FAIL] outputs/data-logits" in said
+
+
+def test_a_loss_of_another_scale_is_found(tiny_run, tmp_path, capsys):
+    copy = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+    lines = (copy / "metrics.jsonl").read_text("utf-8").splitlines()
+    place = next(i for i, line in enumerate(lines) if '"students/top/seed-0"' in line)
+    line = json.loads(lines[place])
+    lines[place] = json.dumps(line | {"loss": 2 * line["loss"]})
+    (copy / "metrics.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    code, said = findings(copy, capsys)
+    assert code == 1
+    assert "[FAIL] top: first loss" in said
 
 
 def test_interrupted_on_policy_training_goes_on_to_the_same_student(run, tmp_path, monkeypatch):

@@ -279,6 +279,17 @@ def test_the_report_is_one_file_that_needs_no_other(tiny_run):
         (["teacher.epochs=.inf"], "teacher.epochs: found inf"),
         (["task.limit=10"], "task.limit: found 10"),
         (["students.model.hidden_size=18"], "a model of this shape cannot run"),
+        (["recipes.top.k=73"], "recipes.top.k: found 73, expected at most 72"),
+        (["recipes.top.k=0"], "recipes.top.k: found 0"),
+        (["recipes.top.access=sampled"], "access sampled can estimate forward_kl alone"),
+        (["recipes.top.teachers=[toop]"], "nobody is called 'toop'; did you mean 'top'?"),
+        (["recipes.top.teachers=[top]"], "teach each other in a circle"),
+        (["recipes.top.initial_layers=[1]"], "has the teacher's sizes"),
+        (["recipes.top.on_policy=2"], "a share of the steps, at most 1"),
+        (["recipes.written.on_policy=1"], "cannot score what the student writes"),
+        (["recipes.distilled.sequences=student"], "put another recipe first"),
+        (["recipes.distilled.temperature={start: 2, end: 0}"], "must stay above 0"),
+        (["recipes.distilled.temperature=.nan"], "recipes.distilled.temperature"),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
 )
@@ -398,6 +409,24 @@ def test_a_write_that_fails_says_so_in_one_line_and_loses_nothing(tmp_path, caps
     (tmp_path / "file").write_text("not a folder")
     assert train_tiny(tmp_path / "file") == 2
     assert "file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of a file")
+def test_a_file_that_cannot_grow_any_more_is_said_in_one_line_by_the_real_script(tmp_path):
+    """The operating system refuses the write, as it does on a full disk."""
+    import resource
+
+    command = [sys.executable, str(ROOT / "train.py"), TINY, *PART, "--runs", str(tmp_path)]
+    limit = 20_000  # bytes: enough for the books, too little for the teacher
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    error = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2, done.stderr
+    assert error.startswith("error: ")
+    assert "the same command goes on" in error
+    assert not (tmp_path / "tiny" / "teacher").exists()
 
 
 def test_a_run_folder_may_be_moved(copy, tmp_path):

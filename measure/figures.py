@@ -1,0 +1,176 @@
+"""The figures of the report: drawn from eval.json and the log of a run, as SVG."""
+
+import base64
+import io
+import json
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+from configs.runs import Run
+from measure.fidelity import ECE_BINS
+from measure.judged import Judged
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+NAMES = {"flops": "FLOPs", "seconds": "time"}
+
+
+def learning_curves(run: Run, colours: dict[str, str]) -> str:
+    figure, axes = plt.subplots(figsize=(7, 4))
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in run.metrics():
+        if "validation_nll" in line:
+            curves.setdefault(line["stage"], []).append((line["flops"], line["validation_nll"]))
+    labelled = set()
+    for stage, points in curves.items():
+        arm = stage.split("/")[1] if "/" in stage else stage
+        label = None if arm in labelled else arm
+        labelled.add(arm)
+        axes.plot(*zip(*points, strict=True), color=colours[arm], label=label, lw=1.4)
+    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss (nats)")
+    axes.legend(frameon=False)
+    return picture(figure)
+
+
+def fidelity_against_cost(
+    result: dict[str, Any], arms: dict[str, Any], colours: dict[str, str], key: str
+) -> str:
+    """What each arm cost, its outputs included, in % of the teacher's training: of its FLOPs or its
+    seconds. The front: nothing cheaper is as faithful. A twin costs as much as the teacher."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    shares = result["cost"]["fraction_of_teacher_by_student"]
+    points = []
+    for arm, entry in arms.items():
+        metric = entry["fidelity"].get("sequence_agreement")
+        if metric is None:
+            continue
+        x, y = 100 * shares[arm][key] if arm in shares else 100.0, 100 * metric["mean"]
+        error = [[y - 100 * metric["ci95"][0]], [100 * metric["ci95"][1] - y]]
+        axes.errorbar(x, y, yerr=error, fmt="o", color=colours[arm], capsize=3)
+        points.append((y, x, arm))
+    front = pareto_front([(x, y) for y, x, _ in points])
+    axes.plot(*zip(*front, strict=True), color="#999", lw=1, ls="--", zorder=0)
+    spread_labels(axes, points)
+    axes.set(xlabel=f"% of the teacher's training {NAMES[key]}", ylabel="same answer %")
+    axes.set(xscale="log", xlim=(min(x for _, x, _ in points) / 1.6, 250))
+    ticks = [1, 2, 5, 10, 20, 50, 100]
+    axes.set_xticks(ticks, labels=map(str, ticks))
+    axes.minorticks_off()
+    return picture(figure)
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, worth), those that nothing cheaper or as cheap exceeds, by cost."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def spread_labels(axes: plt.Axes, points: list[tuple[float, float, str]]) -> None:
+    """Names beside points (y, x, name); those that lie together are spread upwards."""
+    below, reach = -np.inf, max(y for y, _, _ in points) or 1
+    for y, x, name in sorted(points):
+        below = max(y, below + 0.05 * reach)
+        axes.annotate(
+            name, (x, y), xytext=(x * 1.06, below), fontsize=7, va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#999"},
+        )  # fmt: skip
+
+
+def bytes_against_kl(result: dict[str, Any], arms: dict[str, Any], colours: dict[str, str]) -> str:
+    """How many bytes a token of the outputs takes, and how far the student ends from the teacher:
+    for recipes that differ in access alone."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    weights = result["cost"]["bytes_per_token_by_student"]
+    points = []
+    for arm in alike(result, ("access", "k", "stored_as")):
+        metric = arms[arm]["fidelity"]["kl_teacher_student"]
+        y, (low, high) = metric["mean"], metric["ci95"]
+        error = [[y - low], [high - y]]
+        axes.errorbar(weights[arm], y, yerr=error, fmt="o", color=colours[arm], capsize=3)
+        points.append((y, weights[arm], arm))
+    spread_labels(axes, points)
+    axes.set(xscale="log", xlabel="bytes per token of the outputs", ylabel="KL to teacher, nats")
+    return picture(figure)
+
+
+def agreement_by_temperature(
+    result: dict[str, Any], arms: dict[str, Any], colours: dict[str, str]
+) -> str:
+    """For recipes that differ in temperature alone."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    students, same = result["students"], alike(result, ("temperature",))
+    found = sorted((students[arm]["recipe"]["temperature"], arm) for arm in same)
+    metrics = [arms[arm]["fidelity"]["sequence_agreement"] for _, arm in found]
+    heats, means = [heat for heat, _ in found], [100 * metric["mean"] for metric in metrics]
+    error = [
+        [100 * (m["mean"] - m["ci95"][0]) for m in metrics],
+        [100 * (m["ci95"][1] - m["mean"]) for m in metrics],
+    ]
+    axes.errorbar(heats, means, yerr=error, marker="o", capsize=3, color="#1b6ca8")
+    axes.set(xscale="log", xlabel="temperature", ylabel="same answer %")
+    axes.set_xticks(heats, labels=[f"{heat:g}" for heat in heats])
+    axes.minorticks_off()
+    return picture(figure)
+
+
+def alike(result: dict[str, Any], but_for: tuple[str, ...]) -> list[str]:
+    """The largest group of students whose recipes differ in these keys and in nothing else."""
+    groups: dict[str, list[str]] = {}
+    for arm, entry in result["students"].items():
+        if isinstance(entry["recipe"]["temperature"], dict):
+            continue  # one that changes on the way
+        rest = {key: value for key, value in entry["recipe"].items() if key not in but_for}
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(arm)
+    return max(groups.values(), key=len, default=[])
+
+
+def strips(found: dict[str, list[float]], bands: dict[str, Any]) -> str:
+    """A line per metric, in units of its band: grey the committed seeds, blue this run."""
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.24 * len(bands)))
+    for row, (key, band) in enumerate(bands.items()):
+        middle, half = (band["high"] + band["low"]) / 2, (band["high"] - band["low"]) / 2 or 1
+        seeds = (np.asarray(band["values"]) - middle) / half
+        axes.plot(seeds, np.full(len(seeds), row), "|", color="#888", ms=9)
+        for here in (np.asarray(found[key]) - middle) / half:
+            axes.plot(here, row, "o", color="#1b6ca8" if abs(here) <= 1 else "#b3261e", ms=5)
+    axes.axvspan(-1, 1, color="#1b6ca8", alpha=0.08, lw=0)
+    axes.set_yticks(range(len(bands)), labels=[key.replace("_", " ") for key in bands], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="distance from the middle of the band, in half-widths", ylim=(len(bands), -1))
+    return picture(figure)
+
+
+def reliability(first: dict[str, Judged], colours: dict[str, str]) -> str:
+    figure, axes = plt.subplots(figsize=(5, 4.4))
+    axes.plot([0, 1], [0, 1], color="#999", lw=1, ls="--")
+    for arm, judged in first.items():
+        count, confidence, hits = np.split(judged.columns["calibration"].sum(0), 3)
+        filled = count > 0
+        axes.plot(
+            confidence[filled] / count[filled],
+            hits[filled] / count[filled],
+            marker="o",
+            ms=3,
+            lw=1.2,
+            color=colours[arm],
+            label=arm,
+        )
+    axes.set(xlabel=f"confidence ({ECE_BINS} bins)", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(frameon=False)
+    return picture(figure)
+
+
+def picture(figure: plt.Figure) -> str:
+    """A figure as an SVG data address, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "lab", "svg.fonttype": "none"}):
+        figure.tight_layout()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,149 @@
+"""The lab: what a stage of a run works with, and what a student of a recipe begins with there.
+
+The training and the checks of a finished run open it alike, so that both mean the same lessons.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from configs.runs import Run
+from configs.schema import Config, Model, Recipe
+from student.hidden import Projected
+from student.lessons import Lessons, scarce, smoothed_labels
+from student.on_policy import OnPolicy
+from student.recipe import match_of
+from tasks import load_task
+from tasks.pronounce import Pronounce
+from tasks.rows import Rows
+from teacher.model import (
+    Averaged,
+    Forward,
+    build_model,
+    initialise,
+    load_model,
+    load_tokenizer,
+    take_layers,
+)
+from teacher.outputs import (
+    name_of,
+    needs_outputs,
+    outputs_binding,
+    stage_of_teacher,
+    transfer_rows,
+)
+from teacher.shards import Outputs
+from teacher.vocabulary import same_vocabulary
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Counted = Callable[[nn.Module], Forward]  # wraps a model so that its forward passes are counted
+
+
+@dataclass(frozen=True)
+class Lab:
+    config: Config
+    run: Run
+    task: Pronounce
+    rows: Rows  # the training split
+    validation: Rows
+    accelerator: "Accelerator | None" = None  # where something is trained
+
+
+def open_lab(config: Config, run: Run, accelerator: "Accelerator | None" = None) -> Lab:
+    task = load_task(config.task)
+    return Lab(config, run, task, task.rows("train"), task.rows("validation"), accelerator)
+
+
+def new_model(lab: Lab, settings: Model, seed: int) -> nn.Module:
+    """An untrained model of the lab's vocabulary and precision."""
+    model = build_model(settings, lab.task.tokenizer, lab.task.longest_row)
+    return initialise(model.to(getattr(torch, lab.config.precision)), seed)
+
+
+def new_student(lab: Lab, recipe: Recipe, lessons: Lessons, seed: int) -> nn.Module:
+    """A student before its first step: the same weights per seed in all recipes of one shape, or
+    layers of its teacher; with projections if it is to match states."""
+    model = new_model(lab, lab.config.model_of(recipe), seed)
+    if recipe.initial_layers:
+        taught_by = stage_of_teacher(recipe.teachers[0], lab.config)
+        model = take_layers(model, load_model(lab.run.folder / taught_by), recipe.initial_layers)
+    return Projected(model, lessons.width, seed) if match_of(recipe) else model
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """The model itself, without what only training needs."""
+    return model.student if isinstance(model, Projected) else model
+
+
+def teacher_of(lab: Lab, recipe: Recipe, counted: Counted) -> Forward:
+    """Who teaches a recipe; the mean of several."""
+    folders = [lab.run.folder / stage_of_teacher(name, lab.config) for name in recipe.teachers]
+    if recipe.access != "text" and "sorted_distance" not in recipe.objective:
+        for folder in folders:
+            same_vocabulary(load_tokenizer(folder), lab.task.tokenizer, recipe.access)
+    models = [counted(load_model(folder)) for folder in folders]
+    return models[0] if len(models) == 1 else Averaged(models)
+
+
+def teacher_sha256(lab: Lab, recipe: Recipe) -> str:
+    stages = lab.run.manifest["stages"]
+    names = [stage_of_teacher(name, lab.config) for name in recipe.teachers]
+    return "+".join(stages[name]["sha256"] for name in names)
+
+
+def tokenizer_sha256(task: Pronounce) -> str:
+    return hashlib.sha256(task.tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
+
+
+def binding_of(lab: Lab, recipe: Recipe) -> dict[str, Any]:
+    """What the outputs of a recipe must be bound to in this run."""
+    return outputs_binding(
+        recipe,
+        teacher_sha256=teacher_sha256(lab, recipe),
+        tokenizer_sha256=lab.run.manifest["data"]["tokenizer"],
+        rows=lab.rows,
+        seed=lab.config.teacher.seed,
+    )
+
+
+def outputs_of(lab: Lab, recipe: Recipe) -> Outputs:
+    return Outputs(lab.run.folder / "outputs" / name_of(recipe), binding_of(lab, recipe))
+
+
+def lessons_of(lab: Lab, recipe: Recipe, seed: int, counted: Counted) -> Lessons:
+    """The rows that a recipe trains on, and the signal at each of their positions."""
+    if needs_outputs(recipe):
+        outputs = outputs_of(lab, recipe)
+        if recipe.shuffled:
+            outputs = outputs.shuffle(seed)
+        lessons = Lessons(outputs.rows, outputs.signal)
+        if recipe.access == "hidden":
+            lessons = replace(lessons, inside=outputs.inside, width=outputs.hidden_width)
+    elif recipe.sequences == "student":
+        lessons = Lessons(lab.rows.take(transfer_rows(lab.rows, recipe)))
+    elif recipe.smoothed:
+        softest = next(r for r in lab.config.recipes.values() if r.access in ("logits", "hidden"))
+        entropy = outputs_of(lab, softest).mean_entropy()
+        lessons = Lessons(lab.rows, smoothed_labels(len(lab.task.tokenizer), entropy))
+    else:
+        lessons = Lessons(scarce(lab.rows, recipe.label_fraction))
+    if not recipe.writes_itself:
+        return lessons
+    policy = OnPolicy(
+        rows=lab.rows.take(transfer_rows(lab.rows, recipe)),
+        teacher=teacher_of(lab, recipe, counted),
+        counted=counted,
+        recipe=recipe,
+        seed=seed,
+        batch_rows=lab.config.students.training.batch_rows,
+        longest=lab.task.longest_answer,
+        end=lab.task.tokenizer.eos_token_id,
+        vocabulary=len(lab.task.tokenizer),
+    )
+    return replace(lessons, on_policy=policy)

@@ -1,0 +1,140 @@
+"""What a training step costs, in ratios of one run. About 4 minutes on a machine left alone.
+
+    python -m tests.benchmarks.speed
+
+Bare: forward, backward, clipping and AdamW on batches that are ready. Loop: `fit`, with the data,
+the log, validation and checkpoints. Then the same from stored outputs. All models, rows and steps
+are the same; every kind is timed in turn, `ROUNDS` times, and medians are compared.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import torch
+
+import train
+from configs.runs import Run
+from configs.schema import Recipe, read_config
+from measure.cost import CountedForward, TrainingFlops
+from student.lab import Lab, lessons_of, new_student
+from student.lessons import Lessons
+from student.recipe import FROM_TEXT, objective_of
+from tasks.rows import batch_order, collate
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS, ROUNDS = 600, 3
+OUTPUTS = {
+    "logits": Recipe(access="logits"),
+    "top 5": Recipe(access="top_k", k=5),
+    "12 draws": Recipe(access="sampled", k=12),
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # as each of two workers has
+    changes = ["task.limit=20000", "threads=1", "workers=1", "controls=[]", "verdicts=[]"]
+    config = read_config(ROOT / "configs" / "quickstart.yaml", changes)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        run = Run.open(Path(folder), config, {})
+        lab = train.open_lab(config, run, train.Accelerator(cpu=True))
+        run.manifest["data"] = {"rows": lab.rows.digest(), "tokenizer": ""}
+        teacher = train.new_model(lab, config.teacher.model, 0)
+        closing = fit(lab, "teacher", teacher, Lessons(lab.rows), FROM_TEXT, 1)
+        run.close_stage("teacher", *closing)
+        kinds: dict[str, Callable[[], None]] = {
+            "bare": lambda: bare(lab),
+            "loop": lambda: loop(lab, "loop", FROM_TEXT),
+        }
+        for name, recipe in OUTPUTS.items():
+            train.produce_outputs(lab, recipe)
+            kinds[name] = lambda name=name, recipe=recipe: loop(lab, name, recipe)
+        seconds: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(ROUNDS):
+            for name, once in kinds.items():
+                started = time.perf_counter()
+                once()
+                seconds[name].append((time.perf_counter() - started) / STEPS)
+        flops = TrainingFlops(student(lab)).of_batch(mean_batch(lab))
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"{'bare step':<28} {1000 * median['bare']:7.2f} ms")
+    print(f"{'loop / bare':<28} {median['loop'] / median['bare']:7.3f}   at most 1.10")
+    for name in OUTPUTS:
+        most = 1.25 if name == "logits" else 1.10
+        ratio = median[name] / median["loop"]
+        print(f"{name + ' / loop from text':<28} {ratio:7.3f}   at most {most:.2f}")
+    peak = matmul_peak()
+    print(f"{'matrix products, peak':<28} {peak / 1e9:7.1f} GFLOP/s")
+    print(f"{'bare step, share of peak':<28} {flops / median['bare'] / peak:7.3f}")
+
+
+def student(lab: Lab) -> torch.nn.Module:
+    return new_student(lab, FROM_TEXT, Lessons(lab.rows), 0)
+
+
+def fit(lab: Lab, stage: str, model: torch.nn.Module, lessons: Lessons, recipe: Recipe, steps: int):
+    return train.fit(
+        lab,
+        stage,
+        model,
+        lessons,
+        objective_of(recipe),
+        lab.config.students.training,
+        steps=steps,
+        seed=0,
+        lineage="",
+    )
+
+
+def loop(lab: Lab, name: str, recipe: Recipe) -> None:
+    """A whole training of STEPS steps, its model saved and its checkpoints removed."""
+    lessons = lessons_of(lab, recipe, 0, CountedForward)
+    stage = f"students/{name.replace(' ', '-')}/seed-0"
+    closing = fit(lab, stage, student(lab), lessons, recipe, STEPS)
+    lab.run.close_stage(stage, *closing)
+
+
+BATCHES: list = []
+
+
+def bare(lab: Lab) -> None:
+    """The same steps without anything around them."""
+    training = lab.config.students.training
+    order = batch_order(lab.rows.lengths, training.batch_rows, 0)
+    if not BATCHES:
+        BATCHES.extend(collate(lab.rows, order(step), 0) for step in range(STEPS))
+    model = student(lab).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    for batch in BATCHES:
+        logits = model(batch.input_ids, use_cache=False).logits[batch.counted]
+        torch.nn.functional.cross_entropy(logits, batch.targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def mean_batch(lab: Lab):
+    """Row lengths of a batch of the mean size."""
+    order = batch_order(lab.rows.lengths, lab.config.students.training.batch_rows, 0)
+    batches = [lab.rows.lengths[order(step)] for step in range(STEPS)]
+    mean = statistics.mean(int(lengths.max()) for lengths in batches)
+    return min(batches, key=lambda lengths: abs(int(lengths.max()) - mean))
+
+
+def matmul_peak(size: int = 1024, repeats: int = 20) -> float:
+    """FLOP/s of square float32 products on one thread, the best of some."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The bugs that distillation code has had, planted one by one: the suite must go red.
+
+Each is known from public code or threads. `old` is a piece of this project as it is, `new` the same
+with the bug; the tests named have to notice.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("configs", "tasks", "teacher", "student", "measure", "tests", "results")
+FILES = ("train.py", "eval.py", "pyproject.toml", "README.md", "constraints.txt")
+
+# bug: (file, old, new, tests that must fail)
+MUTANTS = {
+    "KL of the teacher with itself": (
+        "student/objectives.py",
+        "return temperature**2 * kl(teacher, student)\n\n\ndef reverse_kl",
+        "return temperature**2 * kl(teacher, teacher)\n\n\ndef reverse_kl",
+        "test_objectives.py::test_hand_values",
+    ),
+    "a KL averaged over classes too": (
+        "student/objectives.py",
+        "return (a.exp() * (a - b)).sum(-1)",
+        "return (a.exp() * (a - b)).mean(-1)",
+        "test_objectives.py::test_hand_values",
+    ),
+    "batchmean: divided by rows, not by tokens": (
+        "train.py",
+        "* part.weights.to(device)).sum() / total",
+        "* part.weights.to(device)).sum() / len(indices)",
+        "test_loop.py::test_the_first_loss_is_the_mean_per_counted_token",
+    ),
+    "missing T^2": (
+        "student/objectives.py",
+        "return temperature**2 * kl(teacher, student)\n\n\ndef reverse_kl",
+        "return kl(teacher, student)\n\n\ndef reverse_kl",
+        "test_objectives.py::test_the_gradient_keeps_its_scale_as_temperature_rises",
+    ),
+    "a forward KL that is a cross-entropy": (
+        "student/objectives.py",
+        "return (a.exp() * (a - b)).sum(-1)",
+        "return -(a.exp() * b).sum(-1)",
+        "test_objectives.py::test_zero_loss_and_zero_gradient_when_student_equals_teacher",
+    ),
+    "loss divided by the token count twice": (
+        "train.py",
+        "* part.weights.to(device)).sum() / total",
+        "* part.weights.to(device)).sum() / total / total",
+        "test_loop.py::test_the_first_loss_is_the_mean_per_counted_token",
+    ),
+    "gradients scaled by 1 / tokens after a mean": (
+        "train.py",
+        "        norm = accelerator.clip_grad_norm_(",
+        "        for p in model.parameters():\n"
+        "            p.grad = None if p.grad is None else p.grad / total\n"
+        "        norm = accelerator.clip_grad_norm_(",
+        "test_loop.py::test_the_logged_norm_is_that_of_the_mean_loss",
+    ),
+    "accumulation with the mean of means": (
+        "train.py",
+        "* part.weights.to(device)).sum() / total",
+        "* part.weights.to(device)).sum() / part.weights.sum() / count",
+        "test_loop.py::test_the_loss_does_not_depend_on_accumulation",
+    ),
+    "stored outputs read by position": (
+        "teacher/shards.py",
+        "for row in self.source[batch.indices]:",
+        "for row in np.arange(len(batch.indices)):",
+        "test_outputs.py::test_stored_outputs_equal_live_ones_whatever_the_order_of_the_rows",
+    ),
+    "off by one between logits and labels": (
+        "tasks/rows.py",
+        "place >= rows.prompt_lengths[indices][:, None] - 1",
+        "place >= rows.prompt_lengths[indices][:, None]",
+        "test_rows.py::test_counted_positions_predict_the_completion_and_nothing_else",
+    ),
+    "the end mark left out": (
+        "tasks/rows.py",
+        "positions = place < lengths[:, None] - 1",
+        "positions = place < lengths[:, None] - 2",
+        "test_rows.py::test_the_end_mark_is_supervised_even_where_it_is_the_padding_token",
+    ),
+    "padding in the loss": (
+        "tasks/rows.py",
+        "positions = place < lengths[:, None] - 1",
+        "positions = place < lengths.max() - 1",
+        "test_rows.py::test_counted_positions_predict_the_completion_and_nothing_else",
+    ),
+    "top-k without the tail": (
+        "teacher/signal.py",
+        "return torch.cat([log_probs, tail.log()], dim=-1)",
+        "return log_probs",
+        "test_objectives.py::test_top_k_with_a_tail_is_a_true_divergence_below_the_full_one",
+    ),
+    "a teacher in training mode": (
+        "teacher/model.py",
+        "return model.eval()",
+        "return model.train()",
+        "test_loop.py::test_a_loaded_teacher_is_not_in_training_mode_and_keeps_no_gradients",
+    ),
+    "a teacher with gradients": (
+        "teacher/outputs.py",
+        "with torch.no_grad():\n            output = forward",
+        "if True:\n            output = forward",
+        "test_loop.py::test_a_loaded_teacher_is_not_in_training_mode_and_keeps_no_gradients",
+    ),
+    "a silent temperature": (
+        "teacher/model.py",
+        "torch.softmax(logits[sampled] / heat, dim=-1)",
+        "torch.softmax(logits[sampled] / heat / 0.8, dim=-1)",
+        "test_outputs.py::test_sampling_follows_the_models_own_distribution",
+    ),
+    "a silent top-p": (
+        "teacher/model.py",
+        "chances = torch.softmax(logits[sampled] / heat, dim=-1)",
+        "chances = torch.softmax(logits[sampled] / heat, dim=-1)\n"
+        "                chances = chances * (chances > 0.05)",
+        "test_outputs.py::test_sampling_follows_the_models_own_distribution",
+    ),
+    "vocabularies cut to the same width": (
+        "teacher/vocabulary.py",
+        "if theirs == ours:",
+        "if len(theirs) == len(ours):",
+        "test_methods.py::test_ids_that_mean_other_tokens_are_refused_and_the_ways_that_remain_are_"
+        "named",
+    ),
+    "the teacher's text tokenised again": (
+        "teacher/outputs.py",
+        "row = np.concatenate([rows.prompt(i), answer.tokens.numpy()])",
+        "row = np.concatenate([rows.prompt(i), task.tokenizer(task.render(answer.tokens.tolist()))"
+        '["input_ids"]])',
+        "test_outputs.py::test_text_reveals_the_greedy_answers_and_nothing_more",
+    ),
+    "a weight that means the other term": (
+        "student/recipe.py",
+        "value_at(weight, progress) * term",
+        "(1 - value_at(weight, progress)) * term",
+        "test_objectives.py::test_a_mix_is_the_weighted_sum_of_its_terms",
+    ),
+    "a gain that is a doubled loss scale": (
+        "configs/schema.py",
+        "if abs(total - 1) > 1e-6:",
+        "if abs(total - 1) > 10:",
+        "test_scripts.py::test_a_config_that_cannot_work_is_refused_in_one_line",
+    ),
+    "chosen on the held-out words": (
+        "student/lab.py",
+        'task.rows("validation")',
+        'task.rows("heldout")',
+        "test_loop.py::test_training_never_sees_the_held_out_words",
+    ),
+    "a baseline with less compute than the student": (
+        "train.py",
+        "    if steps < 1:\n",
+        '    steps = steps // 2 if name == "alone" else steps\n    if steps < 1:\n',
+        "test_scripts.py::test_every_student_and_control_spends_the_budget_and_no_more",
+    ),
+    "one seed that passes for several": (
+        "measure/statistics.py",
+        'if verdict["seeds"] > 1\n        else "over 1 seed (the interval is over rows alone)"',
+        'if verdict["seeds"] > 0\n        else "over 1 seed (the interval is over rows alone)"',
+        "test_measure.py::test_the_verdict_line_says_it_in_words",
+    ),
+    "a validation loss that changes with what was trained": (
+        "measure/journal.py",
+        'cross_entropy(logits, targets, reduction="sum")',
+        'cross_entropy(logits / 2, targets, reduction="sum")',
+        "test_loop.py::test_the_validation_loss_is_that_of_the_answer_tokens_whatever_was_trained",
+    ),
+    "data repeated on resume": (
+        "configs/checkpoints.py",
+        'return meta["step"], meta["flops"], meta["cost"]',
+        'return 0, meta["flops"], meta["cost"]',
+        "test_loop.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
+    ),
+    "the schedule restarted on resume": (
+        "configs/checkpoints.py",
+        '"step": torch.tensor(float(meta["step"])',
+        '"step": torch.tensor(float(0)',
+        "test_loop.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", MUTANTS)
+def test_every_mutant_can_be_planted(bug):
+    file, old, new, tests = MUTANTS[bug]
+    assert (ROOT / file).read_text(encoding="utf-8").count(old) == 1
+    assert old != new
+    name, _, test = tests.partition("::")
+    assert f"def {test}(" in (ROOT / "tests" / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", MUTANTS)
+def test_the_suite_goes_red_where_a_known_bug_is_planted(bug, tmp_path):
+    file, old, new, tests = MUTANTS[bug]
+    for part in PARTS:
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(ROOT / name, tmp_path / name)
+    planted = (ROOT / file).read_text(encoding="utf-8").replace(old, new)
+    (tmp_path / file).write_text(planted, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, f"tests/{tests}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stdout[-2000:]  # 1: tests failed; others: could not run
