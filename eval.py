@@ -328,7 +328,8 @@ def costs(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any
     for arm, recipe in recipes_of(config).items():
         if needs_outputs(recipe):
             weights[arm] = run.cost_of(f"outputs/{name_of(recipe)}")["bytes_per_token"]
-        stages = [stage_of(arm, config.seeds[0]), *charged_stages(recipe, config)]
+        before = charged_stages(recipe.model_copy(update={"charged": True}), config)
+        stages = [stage_of(arm, config.seeds[0]), *before]
         parts = [run.cost_of(stage) for stage in stages]
         fractions[arm] = {
             key: sum(part[key] for part in parts) / teacher[key] if teacher[key] else None

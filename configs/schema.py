@@ -149,6 +149,7 @@ class Recipe(Section):
     model: Model | None = None  # another shape than students.model
     initial_layers: list[int] = []  # of the teacher, that the student starts from; else from noise
     budget_share: float = Field(1.0, gt=0, le=1)  # how much of students.budget this may spend
+    charged: bool = True  # for its outputs; a study of ever more of them trains equally long on all
     label_fraction: float = Field(1.0, gt=0, le=1)  # access none: share of training words labelled
     shuffled: bool = False  # outputs of the wrong rows (a control)
     smoothed: bool = False  # uniform label smoothing, as much entropy as the teacher's (a control)

@@ -11,6 +11,7 @@ import numpy as np
 from configs.runs import Run
 from measure.fidelity import ECE_BINS
 from measure.judged import Judged
+from measure.statistics import power_law
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -96,6 +97,28 @@ def bytes_against_kl(result: dict[str, Any], arms: dict[str, Any], colours: dict
         points.append((y, weights[arm], arm))
     spread_labels(axes, points)
     axes.set(xscale="log", xlabel="bytes per token of the outputs", ylabel="KL to teacher, nats")
+    return picture(figure)
+
+
+def scaling(arms: dict[str, Any], x: dict[str, float], label: str, colours: dict[str, str]) -> str:
+    """KL to the teacher against how much of something there was, with a fitted power law."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    values = []
+    for arm, amount in x.items():
+        metric = arms[arm]["fidelity"]["kl_teacher_student"]
+        y, (low, high) = metric["mean"], metric["ci95"]
+        axes.errorbar(
+            amount, y, yerr=[[y - low], [high - y]], fmt="o", color=colours[arm], capsize=3
+        )
+        values.append((amount, y))
+    amounts, kls = (np.asarray(column) for column in zip(*sorted(values), strict=True))
+    law = power_law(amounts, kls)
+    if law:
+        a, b, c = law
+        along = np.geomspace(amounts[0], amounts[-1], 100)
+        axes.plot(along, a * along**-b + c, color="#999", lw=1, ls="--", zorder=0)
+        axes.set_title(f"KL = {a:.3g} x^-{b:.2f} + {c:.3g}", fontsize=9)
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="KL to teacher, nats")
     return picture(figure)
 
 

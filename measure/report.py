@@ -21,6 +21,7 @@ from measure.figures import (
     fidelity_against_cost,
     learning_curves,
     reliability,
+    scaling,
     strips,
 )
 from measure.judged import Judged, Reference
@@ -106,6 +107,23 @@ def figures_of(
         found["Temperature"] = (
             agreement_by_temperature(result, arms, colours),
             "Students whose recipes differ only in temperature.",
+        )
+    students = result["students"]
+    words = alike(result, ("transfer_rows", "prompts"))
+    if len(words) > 2:
+        amounts = {arm: students[arm]["recipe"]["transfer_rows"] for arm in words}
+        found["How many words"] = (
+            scaling(arms, amounts, "words that the teacher answers", colours),
+            "Students that differ only in how many words the teacher answered, trained equally "
+            "long. Dashed: the power law that fits best.",
+        )
+    sizes = alike(result, ("model",))
+    if len(sizes) > 2:
+        shares = {arm: students[arm]["params"] / result["teacher"]["params"] for arm in sizes}
+        found["How large a student"] = (
+            scaling(arms, shares, "parameters of the student, of the teacher's", colours),
+            "Students that differ only in size, at the same FLOPs. Dashed: the power law that fits "
+            "best; where the points leave it lies the capacity gap, or too few steps for the size.",
         )
     return found | {
         "Reliability": (

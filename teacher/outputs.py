@@ -55,6 +55,8 @@ def stage_of_teacher(name: str, config: Config) -> str:
 def charged_stages(recipe: Recipe, config: Config) -> list[str]:
     """What has to be paid before a student of this recipe can train: its outputs, and an assistant
     that taught it. The teacher itself was there before."""
+    if not recipe.charged:
+        return []
     stages = [f"outputs/{name_of(recipe)}"] if needs_outputs(recipe) else []
     for name in recipe.teachers:
         if name in config.recipes and recipe.access != "none":
