@@ -18,6 +18,7 @@ from measure.statistics import (
     Comparison,
     Metric,
     expected_calibration_error,
+    power_law,
     share_of_gap,
     verdict_line,
     verdicts,
@@ -178,6 +179,14 @@ def test_a_match_is_an_equivalence_test_with_a_margin_and_not_a_large_p(truth, r
     found = verdicts([claim])[0]
     assert found["result"] == result
     assert "margin 5" in verdict_line(found)
+
+
+def test_a_power_law_is_found_again_from_its_points():
+    x = np.geomspace(1e3, 1e6, 7)
+    noise = np.exp(0.01 * np.random.default_rng(0).standard_normal(7))
+    a, b, c = power_law(x, (40 * x**-0.5 + 0.1) * noise)
+    assert (a, b, c) == pytest.approx((40, 0.5, 0.1), rel=0.15)
+    assert power_law(x[:3], x[:3]) is None  # three points fit any law
 
 
 def test_statistics_hand_values():

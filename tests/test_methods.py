@@ -14,6 +14,8 @@ import train
 from configs.runs import Run
 from configs.schema import LabError, Recipe, read_config
 from measure.cost import CountedForward
+from measure.figures import alike, pareto_front
+from measure.tables import facts_of, more_cells, more_headings
 from student.lab import open_lab, outputs_of, teacher_of
 from student.on_policy import OnPolicy
 from tasks.pronounce import Pronounce
@@ -26,6 +28,10 @@ TINY = str(Path(__file__).parent.parent / "configs" / "tiny.yaml")
 MODEL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 RECIPES = {
     "plain": {"access": "logits"},
+    "warm": {"access": "logits", "temperature": 2},
+    "hot": {"access": "logits", "temperature": 4},
+    "top_5": {"access": "top_k", "k": 5},
+    "sampled_6": {"access": "sampled", "k": 6},
     "own": {"access": "logits", "sequences": "student", "objective": "reverse_kl"},
     "mixed": {"access": "top_k", "k": 5, "on_policy": {"start": 0, "end": 1}},
     "assistant": {"access": "logits", "model": MODEL | {"hidden_size": 24}, "budget_share": 0.5},
@@ -34,8 +40,8 @@ RECIPES = {
     "born_again": {"access": "logits", "model": MODEL, "initial_layers": [1]},
 }
 OVERRIDES = (
-    "name=methods", "seeds=[0]", "controls=[twin]", "verdicts=[]", "teacher.epochs=3",
-    f"recipes={json.dumps(RECIPES)}",
+    "name=methods", "seeds=[0]", "controls=[alone,twin]", "verdicts=[]", "teacher.epochs=3",
+    f"recipes={json.dumps(RECIPES)}", "compare={against: [alone, plain]}",
 )  # fmt: skip
 
 
@@ -76,6 +82,41 @@ def test_the_ledger_says_what_writing_takes_and_what_a_token_weighs(run):
     assert bytes_per_token["data-logits"] > 2 * 72
     assert bytes_per_token["data-top_5"] < 60
     assert bytes_per_token["assistant-data-sampled_6"] < 60
+
+
+def test_every_method_is_compared_with_the_same_two_and_corrected_for_all(run, capsys):
+    result = json.loads((run.folder / "eval.json").read_text("utf-8"))
+    claims = [verdict["claim"] for verdict in result["verdicts"]]
+    assert len(claims) == len(set(claims)) == 2 * len(RECIPES) - 1
+    assert "own beats alone" in claims
+    assert "own beats plain" in claims
+    assert "plain beats plain" not in claims
+    headings, cells = more_headings(result), more_cells(result, "own")
+    assert headings == [
+        "cost %", "bytes per token", "sequence agreement against alone",
+        "sequence agreement against plain",
+    ]  # fmt: skip
+    assert float(cells[0]) == pytest.approx(60, abs=6)
+    assert cells[1] == "-"  # nothing is stored of what is scored live
+    assert cells[2].split(maxsplit=1)[1] in ("beats", "does not beat", "inconclusive")
+    assert more_cells(result, "plain")[3] == "-"
+    (fact,) = facts_of(result)
+    assert fact.startswith(f"{len(claims)} comparisons, corrected together after Holm: ")
+
+
+def test_the_report_draws_what_the_recipes_have_in_common(run):
+    report = (run.folder / "report.html").read_text("utf-8")
+    for heading in ("Bytes against fidelity", "Temperature", "Fidelity against cost"):
+        assert f"<h2>{heading}</h2>" in report
+    assert "<h2>How many words</h2>" not in report
+    result = json.loads((run.folder / "eval.json").read_text("utf-8"))
+    assert alike(result, ("temperature",)) == ["plain", "warm", "hot"]
+    assert alike(result, ("access", "k", "stored_as")) == ["plain", "top_5", "sampled_6"]
+
+
+def test_the_pareto_front_is_what_nothing_cheaper_exceeds():
+    points = [(1, 5), (2, 4), (2, 7), (3, 7), (4, 9), (1, 3)]
+    assert pareto_front(points) == [(1, 5), (2, 7), (4, 9)]
 
 
 def test_a_student_writes_at_the_steps_that_its_schedule_names_and_in_no_others(tmp_path):
