@@ -25,7 +25,12 @@ class Chunks:
         self.arrays = arrays
         self.starts = np.cumsum([0, *map(len, arrays)])
 
-    def __getitem__(self, places: np.ndarray | slice) -> np.ndarray:
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, places: np.ndarray | slice | int) -> np.ndarray:
+        if isinstance(places, int | np.integer):
+            return self[np.asarray([places])][0]
         if isinstance(places, slice):
             chunk = np.searchsorted(self.starts, places.start, side="right") - 1
             if places.stop <= self.starts[chunk + 1]:  # a row lies in one shard
@@ -47,7 +52,7 @@ class Rows:
     Row i is tokens[offsets[i]:offsets[i+1]]; its first prompt_lengths[i] tokens are the prompt.
     """
 
-    ids: np.ndarray
+    ids: np.ndarray | Chunks
     tokens: np.ndarray | Chunks
     offsets: np.ndarray
     prompt_lengths: np.ndarray
@@ -67,7 +72,7 @@ class Rows:
     @classmethod
     def build_flat(
         cls,
-        ids: np.ndarray,
+        ids: np.ndarray | Chunks,
         tokens: np.ndarray | Chunks,
         lengths: np.ndarray,
         prompt_lengths: np.ndarray,
@@ -85,7 +90,7 @@ class Rows:
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+        return np.diff(self.offsets).astype(np.int32)
 
     def row(self, i: int) -> np.ndarray:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
@@ -106,9 +111,9 @@ class Rows:
     def digest(self) -> str:
         """sha256 over ids, tokens and boundaries: two sets of rows are the same if this is."""
         digest = hashlib.sha256()
-        tokens = self.tokens.arrays if isinstance(self.tokens, Chunks) else [self.tokens]
-        for array in (self.ids, *tokens, self.offsets, self.prompt_lengths):
-            digest.update(np.ascontiguousarray(array).astype("<i8").tobytes())
+        for column in (self.ids, self.tokens, self.offsets, self.prompt_lengths):
+            for array in column.arrays if isinstance(column, Chunks) else [column]:
+                digest.update(np.ascontiguousarray(array).astype("<i8").tobytes())
         return digest.hexdigest()
 
 
@@ -169,7 +174,7 @@ def batch_order(lengths: np.ndarray, batch_rows: int, seed: int) -> Callable[[in
 
     def epoch_plan(epoch: int) -> np.ndarray:
         generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-        order = generator.permutation(len(lengths))[: per_epoch * batch_rows]
+        order = generator.permutation(len(lengths))[: per_epoch * batch_rows].astype(np.int32)
         pools = []
         for pool in np.split(order, range(0, len(order), POOL_BATCHES * batch_rows)[1:]):
             batches = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, batch_rows)

@@ -177,10 +177,10 @@ class Outputs:
         self.layers = len(provenance["binding"].get("hidden_layers", []))
         tokens = [flat(table, "tokens") for table in tables]
         self.rows = Rows.build_flat(
-            ids=joined(tables, "id"),
+            ids=Chunks([table["id"].chunk(0).to_numpy() for table in tables]),
             tokens=Chunks([values for values, _ in tokens]),
             lengths=np.concatenate([np.diff(offsets) for _, offsets in tokens]),
-            prompt_lengths=joined(tables, "prompt_length"),
+            prompt_lengths=np.concatenate([table["prompt_length"].to_numpy() for table in tables]),
         )
         self.shard_starts = np.cumsum([0, *(len(table) for table in tables)])
         names = ("log_probs", "indices", "draws", "counts", "hidden", "attention")
@@ -196,7 +196,8 @@ class Outputs:
             states = torch.cat(sample)
             states = states if states.dtype == torch.float64 else states.float()
             self.hidden_mean, self.hidden_scale = states.mean(0), states.std(0) + TINY
-        self.source = np.arange(len(self.rows))  # whose completion and log-probabilities row i has
+        # whose completion and log-probabilities row i has
+        self.source = np.arange(len(self.rows), dtype=np.int32)
 
     def shuffle(self, seed: int) -> "Outputs":
         """Give every row the outputs of another row (a control): prompts stay, answers move.
@@ -294,10 +295,6 @@ def padded(pieces: list[np.ndarray], positions: Tensor, layers: int) -> Tensor:
         whole[start : start + n, :, :n] = values[taken : taken + size].view(n, layers, n)
         start, taken = start + n, taken + size
     return whole
-
-
-def joined(tables: list[pa.Table], column: str) -> np.ndarray:
-    return np.concatenate([table[column].to_numpy() for table in tables])
 
 
 def flat(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:

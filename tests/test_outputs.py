@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -349,3 +352,46 @@ def test_no_corrupted_byte_ever_gives_a_wrong_row(make, tmp_path):
         file.write_bytes(contents[file])
     assert len(refused) > 9_000
     assert max(len(line.splitlines()) for line in refused) == 1
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from configs.schema import Model, Recipe
+from tasks.pronounce import Pronounce
+from tasks.rows import batch_order, collate
+from teacher.model import build_model, initialise
+from teacher.outputs import finish_outputs, make_outputs, outputs_binding
+from teacher.shards import Outputs
+
+folder, count = Path(sys.argv[1]), int(sys.argv[2])
+task = Pronounce()
+rows = task.rows("train")
+shape = Model(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+teacher = initialise(build_model(shape, task.tokenizer, 72), 0).eval()
+recipe = Recipe(access="top_k", k=5, transfer_rows=count)
+binding = outputs_binding(recipe, "teacher", "tokenizer", rows, 0)
+make_outputs(folder, teacher, task, rows, recipe, binding)
+finish_outputs(folder)
+stored = Outputs(folder, binding)
+order = batch_order(stored.rows.lengths, 64, 0)
+for step in range(200):
+    stored.signal(collate(stored.rows, order(step), 0))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows counts peak memory in another way")
+def test_a_million_rows_take_no_more_memory_than_ten_thousand(tmp_path):
+    """Written shard by shard, read memory-mapped: within 10 %."""
+    peaks = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", MEASURE, str(tmp_path / str(count)), str(count)],
+                cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True,
+            ).stdout
+        )
+        for count in (10_000, 1_000_000)
+    ]  # fmt: skip
+    assert peaks[1] <= 1.10 * peaks[0]
