@@ -324,11 +324,15 @@ def measure_speed(model: torch.nn.Module, task: Pronounce, sample: Rows) -> dict
 def costs(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any]:
     """A row per stage, and outputs plus one student as a fraction of the teacher's training."""
     teacher = run.cost_of("teacher")
-    fractions, weights = {}, {}
+    fractions, stored = {}, {}
     for arm, recipe in recipes_of(config).items():
         if needs_outputs(recipe):
-            weights[arm] = run.cost_of(f"outputs/{name_of(recipe)}")["bytes_per_token"]
-        before = charged_stages(recipe.model_copy(update={"charged": True}), config)
+            stage = f"outputs/{name_of(recipe)}"
+            stored[arm] = {
+                "rows": run.manifest["stages"][stage]["rows"],
+                "bytes_per_token": run.cost_of(stage).get("bytes_per_token"),
+            }
+        before = charged_stages(recipe, config, everything=True)
         stages = [stage_of(arm, config.seeds[0]), *before]
         parts = [run.cost_of(stage) for stage in stages]
         fractions[arm] = {
@@ -336,20 +340,17 @@ def costs(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any
             for key in ("flops", "seconds", "joules")
         }
     main = next(iter(fractions))
+    once = charged_stages(config.recipes[main], config, everything=True)
+    fixed = teacher["flops"] + sum(run.cost_of(stage)["flops"] for stage in once)
+    each = run.cost_of(stage_of(main, config.seeds[0]))["flops"]
     amortised = {
-        str(count): (
-            teacher["flops"]
-            + run.cost_of_outputs()
-            + count * run.cost_of(stage_of(main, config.seeds[0]))["flops"]
-        )
-        / (count * teacher["flops"])
-        for count in (1, 10, 100)
+        str(count): (fixed + count * each) / (count * teacher["flops"]) for count in (1, 10, 100)
     }
     return {
         "stages": [*run.ledger, evaluation],
         "fraction_of_teacher": fractions[main],
         "fraction_of_teacher_by_student": fractions,
-        "bytes_per_token_by_student": weights,
+        "outputs_by_student": stored,
         "flops_per_student_with_teacher": amortised,
         "joules_source": teacher["joules_source"],
     }

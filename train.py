@@ -99,7 +99,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 NOTED_SECONDS = 2.0  # how often the making of outputs notes its time
-SPARE_STEPS = 4  # of a training that ends by its budget: some are dearer than others
 
 # What a stage hands back for the run's books: its cost, and what it made.
 Closing = tuple[dict[str, Any], dict[str, Any]]
@@ -129,6 +128,11 @@ def story(config: Config, folder: Path) -> None:
                 raise LabError(
                     f"recipes.{name}.k: found {recipe.k}, expected at most "
                     f"{len(lab.task.tokenizer)}, the size of the vocabulary"
+                )
+            if recipe.prompts == "train" and (recipe.transfer_rows or 0) > len(lab.rows):
+                raise LabError(
+                    f"recipes.{name}.transfer_rows: found {recipe.transfer_rows}, expected at most "
+                    f"{len(lab.rows)}, the training words; prompts: invented has no end"
                 )
         run = lab.run
         run.manifest["data"] = {"rows": lab.rows.digest(), "tokenizer": tokenizer_sha256(lab.task)}
@@ -284,8 +288,10 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
     lengths, batch_rows = lessons.rows.lengths, settings.training.batch_rows
     whole, plain = TrainingFlops(model), TrainingFlops(student_of(model))
     if lessons.on_policy:
-        steps = expected_steps(plain, lessons.on_policy, lengths, batch_rows, budget)
+        steps, dearest = expected_steps(plain, lessons.on_policy, lengths, batch_rows, budget)
+        until_spent = budget - dearest  # the last step must not overspend it
     else:
+        until_spent = None
         order = batch_order(lengths, batch_rows, seed)
         looks = match.steps if match else lambda steps: 0
         steps = affordable_steps(whole, plain, lengths, order, budget, looks)
@@ -305,7 +311,7 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
         seed=seed,
         lineage=f"{lineage}data `{lab.task.name}`. Recipe: `{recipe.model_dump_json()}`.",
         match=match,
-        budget=budget if lessons.on_policy else None,
+        budget=until_spent,
     )
 
 
@@ -348,8 +354,6 @@ def fit(
     step, flops, cost_before = restore(checkpoints, model, optimizer)
     watch = Stopwatch(lab.config.cost, torch.get_num_threads(), cost_before)
     writing = (cost_before or {}).get("writing_seconds", 0.0)
-    if budget:  # the last steps must not overspend it
-        budget *= max(0.5, 1 - SPARE_STEPS / steps)
 
     def done() -> float:
         """The share of the training that is behind us."""
@@ -398,7 +402,7 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
 
-        lengths = now.rows.lengths[indices]
+        lengths = now.rows.lengths_of(indices)
         flops += now.flops + (costs if looks else plain_costs).of_batch(lengths)
         step += 1
         if journal is None:
@@ -452,7 +456,7 @@ def learning_rate(training: Training, step: float, steps: int) -> float:
     """Linear warm-up, then half a cosine down to final_fraction of the peak."""
     warmup = max(1, round(training.warmup_fraction * steps))
     if step < warmup:
-        return training.learning_rate * (step + 1) / warmup
+        return training.learning_rate * min(1.0, (step + 1) / warmup)
     progress = (step - warmup) / max(1, steps - warmup)
     low = training.final_fraction
     return training.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)

@@ -205,10 +205,6 @@ class Run:
     def cost_of(self, stage: str) -> dict[str, Any]:
         return next(row for row in self.ledger if row["stage"] == stage)
 
-    def cost_of_outputs(self) -> float:
-        """FLOPs of all outputs together."""
-        return sum(row["flops"] for row in self.ledger if row["stage"].startswith("outputs/"))
-
     def log(self, stage: str, **line: Any) -> None:
         """Append a line to the log of a stage that is under way."""
         folder = self.checkpoints(stage)

@@ -169,12 +169,20 @@ class Recipe(Section):
                 )
         if any(low < 0 or high <= 0 for low, high in map(extremes, self.objective.values())):
             raise ValueError("objective weights must be above 0; leave a term out instead")
-        total = sum(value_at(weight, 0.0) for weight in self.objective.values())
+        weights = self.objective.values()
+        total = sum(value_at(weight, 0.0) for weight in weights)
         if abs(total - 1) > 1e-6:
             raise ValueError(
                 f"objective weights sum to {total:g}, expected 1: a larger sum is a larger "
                 "learning rate in disguise"
             )
+        for progress in (1.0, *(w.until for w in weights if isinstance(w, Schedule))):
+            total = sum(value_at(weight, progress) for weight in weights)
+            if not 0 < total <= 1 + 1e-6:
+                raise ValueError(
+                    f"objective weights sum to {total:g} at {progress:g} of the training, "
+                    "expected above 0 and at most 1"
+                )
         if extremes(self.temperature)[0] <= 0:
             raise ValueError(f"temperature {self.temperature} must stay above 0")
         matches = bool({*INSIDE} & {*self.objective})
@@ -229,6 +237,11 @@ class Recipe(Section):
             raise ValueError(
                 f"access {self.access!r} cannot score what the student writes: use access logits, "
                 "top_k or sampled"
+            )
+        if self.writes_itself and "cross_entropy" in self.objective:
+            raise ValueError(
+                "objective cross_entropy would teach a student the very text that it writes "
+                "itself: use divergences alone"
             )
         if extremes(self.on_policy)[1] > 1:
             raise ValueError(f"on_policy {self.on_policy} is a share of the steps, at most 1")
@@ -335,11 +348,10 @@ class Config(Section):
         for name in self.recipes:
             if name in (*CONTROLS, "teacher"):
                 raise ValueError(f"{name!r} names the teacher or a control; call it something else")
-        softened = [r for r in self.recipes.values() if r.access in ("logits", "hidden")]
-        if "smoothed" in self.controls and not softened:
+        if "smoothed" in self.controls and self.softest() is None:
             raise ValueError(
-                "the control smoothed takes the entropy of full distributions: it needs a recipe "
-                "with access logits or hidden"
+                "the control smoothed takes the entropy of full distributions on disk: it needs a "
+                "recipe with access logits or hidden, and not sequences student"
             )
         if "shuffled" in self.controls and next(iter(self.recipes.values())).access == "none":
             raise ValueError(
@@ -366,6 +378,13 @@ class Config(Section):
                         f"recipes.{name}.teachers: nobody is called {teacher!r}"
                         f"{nearest(teacher, ['teacher', *self.recipes])}; twin is one of controls"
                     )
+            if recipe.prompts == "invented" and (
+                self.teacher.training.prompt_weight == 0 or {*recipe.teachers} & {*self.recipes}
+            ):
+                raise ValueError(
+                    f"recipes.{name}.prompts: only a teacher whose training.prompt_weight is above "
+                    "0 has learned to invent words"
+                )
             shallow = self.model_of(recipe).num_hidden_layers
             deep = self.teacher_model_of(recipe).num_hidden_layers
             for key in ("hidden_layers", "initial_layers"):
@@ -411,6 +430,15 @@ class Config(Section):
             if name != other
         ]
         return [*self.verdicts, *compared]
+
+    def softest(self) -> Recipe | None:
+        """The first recipe whose outputs tell how soft the teacher is."""
+        full = [
+            recipe
+            for recipe in self.recipes.values()
+            if recipe.access in ("logits", "hidden") and recipe.sequences != "student"
+        ]
+        return full[0] if full else None
 
     def model_of(self, recipe: Recipe) -> Model:
         """The shape of a recipe's students."""

@@ -71,16 +71,24 @@ def affordable_steps(
 
 def expected_steps(
     plain: TrainingFlops, policy: Any, lengths: np.ndarray, batch_rows: int, budget: float
-) -> int:
-    """About how many steps fit into a budget, if the rows of some are written on the spot, as long
-    as those of these lengths. What they cost shows only in the training, which ends by it."""
-    length = round(float(lengths.mean()))
-    before = policy.teacher.flops
-    policy.teacher(torch.ones((1, length), dtype=torch.long), use_cache=False)
-    scoring, step = policy.teacher.flops - before, plain.of_row(length)
+) -> tuple[int, float]:
+    """(About how many steps fit into a budget, the FLOPs of the dearest possible step), if the rows
+    of some are written on the spot, as long as those of these lengths. What they cost shows only
+    in the training, which ends by it."""
+
+    def per_row(length: int, share: float) -> float:
+        before = policy.teacher.flops
+        ids = torch.ones((1, length), dtype=torch.long, device=policy.teacher.device)
+        policy.teacher(ids, use_cache=False)
+        scoring, step = policy.teacher.flops - before, plain.of_row(length)
+        return step + share * (step / 3 + scoring)  # a forward pass is a third of a step
+
+    rows = min(batch_rows, len(lengths))
     share = float(np.mean([policy.share(progress) for progress in np.linspace(0, 1, 101)]))
-    per_row = step + share * (step / 3 + scoring)  # a forward pass is a third of a step
-    return int(budget / (batch_rows * per_row))
+    longest = int(policy.rows.prompt_lengths.max()) + policy.longest
+    dearest = rows * per_row(longest, 1.0)
+    steps = (budget - dearest) / (rows * per_row(round(float(lengths.mean())), share))
+    return max(0, int(steps)), dearest
 
 
 # FLOPs per row of a forward pass, by the shape of the model (its config), tokens and cached tokens
@@ -98,6 +106,10 @@ class CountedForward:
         self.model = model
         self.per_row = FORWARD_FLOPS.setdefault(model.config.to_json_string(), {})
         self.flops = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     def __call__(self, input_ids: torch.Tensor, **options: Any) -> Any:
         cache = options.get("past_key_values")
@@ -164,7 +176,8 @@ def read_energy() -> float | None:
 
 
 def peak_memory() -> int:
-    """Of this process so far, in bytes."""
+    """Of this process so far, in bytes; on a CPU with the pages of mapped files that it touched,
+    which the system can take back."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

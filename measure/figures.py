@@ -87,7 +87,7 @@ def bytes_against_kl(result: dict[str, Any], arms: dict[str, Any], colours: dict
     """How many bytes a token of the outputs takes, and how far the student ends from the teacher:
     for recipes that differ in access alone."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    weights = result["cost"]["bytes_per_token_by_student"]
+    weights = {a: s["bytes_per_token"] for a, s in result["cost"]["outputs_by_student"].items()}
     points = []
     for arm in alike(result, ("access", "k", "stored_as")):
         metric = arms[arm]["fidelity"]["kl_teacher_student"]
@@ -145,9 +145,10 @@ def agreement_by_temperature(
 def alike(result: dict[str, Any], but_for: tuple[str, ...]) -> list[str]:
     """The largest group of students whose recipes differ in these keys and in nothing else."""
     groups: dict[str, list[str]] = {}
+    stored = result["cost"]["outputs_by_student"]
     for arm, entry in result["students"].items():
-        if isinstance(entry["recipe"]["temperature"], dict):
-            continue  # one that changes on the way
+        if isinstance(entry["recipe"]["temperature"], dict) or arm not in stored:
+            continue  # one that changes on the way; nothing to count
         rest = {key: value for key, value in entry["recipe"].items() if key not in but_for}
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(arm)
     return max(groups.values(), key=len, default=[])

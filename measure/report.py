@@ -111,7 +111,7 @@ def figures_of(
     students = result["students"]
     words = alike(result, ("transfer_rows", "prompts"))
     if len(words) > 2:
-        amounts = {arm: students[arm]["recipe"]["transfer_rows"] for arm in words}
+        amounts = {arm: result["cost"]["outputs_by_student"][arm]["rows"] for arm in words}
         found["How many words"] = (
             scaling(arms, amounts, "words that the teacher answers", colours),
             "Students that differ only in how many words the teacher answered, trained equally "

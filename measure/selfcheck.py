@@ -83,7 +83,7 @@ def stored_outputs_equal_live_ones(lab: Lab, recipe: Recipe, outputs: Outputs) -
 def greedy_text_is_the_teachers(lab: Lab, recipe: Recipe, outputs: Outputs, name: str) -> Finding:
     if recipe.sampling_temperature > 0:
         return None, f"{name}: sampled text, which the teacher would not write again"
-    teacher, places = load_model(lab.run.teacher), some(len(outputs.rows))[::8]
+    teacher, places = teacher_of(lab, recipe, CountedForward), some(len(outputs.rows))[::8]
     same = 0
     for i in places:
         answer = generate(
@@ -127,7 +127,9 @@ def of_each_row(outputs: Outputs, places: np.ndarray) -> dict[int, list[torch.Te
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    """Equal, but for what fills up the rows of a batch."""
+    """Equal, but for what fills up the rows of a batch; the first is the text, all of it."""
+    if a[0].shape != b[0].shape:
+        return False
     width = [min(x.shape[-1], y.shape[-1]) for x, y in zip(a, b, strict=True)]
     pairs = zip(a, b, width, strict=True)
     return all(torch.equal(x[..., :w], y[..., :w]) for x, y, w in pairs)

@@ -114,8 +114,9 @@ def share_of_gap(low: Metric, student: Metric, high: Metric) -> dict:
 
 
 def power_law(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float] | None:
-    """(a, b, c) of y = a x^-b + c, b and c not negative, by least squares of logarithms, as scaling
-    laws are fitted (Hoffmann et al. 2022, arXiv 2203.15556, appendix D.2); None below 4 points."""
+    """(a, b, c) of y = a x^-b + c, b and c not negative, by least squares of logarithms; None below
+    4 points. Hoffmann et al. 2022, arXiv 2203.15556, section 3.3, fit theirs so, but with a Huber
+    loss."""
     if len(x) < 4:
         return None
     start, least = float(x.min()), float(y.min())
@@ -178,10 +179,17 @@ class Comparison:
         return self.sign * (self.first.resamples - self.second.resamples)
 
     @property
-    def p_bootstrap(self) -> float:
-        """Two-sided, that the difference lies on the other side of the threshold."""
-        above = (self.resamples > self.threshold).mean()
-        return float(min(1.0, 2 * max(min(above, 1 - above), 1 / RESAMPLES)))
+    def p_value(self) -> float:
+        """Two-sided, that the difference is the threshold: by how many standard errors it is off.
+
+        The resamples are as wide as a 95 % interval of so many seeds must be; Student's t gives
+        the tails beyond, which many comparisons need and 2,000 resamples do not reach.
+        """
+        freedom = max(len(self.first.per_seed), len(self.second.per_seed)) - 1
+        tails = stats.t(freedom) if freedom else stats.norm()
+        error = self.resamples.std() * stats.norm.ppf(0.975) / tails.ppf(0.975)
+        off = abs(self.difference - self.threshold)
+        return float(2 * tails.sf(off / error)) if error > 0 else float(off == 0)
 
     @property
     def p_equivalence(self) -> float:
@@ -228,10 +236,10 @@ class Comparison:
         wins = stats.mannwhitneyu(first, second, method="asymptotic").statistic
         return float(wins / (len(first) * len(second)))
 
-    def seeds_needed(self) -> int | None:
+    def seeds_needed(self, claims: int = 1) -> int | None:
         """How many seeds show a difference of this size beyond the threshold with power 0.8, by the
-        rule of `verdicts`; None where one seed cannot tell, or where no number would, as what
-        differs from row to row in all seeds alike does not average out.
+        rule of `verdicts` for so many claims; None where one seed cannot tell, or where no number
+        would, as what differs from row to row in all seeds alike does not average out.
         """
         if not self.paired:
             return None
@@ -245,7 +253,8 @@ class Comparison:
 
         def power(n: int) -> float:
             deviation = math.sqrt(between + own + n * common)
-            return float(TTestPower().power(size / max(deviation, 1e-12), n, alpha=0.05))
+            effect = size / max(deviation, 1e-12)
+            return float(TTestPower().power(effect, n, alpha=0.05 / claims))
 
         counts = range(2, 10_000)
         place = bisect_left(counts, 0.8, key=power)
@@ -263,12 +272,13 @@ def verdicts(comparisons: list[Comparison]) -> list[dict]:
     """
     if not comparisons:
         return []
-    values = [c.p_equivalence if c.equivalence else c.p_bootstrap for c in comparisons]
+    values = [c.p_equivalence if c.equivalence else c.p_value for c in comparisons]
     _, corrected, _, _ = multipletests(values, method="holm")
-    return [verdict(c, float(p)) for c, p in zip(comparisons, corrected, strict=True)]
+    claims = len(comparisons)
+    return [verdict(c, float(p), claims) for c, p in zip(comparisons, corrected, strict=True)]
 
 
-def verdict(comparison: Comparison, p_holm: float) -> dict:
+def verdict(comparison: Comparison, p_holm: float, claims: int) -> dict:
     low, high = interval(comparison.resamples)
     margin, significant = comparison.threshold, p_holm <= 0.05
     if comparison.equivalence:
@@ -290,7 +300,7 @@ def verdict(comparison: Comparison, p_holm: float) -> dict:
         "p_holm": p_holm,
         "effect_size": comparison.effect_size(),
         "probability_of_improvement": comparison.probability_of_improvement(),
-        "seeds_needed": comparison.seeds_needed() if result == "inconclusive" else None,
+        "seeds_needed": comparison.seeds_needed(claims) if result == "inconclusive" else None,
     }
 
 

@@ -74,7 +74,7 @@ def more_cells(result: dict[str, Any], arm: str) -> list[str]:
     if not compared:
         return []
     share = cost["fraction_of_teacher_by_student"].get(arm)
-    weight = cost["bytes_per_token_by_student"].get(arm)
+    weight = cost["outputs_by_student"].get(arm, {}).get("bytes_per_token")
     cells = [
         f"{100 * share['flops']:.1f}" if share else "-",
         f"{weight:.1f}" if weight else "-",
@@ -124,7 +124,9 @@ def corrected(result: dict[str, Any]) -> str:
     """How many comparisons the table makes, and what came of them."""
     results = [verdict["result"] for verdict in result["verdicts"]]
     counts = [f"{results.count(kind)} {kind}" for kind in dict.fromkeys(results)]
-    return f"{len(results)} comparisons, corrected together after Holm: {', '.join(counts)}"
+    seeds = min(verdict["seeds"] for verdict in result["verdicts"])
+    over = f"over {seeds} seeds" if seeds > 1 else "over 1 seed (the intervals are over rows alone)"
+    return f"{len(results)} comparisons {over}, corrected together after Holm: {', '.join(counts)}"
 
 
 def console_table(result: dict[str, Any]) -> Table:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from configs.runs import Run
-from configs.schema import Config, Model, Recipe
+from configs.schema import DIVERGENCES, Config, Model, Recipe
 from student.hidden import Projected
 from student.lessons import Lessons, scarce, smoothed_labels
 from student.on_policy import OnPolicy
@@ -84,11 +84,13 @@ def student_of(model: nn.Module) -> nn.Module:
 def teacher_of(lab: Lab, recipe: Recipe, counted: Counted) -> Forward:
     """Who teaches a recipe; the mean of several."""
     folders = [lab.run.folder / stage_of_teacher(name, lab.config) for name in recipe.teachers]
-    if recipe.access != "text" and "sorted_distance" not in recipe.objective:
+    compared = set(recipe.objective) & set(DIVERGENCES) - {"sorted_distance"}
+    if compared:
         for folder in folders:
             same_vocabulary(load_tokenizer(folder), lab.task.tokenizer, recipe.access)
-    models = [counted(load_model(folder)) for folder in folders]
-    return models[0] if len(models) == 1 else Averaged(models)
+    device = lab.accelerator.device if lab.accelerator else torch.device("cpu")
+    models = [counted(load_model(folder).to(device)) for folder in folders]
+    return models[0] if len(models) == 1 else Averaged(models, len(lab.task.tokenizer))
 
 
 def teacher_sha256(lab: Lab, recipe: Recipe) -> str:
@@ -128,8 +130,7 @@ def lessons_of(lab: Lab, recipe: Recipe, seed: int, counted: Counted) -> Lessons
     elif recipe.sequences == "student":
         lessons = Lessons(lab.rows.take(transfer_rows(lab.rows, recipe)))
     elif recipe.smoothed:
-        softest = next(r for r in lab.config.recipes.values() if r.access in ("logits", "hidden"))
-        entropy = outputs_of(lab, softest).mean_entropy()
+        entropy = outputs_of(lab, lab.config.softest()).mean_entropy()
         lessons = Lessons(lab.rows, smoothed_labels(len(lab.task.tokenizer), entropy))
     else:
         lessons = Lessons(scarce(lab.rows, recipe.label_fraction))

@@ -15,7 +15,7 @@ from torch import nn
 from configs.schema import Recipe, value_at
 from student.lessons import Lessons
 from tasks.rows import Batch, Rows, batch_order, collate
-from teacher.model import Forward, generate
+from teacher.model import Forward, device_of, generate
 from teacher.signal import Signal, reveal
 
 
@@ -64,14 +64,15 @@ class OnPolicy:
         student.train()
         batch = collate(rows, np.arange(len(rows)), pad=self.end)
         with torch.no_grad():
-            device = student.device
-            logits = self.teacher(batch.input_ids.to(device), use_cache=False).logits
-            log_probs = torch.log_softmax(logits[batch.counted, : self.vocabulary].cpu(), -1)
-        by_row = log_probs.split(batch.counted.sum(1).tolist())
+            ids = batch.input_ids.to(device_of(self.teacher))
+            logits = self.teacher(ids, use_cache=False).logits[batch.counted.to(ids.device)]
+            log_probs = torch.log_softmax(logits[:, : self.vocabulary].cpu(), -1)
+        # once for all rows: every part of the step, and every process, sees the same draws
+        whole = reveal(self.recipe.access, self.recipe.k, batch.targets, log_probs, generator)
+        ends = np.cumsum([0, *batch.counted.sum(1).tolist()])
 
         def signal(part: Batch) -> Signal:
-            said = torch.cat([by_row[i] for i in part.indices])
-            return reveal(self.recipe.access, self.recipe.k, part.targets, said, generator)
+            return Signal.joined([whole.part(ends[i], ends[i + 1]) for i in part.indices])
 
         return Lessons(rows, signal, flops=writer.flops + self.teacher.flops - before)
 

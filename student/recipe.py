@@ -117,8 +117,7 @@ def waves_of(config: Config) -> list[dict[str, Recipe]]:
     recipes = recipes_of(config)
     waves = [{name: recipes[name] for name in wave} for wave in config.waves()]
     controls = {name: recipe for name, recipe in recipes.items() if name not in config.recipes}
-    last = next((i for i, wave in enumerate(waves) if next(iter(config.recipes)) in wave), 0)
-    waves[last] |= controls  # shuffled needs the outputs of the first recipe
+    waves[-1] |= controls  # shuffled and smoothed need outputs of a recipe
     return waves
 
 

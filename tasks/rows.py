@@ -92,6 +92,10 @@ class Rows:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets).astype(np.int32)
 
+    def lengths_of(self, indices: np.ndarray) -> np.ndarray:
+        """Of some rows, without looking at all of them."""
+        return (self.offsets[indices + 1] - self.offsets[indices]).astype(np.int32)
+
     def row(self, i: int) -> np.ndarray:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
@@ -101,8 +105,13 @@ class Rows:
     def completion(self, i: int) -> np.ndarray:
         return self.tokens[self.offsets[i] + self.prompt_lengths[i] : self.offsets[i + 1]]
 
+    def in_prompt(self) -> np.ndarray:
+        """[total]: which tokens are of a prompt."""
+        within = np.arange(self.offsets[-1]) - np.repeat(self.offsets[:-1], self.lengths)
+        return within < np.repeat(self.prompt_lengths, self.lengths)
+
     def take(self, indices: np.ndarray) -> "Rows":
-        lengths = self.lengths[indices]
+        lengths = self.lengths_of(indices)
         starts = np.concatenate([[0], np.cumsum(lengths)])
         within = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
         tokens = self.tokens[np.repeat(self.offsets[indices], lengths) + within]
@@ -137,7 +146,7 @@ def collate(rows: Rows, indices: np.ndarray, pad: int, prompt_weight: float = 0.
     end mark, and, if prompt_weight is above 0, those of the prompt but its first. Causal
     attention looks only to the left, so padding on the right needs no attention mask.
     """
-    lengths = rows.lengths[indices]
+    lengths = rows.lengths_of(indices)
     place = np.arange(int(lengths.max()))[None, :]
     filled = place < lengths[:, None]
     input_ids = np.full(filled.shape, pad, np.int64)
@@ -154,7 +163,7 @@ def collate(rows: Rows, indices: np.ndarray, pad: int, prompt_weight: float = 0.
 def weight_of(rows: Rows, indices: np.ndarray, prompt_weight: float) -> tuple[float, int]:
     """(sum of the weights, number of positions that a token follows) of a batch, without making
     it: the denominators of a step that is done in parts."""
-    lengths, prompts = rows.lengths[indices], rows.prompt_lengths[indices]
+    lengths, prompts = rows.lengths_of(indices), rows.prompt_lengths[indices]
     completions = int((lengths - prompts).sum())
     weight = completions + prompt_weight * int((prompts - 1).sum())
     return weight, int((lengths - 1).sum())

@@ -152,32 +152,47 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from None
 
 
-class Averaged:
-    """Several teachers as one: the mean of their probabilities, for reading, not for writing."""
+def device_of(forward: Forward) -> torch.device:
+    """Where a model, counted or not, wants its token ids."""
+    return getattr(forward, "device", torch.device("cpu"))
 
-    def __init__(self, models: Sequence[Forward]) -> None:
-        self.models = models
+
+class Averaged:
+    """Several teachers as one, for reading, not for writing: the mean of their probabilities over
+    one vocabulary."""
+
+    def __init__(self, models: Sequence[Forward], vocabulary: int) -> None:
+        self.models, self.vocabulary = models, vocabulary
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.models[0])
 
     @property
     def flops(self) -> float:
         return sum(model.flops for model in self.models)
 
     def __call__(self, input_ids: Tensor, **options: Any) -> CausalLMOutput:
-        each = [model(input_ids, **options).logits.log_softmax(-1) for model in self.models]
+        each = [
+            model(input_ids, **options).logits[..., : self.vocabulary].log_softmax(-1)
+            for model in self.models
+        ]
         return CausalLMOutput(logits=torch.stack(each).logsumexp(0) - math.log(len(each)))
 
 
 def take_layers(student: nn.Module, teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
     """A student that starts from some of the teacher's layers, counted from 1, and from all that
     is no layer: Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, section 2."""
-    theirs = dict(teacher.named_parameters())
+    theirs, own = dict(teacher.named_parameters()), dict(student.named_parameters())
+    numbered = re.compile(r"\.(layers|h)\.(\d+)\.")
+    if len({numbered.search(name)[2] for name in own if numbered.search(name)}) != len(layers):
+        raise LabError(
+            f"initial_layers {list(layers)}: the layers of {student.config.model_type} cannot be "
+            "told by their names; leave it away"
+        )
     with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            source = re.sub(
-                r"\.(layers|h)\.(\d+)\.",
-                lambda found: f".{found[1]}.{layers[int(found[2])] - 1}.",
-                name,
-            )
+        for name, parameter in own.items():
+            source = numbered.sub(lambda at: f".{at[1]}.{layers[int(at[2])] - 1}.", name)
             parameter.copy_(theirs[source])
     return student
 
@@ -226,14 +241,14 @@ def generate(
     log_probs: Tensor | None = None
     hidden: Tensor | None = None
     attention: Tensor | None = None
-    cache = DynamicCache()
+    cache, device = DynamicCache(), device_of(forward)
     inputs = prompts
     options = {"use_cache": True} | shows_states(keep_layers)
     for step in range(longest):
-        output = forward(inputs, past_key_values=cache, **options)
-        logits = output.logits[:, -1, :vocabulary]
+        output = forward(inputs.to(device), past_key_values=cache, **options)
+        logits = output.logits[:, -1, :vocabulary].cpu()
         if keep_layers:
-            states, looks = states_of(output, keep_layers)
+            states, looks = (shown.cpu() for shown in states_of(output, keep_layers))
             if hidden is None:
                 width = prompt_length + longest - 1
                 hidden = states.new_empty((rows, width, *states.shape[2:]))
@@ -261,7 +276,7 @@ def generate(
         keep = going.nonzero()[:, 0]
         alive, answering, inputs = alive[keep], answering[keep], chosen[keep, None]
         if len(keep) < len(going):
-            cache.batch_select_indices(keep)
+            cache.batch_select_indices(keep.to(device))
     return [
         Written(
             tokens[row, :n],

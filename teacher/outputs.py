@@ -16,7 +16,7 @@ import torch
 from configs.runs import read_json, write_json
 from configs.schema import Config, LabError, Recipe
 from tasks.rows import Rows, collate, row_id
-from teacher.model import Forward, generate
+from teacher.model import Forward, device_of, generate
 from teacher.shards import Record, check_binding, sha256_of_file, write_shard
 from teacher.signal import shows_states, states_of
 
@@ -52,16 +52,16 @@ def stage_of_teacher(name: str, config: Config) -> str:
     return f"students/{name}/seed-{config.seeds[0]}" if name in config.recipes else name
 
 
-def charged_stages(recipe: Recipe, config: Config) -> list[str]:
-    """What has to be paid before a student of this recipe can train: its outputs, and an assistant
-    that taught it. The teacher itself was there before."""
-    if not recipe.charged:
-        return []
-    stages = [f"outputs/{name_of(recipe)}"] if needs_outputs(recipe) else []
+def charged_stages(recipe: Recipe, config: Config, everything: bool = False) -> list[str]:
+    """What has to be paid before a student of this recipe can train: its outputs (not if the recipe
+    says so, but with `everything` always), and an assistant that taught it or gave it its layers.
+    The teacher itself was there before."""
+    pays = recipe.charged or everything
+    stages = [f"outputs/{name_of(recipe)}"] if needs_outputs(recipe) and pays else []
     for name in recipe.teachers:
-        if name in config.recipes and recipe.access != "none":
+        if name in config.recipes and (recipe.access != "none" or recipe.initial_layers):
             stages += [stage_of_teacher(name, config)]
-            stages += charged_stages(config.recipes[name], config)
+            stages += charged_stages(config.recipes[name], config, everything=True)
     return list(dict.fromkeys(stages))
 
 
@@ -69,6 +69,7 @@ def outputs_binding(
     recipe: Recipe, teacher_sha256: str, tokenizer_sha256: str, rows: Rows, seed: int
 ) -> dict[str, Any]:
     """What outputs are bound to: if any of this differs they are another teacher's outputs."""
+    writes = recipe.sequences == "teacher"
     return {
         "teacher": teacher_sha256,
         "tokenizer": tokenizer_sha256,
@@ -80,7 +81,7 @@ def outputs_binding(
         "sequences": recipe.sequences,
         "prompts": recipe.prompts,
         "transfer_rows": recipe.transfer_rows,
-        "sampling_temperature": recipe.sampling_temperature,
+        "sampling_temperature": recipe.sampling_temperature if writes else None,
         "seed": seed,
     }
 
@@ -161,11 +162,13 @@ def scored(
     for indices in np.array_split(order, -(-len(rows) // BATCH_ROWS)):
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
         with torch.no_grad():
-            output = forward(batch.input_ids, **shows_states(layers))
-        logits = output.logits[batch.counted][:, : len(task.tokenizer)]  # no padding of the matrix
+            output = forward(batch.input_ids.to(device_of(forward)), **shows_states(layers))
+        logits = output.logits.cpu()[batch.counted][:, : len(task.tokenizer)]  # no padding of it
         log_probs = torch.log_softmax(logits, -1)
         log_probs = log_probs.split(batch.counted.sum(1).tolist())
-        hidden, attention = states_of(output, layers) if layers else (None, None)
+        hidden, attention = (
+            (shown.cpu() for shown in states_of(output, layers)) if layers else (None, None)
+        )
         for place, i in enumerate(indices):
             n = rows.lengths[i] - 1
             records[i] = Record(

@@ -212,12 +212,10 @@ class Outputs:
         for group in groups:
             self.source[group] = np.roll(group, 1)
         kept = np.sort(np.concatenate([group for group in groups if len(group) > 1]))
-        rows, self.source = self.rows, self.source[kept]
-        self.rows = Rows.build(
-            rows.ids[kept].tolist(),
-            [rows.prompt(i).tolist() for i in kept],
-            [rows.completion(i).tolist() for i in self.source],
-        )
+        self.source = self.source[kept]
+        own, others = self.rows.take(kept), self.rows.take(self.source)
+        others.tokens[others.in_prompt()] = own.tokens[own.in_prompt()]  # prompts of equal lengths
+        self.rows = Rows(own.ids, others.tokens, others.offsets, others.prompt_lengths)
         return self
 
     def signal(self, batch: Batch) -> Signal:

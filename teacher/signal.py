@@ -38,6 +38,12 @@ class Signal:
         cut = [tensor if tensor is None else tensor[start:stop] for tensor in revealed]
         return Signal(self.targets[start:stop], *cut)
 
+    @staticmethod
+    def joined(parts: "Sequence[Signal]") -> "Signal":
+        """Signals one after the other."""
+        columns = zip(*((p.targets, p.log_probs, p.indices, p.weights) for p in parts), strict=True)
+        return Signal(*(None if column[0] is None else torch.cat(column) for column in columns))
+
     def outcomes(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(teacher, student) log-probabilities over the same outcomes, each [M, K], normalised.
 

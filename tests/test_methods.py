@@ -160,7 +160,7 @@ def test_several_teachers_are_the_mean_of_their_probabilities(tiny_run):
     ids = torch.tensor([Pronounce(limit=600).prompt("lab")])
     with torch.no_grad():
         each = [model(ids).logits.softmax(-1) for model in models]
-        found = Averaged(models)(ids).logits
+        found = Averaged(models, 72)(ids).logits
     torch.testing.assert_close(found.exp(), sum(each) / 2)
 
 

@@ -196,18 +196,33 @@ def test_every_mutant_can_be_planted(bug):
     assert f"def {test}(" in (ROOT / "tests" / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bug", MUTANTS)
-def test_the_suite_goes_red_where_a_known_bug_is_planted(bug, tmp_path):
-    file, old, new, tests = MUTANTS[bug]
+def run_tests(folder: Path, tests: list[str]) -> subprocess.CompletedProcess:
+    """Some tests in a folder that a copy of the project was put into."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    names = [f"tests/{test}" for test in tests]
+    return subprocess.run([*command, *names], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
     for part in PARTS:
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_copy_without_a_bug_is_green(copy):
+    done = run_tests(copy, sorted({tests for _, _, _, tests in MUTANTS.values()}))
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", MUTANTS)
+def test_the_suite_goes_red_where_a_known_bug_is_planted(bug, copy):
+    file, old, new, tests = MUTANTS[bug]
     planted = (ROOT / file).read_text(encoding="utf-8").replace(old, new)
-    (tmp_path / file).write_text(planted, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, f"tests/{tests}"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    (copy / file).write_text(planted, encoding="utf-8")
+    done = run_tests(copy, [tests])
     assert done.returncode == 1, done.stdout[-2000:]  # 1: tests failed; others: could not run

@@ -290,6 +290,23 @@ def test_the_report_is_one_file_that_needs_no_other(tiny_run):
         (["recipes.distilled.sequences=student"], "put another recipe first"),
         (["recipes.distilled.temperature={start: 2, end: 0}"], "must stay above 0"),
         (["recipes.distilled.temperature=.nan"], "recipes.distilled.temperature"),
+        (
+            ["recipes.distilled.objective={forward_kl: {start: 1, end: 0, until: 0.5}}"],
+            "sum to 0 at 1 of the training",
+        ),
+        (
+            ["recipes.distilled.objective={forward_kl: {start: 1, end: 50}}"],
+            "sum to 50 at 1 of the training",
+        ),
+        (
+            [
+                "recipes.distilled={access: logits, on_policy: 0.5, objective: {forward_kl: 0.5, "
+                "cross_entropy: 0.5}}"
+            ],
+            "the very text that it writes itself",
+        ),
+        (["teacher.training.prompt_weight=0"], "has learned to invent words"),
+        (["recipes.distilled.transfer_rows=600"], "expected at most 500, the training words"),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
 )
