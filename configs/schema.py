@@ -154,6 +154,22 @@ class Recipe(Section):
     shuffled: bool = False  # outputs of the wrong rows (a control)
     smoothed: bool = False  # uniform label smoothing, as much entropy as the teacher's (a control)
 
+    @model_validator(mode="before")
+    @classmethod
+    def older_runs(cls, values: Any) -> Any:
+        """`match_until`, which results and runs of an older version hold, said once for both terms
+        where they fade to 0."""
+        if not isinstance(values, dict) or "match_until" not in values:
+            return values
+        until, objective = values["match_until"], values.get("objective")
+        values = {key: value for key, value in values.items() if key != "match_until"}
+        if isinstance(objective, dict):
+            values["objective"] = {
+                name: {"start": weight, "end": 0, "until": until} if name in INSIDE else weight
+                for name, weight in objective.items()
+            }
+        return values
+
     @field_validator("objective", mode="before")
     @classmethod
     def one_name_is_one_term(cls, value: Any) -> Any:

@@ -314,7 +314,7 @@ def verdict_line(verdict: dict) -> str:
         if verdict["seeds"] > 1
         else "over 1 seed (the interval is over rows alone)"
     )
-    if verdict["seeds"] > 1 == verdict["against"]:
+    if verdict["seeds"] > 1 == verdict.get("against"):
         seeds += " against one"  # whose own luck the interval does not know
     by, beyond = "by", ""
     if " matches " in verdict["claim"]:

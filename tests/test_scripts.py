@@ -285,7 +285,7 @@ def test_the_report_is_one_file_that_needs_no_other(tiny_run):
         (["recipes.top.teachers=[toop]"], "nobody is called 'toop'; did you mean 'top'?"),
         (["recipes.top.teachers=[top]"], "teach each other in a circle"),
         (["recipes.top.initial_layers=[1]"], "has the teacher's sizes"),
-        (["recipes.top.on_policy=2"], "a share of the steps, at most 1"),
+        (["recipes.invented.on_policy=2"], "a share of the steps, at most 1"),
         (["recipes.written.on_policy=1"], "cannot score what the student writes"),
         (["recipes.distilled.sequences=student"], "put another recipe first"),
         (["recipes.distilled.temperature={start: 2, end: 0}"], "must stay above 0"),
@@ -306,7 +306,10 @@ def test_the_report_is_one_file_that_needs_no_other(tiny_run):
             "the very text that it writes itself",
         ),
         (["teacher.training.prompt_weight=0"], "has learned to invent words"),
-        (["recipes.distilled.transfer_rows=600"], "expected at most 500, the training words"),
+        (
+            ["recipes.distilled.transfer_rows=600"],
+            "the training words; prompts: invented has no end",
+        ),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
 )
