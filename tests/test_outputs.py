@@ -16,7 +16,7 @@ from tasks.pronounce import Pronounce
 from tasks.rows import collate
 from teacher import outputs as outputs_module
 from teacher.model import generate, load_model
-from teacher.outputs import make_outputs, name_of, outputs_binding
+from teacher.outputs import finish_outputs, make_outputs, name_of, outputs_binding
 from teacher.shards import Outputs
 from teacher.signal import shows_states
 
@@ -66,6 +66,7 @@ def make(tmp_path, task, teacher, rows, monkeypatch):
         folder = tmp_path / name_of(recipe)
         binding = outputs_binding(recipe, "teacher-sha", "tokenizer-sha", rows, 0) | changed
         make_outputs(folder, forward, task, rows, recipe, binding)
+        finish_outputs(folder)
         return Outputs(folder, binding)
 
     return make
@@ -257,7 +258,8 @@ def test_interrupted_outputs_go_on_at_the_missing_shard_and_cost_what_whole_ones
             (folder / name).unlink()
         counted = CountedForward(teacher)
         binding = outputs_binding(WRITTEN, "teacher-sha", "tokenizer-sha", rows, 0)
-        flops = make_outputs(folder, counted, task, rows, WRITTEN, binding)
+        make_outputs(folder, counted, task, rows, WRITTEN, binding)
+        flops, _ = finish_outputs(folder)
         assert {file.name: file.read_bytes() for file in folder.glob("*.arrow")} == before
         assert (counted.flops > 0) == bool(lost)
         assert counted.flops == pytest.approx(flops) or len(lost) < 4
