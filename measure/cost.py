@@ -22,8 +22,13 @@ from configs.schema import Cost
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
+# FLOPs per row of a training step, by the shape of the model and the tokens of the row
+TRAINING_FLOPS: dict[tuple, dict[int, int]] = {}
+
+
 class TrainingFlops:
-    """FLOPs of forward and backward for one row of L tokens, counted once per L.
+    """FLOPs of forward and backward for one row of L tokens, counted once per L; models of one
+    shape share the figures.
 
     All matrix products of a step are linear in its rows, so one row tells; a test compares the
     sum with a count of the whole step.
@@ -31,7 +36,9 @@ class TrainingFlops:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.per_row: dict[int, int] = {}
+        sizes = tuple(parameter.shape for parameter in model.parameters())
+        shape = (type(model), model.config.to_json_string(), sizes)
+        self.per_row = TRAINING_FLOPS.setdefault(shape, {})
 
     def of_row(self, length: int) -> int:
         if length not in self.per_row:

@@ -26,6 +26,7 @@ ROWS = 256  # that a finding is made from
 STORED = 2e-2  # nats that a stored log-probability may be off; float16 is off by 2^-11 of it
 BATCH_FREE = 1e-3  # relative error of a float32 gradient that was summed in another order
 FIRST_LOSS = 1e-3  # relative error of a loss
+LEARNED = 0.05  # sequence agreement below which nobody learned enough to tell who helped
 
 Finding = tuple[bool | None, str]  # holds, does not hold, or None: nothing to check
 
@@ -180,6 +181,8 @@ def shuffled_does_not_help(result: dict[str, Any]) -> Finding:
         return None, "shuffled: this config has no such control"
     taught = next(iter(result["students"]))
     shuffled, honest = (arms[a]["fidelity"]["sequence_agreement"] for a in ("shuffled", taught))
+    if max(shuffled["mean"], honest["mean"]) < LEARNED:
+        return None, f"shuffled: neither it nor {taught} learned enough to tell"
     good = shuffled["ci95"][1] < honest["ci95"][0]
     return good, (
         f"shuffled: {100 * shuffled['mean']:.1f} % of the teacher's answers, against "

@@ -6,6 +6,7 @@ arXiv 1909.10351, equation 8). Attention needs none: both look at the same posit
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,11 @@ class Projected(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.student.device
+
+    @property
+    def config(self) -> Any:
+        """The student's."""
+        return self.student.config
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Shown:
         layers = range(1, len(self.projections) + 1)

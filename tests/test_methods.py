@@ -101,7 +101,8 @@ def test_every_method_is_compared_with_the_same_two_and_corrected_for_all(run, c
     assert cells[2].split(maxsplit=1)[1] in ("beats", "does not beat", "inconclusive")
     assert more_cells(result, "plain")[3] == "-"
     (fact,) = facts_of(result)
-    assert fact.startswith(f"{len(claims)} comparisons, corrected together after Holm: ")
+    assert fact.startswith(f"{len(claims)} comparisons over 1 seed (the intervals are over rows ")
+    assert ", corrected together after Holm: " in fact
 
 
 def test_the_report_draws_what_the_recipes_have_in_common(run):
@@ -196,7 +197,7 @@ def test_ids_that_mean_other_tokens_are_refused_and_the_ways_that_remain_are_nam
     folder = Path(shutil.copytree(run.folder, tmp_path / "methods"))
     renamed(folder / "teacher", ("AA", "AE"))
     lab = open_lab(run.config(), Run(folder).reload())
-    said = "id 32 is 'AE' there, 'AA' here.*access text, or objective sorted_distance"
+    said = "id 33 is 'AE' there, 'AA' here.*access text, or objective sorted_distance"
     with pytest.raises(LabError, match=said):
         teacher_of(lab, Recipe(access="logits"), CountedForward)
     teacher_of(
@@ -245,11 +246,13 @@ def test_a_sound_run_says_so(run, tiny_run, capsys):
 
 
 def test_outputs_read_by_position_are_found(run, capsys, monkeypatch):
-    """Planted: the rows of a batch get the outputs of the first rows."""
+    """Planted: each row gets the outputs of the first row of its length."""
     slices = Outputs.slices
 
     def by_position(self, shards, batch):
-        return slices(self, shards, replace(batch, indices=np.arange(len(batch.indices))))
+        lengths = (self.rows.lengths - self.rows.prompt_lengths).tolist()
+        first = [lengths.index(lengths[i]) for i in batch.indices]
+        return slices(self, shards, replace(batch, indices=np.array(first)))
 
     monkeypatch.setattr(Outputs, "slices", by_position)
     code, said = findings(run.folder, capsys)
