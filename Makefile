@@ -19,7 +19,7 @@ reproduce: $(VENV)/.installed
 	$(RUN) eval.py runs/quickstart-again --check quickstart
 
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-all: $(VENV)/.installed-test
 	$(RUN) -m pytest

@@ -24,6 +24,7 @@ from teacher.model import Averaged, build_model, initialise, load_model, take_la
 from teacher.outputs import charged_stages
 from teacher.shards import Outputs
 
+pytestmark = pytest.mark.xdist_group("methods")  # one process trains the run of this file
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.yaml")
 MODEL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 RECIPES = {

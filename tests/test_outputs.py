@@ -318,8 +318,9 @@ def test_sampling_follows_the_models_own_distribution(task, teacher):
     torch.testing.assert_close(found, written[0].log_probs[0].exp(), atol=0.015, rtol=0)
 
 
-def test_no_corrupted_byte_ever_gives_a_wrong_row(make, tmp_path):
-    """10,000 corrupted folders: each is refused in one line, or reads as it was written."""
+@pytest.mark.parametrize("count", [1_500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_corrupted_byte_ever_gives_a_wrong_row(count, make, tmp_path):
+    """Of so many corrupted folders each is refused in one line, or reads as it was written."""
     whole = make(FEW)
     folder = tmp_path / name_of(FEW)
     binding = json.loads((folder / "provenance.json").read_text("utf-8"))["binding"]
@@ -329,7 +330,7 @@ def test_no_corrupted_byte_ever_gives_a_wrong_row(make, tmp_path):
     contents = {file: file.read_bytes() for file in files}
     draw = random.Random(0)
     refused = []
-    for _ in range(10_000):
+    for _ in range(count):
         file = draw.choice(files)
         broken = bytearray(contents[file])
         for _ in range(draw.randint(1, 3)):
@@ -352,7 +353,7 @@ def test_no_corrupted_byte_ever_gives_a_wrong_row(make, tmp_path):
             for (array, _), expected in zip(found.values, values, strict=True):
                 assert np.array_equal(array, expected)
         file.write_bytes(contents[file])
-    assert len(refused) > 9_000
+    assert len(refused) > 0.9 * count
     assert max(len(line.splitlines()) for line in refused) == 1
 
 
