@@ -12,6 +12,7 @@ Never trains. Choices are made with --split validation; the held-out split is fo
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 import time
@@ -43,8 +44,8 @@ from measure.tables import console_table, facts_of, with_tables
 from student.lab import open_lab
 from student.recipe import recipes_of
 from tasks import load_task
-from tasks.pronounce import Pronounce
 from tasks.rows import Rows
+from tasks.task import Task
 from teacher.model import load_model
 from teacher.outputs import charged_stages, name_of, needs_outputs
 from teacher.shards import Outputs
@@ -58,7 +59,7 @@ MACHINE = ("name:", "threads:", "workers:", "cost.", "checkpoint_seconds:")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, nargs="?", help="a finished run, as runs/quickstart")
-    parser.add_argument("--ask", nargs="+", metavar="WORD", help="print every model's answer")
+    parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="print every model's answer")
     parser.add_argument("--split", default="heldout", choices=["heldout", "validation"])
     parser.add_argument(
         "--check", nargs="?", const="", metavar="NAME", help="compare with results/<name>.json"
@@ -118,7 +119,8 @@ def judge(run: Run, config: Config, split: str) -> None:
     teacher = CountedForward(open_model(run, "teacher"))
     references = {name: Reference(teacher, task, task.rows(name)) for name in splits}
     judged = {"teacher": {name: [references[name].judged] for name in splits}}
-    sample = task.rows("validation").take(np.arange(min(512, len(task.by_split["validation"]))))
+    sample = task.rows("validation")
+    sample = sample.take(np.arange(min(512, len(sample))))
     speed = {"teacher": measure_speed(teacher.model, task, sample)}
     flops = teacher.flops
     for arm, seeds in arms.items():
@@ -141,7 +143,9 @@ def judge(run: Run, config: Config, split: str) -> None:
         "students": {arm: entries[arm] for arm in config.recipes},
         "controls": {arm: entries[arm] for arm in arms if arm not in config.recipes},
         "cost": costs(run, config, {"stage": "evaluation", **watch.read(flops)}),
-        "gaps": gaps(config, {arm: found[splits[0]] for arm, found in metrics.items()}),
+        "gaps": gaps(
+            config, task.headline, {arm: found[splits[0]] for arm, found in metrics.items()}
+        ),
         "verdicts": verdicts(
             [comparison(claim, metrics) for claim in config.claims() if claim.split in splits]
         ),
@@ -161,7 +165,7 @@ def judge(run: Run, config: Config, split: str) -> None:
         write_atomically(
             run.folder / "report.html", render_report(run, result, references[split], first)
         )
-    tell(result, run)
+    tell(result, run, task)
 
 
 def update(run: Run, config: Config, others: list[Path]) -> None:
@@ -306,7 +310,7 @@ def open_model(run: Run, stage: str) -> torch.nn.Module:
     return model
 
 
-def measure_speed(model: torch.nn.Module, task: Pronounce, sample: Rows) -> dict[str, float]:
+def measure_speed(model: torch.nn.Module, task: Task, sample: Rows) -> dict[str, float]:
     """Latency of one greedy answer (median of 20), and answers per second all at once."""
     times = []
     for i in range(20):
@@ -356,12 +360,13 @@ def costs(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any
     }
 
 
-def gaps(config: Config, metrics: dict[str, Any]) -> dict[str, Any]:
-    """How much of the way from a control to the teacher in word errors each student went."""
-    errors = {arm: found["quality"]["word_error_rate"] for arm, found in metrics.items()}
+def gaps(config: Config, headline: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    """How much of the way from a control to the teacher each student went, in the headline metric
+    of the task."""
+    levels = {arm: found["quality"][headline] for arm, found in metrics.items()}
     return {
         arm: {
-            f"{control}_to_teacher": share_of_gap(errors[control], errors[arm], errors["teacher"])
+            f"{control}_to_teacher": share_of_gap(levels[control], levels[arm], levels["teacher"])
             for control in ("scarce", "alone")
             if control in config.controls
         }
@@ -369,29 +374,27 @@ def gaps(config: Config, metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tell(result: dict[str, Any], run: Run) -> None:
+def tell(result: dict[str, Any], run: Run, task: Task) -> None:
     """The table, the verdicts and the cost, in fixed-width ASCII."""
     Console(width=150).print(console_table(result))
     print("\n".join(facts_of(result)))
     if result["split"] == "heldout":
         print(f"\nreport  {run.folder / 'report.html'}\nfigures {run.folder / 'eval.json'}")
-        print(f"next: python eval.py {run.folder} --ask deepseek distillation")
+        print(f"next: python eval.py {run.folder} --ask {shlex.join(task.example)}")
 
 
-def ask(run: Run, config: Config, words: list[str]) -> None:
+def ask(run: Run, config: Config, questions: list[str]) -> None:
     """What teacher, student and `alone` answer, with the probability they give the answer."""
     task = load_task(config.task)
     arms = ["teacher", *config.recipes, *(c for c in config.controls if c == "alone")]
     models = {arm: open_model(run, stage_of(arm, config.seeds[0])) for arm in arms}
-    for word in words:
-        prompt = task.prompt(word.lower())
-        rows = Rows.build([0], [prompt], [[]])
-        print(word)
+    for question in questions:
+        rows = Rows.build([0], [task.prompt(question)], [[]])
+        print(question)
         for arm, model in models.items():
             said = free_running(model, task, rows)
             print(f"  {arm:<12} {said.texts[0]:<40} p = {np.exp(said.log_probs[0]):.3f}")
-        listed = task.words.get(word.lower())
-        print(f"  {'dictionary':<12} {' | '.join(listed) if listed else '(not listed)'}")
+        print(f"  {'right':<12} {' | '.join(task.truths(question)) or '(not listed)'}")
 
 
 if __name__ == "__main__":

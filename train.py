@@ -279,7 +279,7 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
     """
     settings = lab.config.students
     lineage = f"Student `{name}` from seed {seed} <- "
-    if recipe.access != "none":
+    if recipe.access != "none" or recipe.initial_layers:
         lineage += f"teacher {teacher_sha256(lab, recipe)[:16]} <- "
     budget = recipe.budget_share * settings.budget * lab.run.cost_of("teacher")["flops"]
     budget -= sum(lab.run.cost_of(s)["flops"] for s in charged_stages(recipe, lab.config))

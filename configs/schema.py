@@ -13,9 +13,19 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-METRICS = (
-    "word_error_rate",
-    "phoneme_error_rate",
+# What each task is graded in, beyond what every task has in common.
+QUALITY = {
+    "pronounce": ("word_error_rate", "phoneme_error_rate"),
+    "reason": (
+        "accuracy",
+        *(f"accuracy_{steps}" for steps in (*range(1, 9), "4_5")),
+        "right_steps",
+        "faithfulness",
+        "answer_agreement",
+        "step_agreement",
+    ),
+}
+FIDELITY = (
     "kl_teacher_student",
     "kl_student_teacher",
     "top1_agreement",
@@ -24,6 +34,7 @@ METRICS = (
     "agreement_on_teacher_errors",
     "ece",
 )
+METRICS = (*(metric for metrics in QUALITY.values() for metric in metrics), *FIDELITY)
 DIVERGENCES = (
     "forward_kl",
     "reverse_kl",
@@ -150,6 +161,10 @@ class Recipe(Section):
     initial_layers: list[int] = []  # of the teacher, that the student starts from; else from noise
     budget_share: float = Field(1.0, gt=0, le=1)  # how much of students.budget this may spend
     charged: bool = True  # for its outputs; a study of ever more of them trains equally long on all
+    # Tasks that show their reasoning: a student learns from all traces, from those with a right
+    # answer (rejection sampling), or from answers alone.
+    traces: Literal["all", "right", "none"] = "all"
+    group: int = Field(8, gt=1)  # objective policy_gradient: answers to each prompt of a step
     label_fraction: float = Field(1.0, gt=0, le=1)  # access none: share of training words labelled
     shuffled: bool = False  # outputs of the wrong rows (a control)
     smoothed: bool = False  # uniform label smoothing, as much entropy as the teacher's (a control)
@@ -177,7 +192,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def possible(self) -> "Recipe":
-        known = ("cross_entropy", *DIVERGENCES, *INSIDE)
+        known = ("cross_entropy", "policy_gradient", *DIVERGENCES, *INSIDE)
         for name in self.objective:
             if name not in known:
                 raise ValueError(
@@ -217,7 +232,24 @@ class Recipe(Section):
                 "hidden_layers names the teacher's layers for access hidden, as in [2, 4]; found "
                 f"{self.hidden_layers} with access {self.access!r}"
             )
-        compares = [n for n in self.objective if n not in ("cross_entropy", *INSIDE)]
+        if self.rewarded != (self.sequences == "student" and self.access == "none"):
+            raise ValueError(
+                "objective policy_gradient learns from right and wrong alone: it needs access none "
+                f"and sequences student, which need it; found access {self.access!r}, sequences "
+                f"{self.sequences!r}, objective {list(self.objective)}"
+            )
+        if self.rewarded and len(self.objective) > 1:
+            raise ValueError("objective policy_gradient has a scale of its own: use it alone")
+        if self.traces != "all" and self.sequences != "teacher":
+            raise ValueError(
+                f"traces {self.traces} picks from what a teacher wrote: use sequences teacher"
+            )
+        if self.traces == "none" and self.access != "text":
+            raise ValueError(
+                "traces none leaves answers alone, which the teacher's distributions were not "
+                "revealed for: use access text"
+            )
+        compares = [n for n in self.objective if n in DIVERGENCES]
         if compares and self.access in ("none", "text"):
             raise ValueError(
                 f"objective {compares[0]} compares distributions, but access {self.access!r} "
@@ -249,7 +281,8 @@ class Recipe(Section):
             raise ValueError("sorted_distance sorts all probabilities: it needs access logits")
         if self.prompts == "invented" and self.sequences != "teacher":
             raise ValueError("invented prompts have no data to answer them: use sequences teacher")
-        if self.writes_itself and self.access not in ("top_k", "sampled", "logits"):
+        scores = self.access in ("top_k", "sampled", "logits")
+        if self.writes_itself and not (scores or self.rewarded):
             raise ValueError(
                 f"access {self.access!r} cannot score what the student writes: use access logits, "
                 "top_k or sampled"
@@ -271,6 +304,11 @@ class Recipe(Section):
         if len(set(self.teachers)) != len(self.teachers):
             raise ValueError(f"teachers {self.teachers} repeat")
         return self
+
+    @property
+    def rewarded(self) -> bool:
+        """Does it learn from rewards, with no text and no teacher?"""
+        return "policy_gradient" in self.objective
 
     @property
     def writes_itself(self) -> bool:
@@ -332,8 +370,9 @@ class Cost(Section):
 
 
 class Task(Section):
-    name: Literal["pronounce"] = "pronounce"
-    limit: int | None = Field(None, ge=100)  # use only so many words: for tests
+    name: Literal["pronounce", "reason"] = "pronounce"
+    # pronounce: use only so many words, for tests; reason: how many problems there are to train on
+    limit: int | None = Field(None, ge=100)
 
 
 class Config(Section):
@@ -420,7 +459,25 @@ class Config(Section):
                         f"recipes.{name}.initial_layers: layers can be taken over only if the "
                         "student's model has the teacher's sizes, but for num_hidden_layers"
                     )
+        for name, recipe in self.recipes.items():
+            if (recipe.traces != "all" or recipe.rewarded) and self.task.name == "pronounce":
+                raise ValueError(
+                    f"recipes.{name}: traces and policy_gradient need a task that reasons: use "
+                    "task.name reason"
+                )
+            if recipe.prompts == "invented" and self.task.name == "reason":
+                raise ValueError(
+                    f"recipes.{name}.prompts: problems that a teacher invented have no answer to "
+                    "be judged by: use prompts train"
+                )
         self.waves()
+        graded = (*QUALITY[self.task.name], *FIDELITY)
+        wanted = {claim.metric for claim in self.claims()}
+        for metric in sorted(wanted - {*graded}):
+            raise ValueError(
+                f"metric {metric!r} is not one of task {self.task.name}{nearest(metric, graded)}; "
+                f"there are {', '.join(graded)}"
+            )
         known = {*self.recipes, *self.controls, "teacher"}
         for name in self.compare.against if self.compare else []:
             if name not in known - {"teacher"}:

@@ -84,10 +84,12 @@ def expected_steps(
     in the training, which ends by it."""
 
     def per_row(length: int, share: float) -> float:
-        before = policy.teacher.flops
-        ids = torch.ones((1, length), dtype=torch.long, device=policy.teacher.device)
-        policy.teacher(ids, use_cache=False)
-        scoring, step = policy.teacher.flops - before, plain.of_row(length)
+        scoring, step = 0.0, plain.of_row(length)
+        if policy.teacher is not None:
+            before = policy.teacher.flops
+            ids = torch.ones((1, length), dtype=torch.long, device=policy.teacher.device)
+            policy.teacher(ids, use_cache=False)
+            scoring = policy.teacher.flops - before
         return step + share * (step / 3 + scoring)  # a forward pass is a third of a step
 
     rows = min(batch_rows, len(lengths))

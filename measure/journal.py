@@ -9,8 +9,8 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.runs import Run
-from tasks.pronounce import Pronounce
 from tasks.rows import Rows, collate
+from tasks.task import Task
 
 VALIDATIONS = 10  # times that a model meets the validation rows, for its learning curve
 VALIDATION_ROWS = 1024
@@ -23,7 +23,7 @@ class Journal:
         self,
         run: Run,
         stage: str,
-        task: Pronounce,
+        task: Task,
         validation: Rows,
         steps: int,
         first: int,
@@ -85,7 +85,7 @@ def validations_by(progress: float) -> int:
 
 
 @torch.no_grad()
-def validation_nll(model: nn.Module, task: Pronounce, rows: Rows) -> float:
+def validation_nll(model: nn.Module, task: Task, rows: Rows) -> float:
     """Nats per answer token on the validation rows of the lowest ids (which are hashes)."""
     model.eval()
     chosen = np.argsort(rows.ids)[:VALIDATION_ROWS]

@@ -9,6 +9,7 @@ import torch
 from measure.fidelity import calibration_columns, compare, sum_by_row
 from measure.statistics import Metric, expected_calibration_error
 from tasks.rows import Rows, collate
+from tasks.task import Ratio
 from teacher.model import Forward, generate
 
 BATCH_ROWS = 512
@@ -81,7 +82,7 @@ class Reference:
         return self.compare(free_running(model, self.task, self.rows), logits)
 
     def compare(self, answers: Answers, logits: torch.Tensor) -> Judged:
-        """Columns: those of `compare`, `positions`, `calibration`, the grader's, and whether the
+        """Columns: those of `compare`, `positions`, `calibration`, the task's, and whether the
         free-running answer is the teacher's own (`same`)."""
         positions = (self.rows.lengths - self.rows.prompt_lengths).tolist()
         columns = compare(self.logits, logits, self.targets)
@@ -89,6 +90,7 @@ class Reference:
         sums = {name: sum_by_row(values, positions).numpy() for name, values in columns.items()}
         same = [a == b for a, b in zip(answers.texts, self.answers.texts, strict=True)]
         sums |= {"positions": np.asarray(positions, float), "same": np.asarray(same, float)}
+        sums |= self.task.agree(answers.texts, self.answers.texts)
         return Judged(answers, sums | self.task.grade(self.rows.ids, answers.texts))
 
     def metrics(self, seeds: list[Judged]) -> dict[str, dict[str, Metric]]:
@@ -104,12 +106,17 @@ class Reference:
 
         calibration = np.stack([s.columns["calibration"] for s in seeds])
         per_token = ("kl_teacher_student", "kl_student_teacher", "top1_agreement", "nll_gap")
+
+        def of_task(metrics: dict[str, Ratio]) -> dict[str, Metric]:
+            """Those that these rows tell: no problem of 6 steps, no accuracy there."""
+            columns = seeds[0].columns
+            told = {name: pair for name, pair in metrics.items() if columns[pair[1]].any()}
+            return {name: ratio_of(*pair) for name, pair in told.items()}
+
         return {
-            "quality": {
-                "word_error_rate": ratio_of("wrong", "rows"),
-                "phoneme_error_rate": ratio_of("edits", "length"),
-            },
+            "quality": of_task(self.task.quality),
             "fidelity": {
+                **of_task(self.task.agreement),
                 **{name: ratio_of(name, "positions") for name in per_token},
                 "sequence_agreement": ratio_of("same", "rows"),
                 "agreement_on_teacher_errors": ratio_of("copied", "errors"),

@@ -25,7 +25,15 @@ from measure.figures import (
     strips,
 )
 from measure.judged import Judged, Reference
-from measure.tables import COLUMNS, arms_in, cells_of, facts_of, more_cells, more_headings
+from measure.tables import (
+    Columns,
+    arms_in,
+    cells_of,
+    columns_of,
+    facts_of,
+    more_cells,
+    more_headings,
+)
 
 COLOURS = mpl.colormaps["tab20"].colors[::2] + mpl.colormaps["tab20"].colors[1::2]
 EXAMPLES = 24
@@ -41,9 +49,11 @@ def render_report(
     main = next(iter(result["students"]))
     shown = [arm for arm in ("teacher", main, "alone") if arm in arms]
     answers = side_by_side(reference, first, shown)
-    splits = {"held-out words": arms}
+    task, columns = reference.task, columns_of(result)
+    splits = {f"held-out {task.things}": arms}
     if "long" in result["teacher"]:
-        splits["long words"] = {arm: {**entry, **entry["long"]} for arm, entry in arms.items()}
+        long = {arm: {**entry, **entry["long"]} for arm, entry in arms.items()}
+        splits[f"long {task.things}"] = long
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     )
@@ -55,20 +65,21 @@ def render_report(
         headings=[
             "parameters",
             "TFLOPs",
-            *COLUMNS,
+            *columns,
             "ms per answer",
             "answers per s",
             *more_headings(result),
         ],
         tables={
             title: {
-                arm: [*report_cells(entry), *more_cells(result, arm)]
+                arm: [*report_cells(entry, columns), *more_cells(result, arm)]
                 for arm, entry in entries.items()
             }
             for title, entries in splits.items()
         },
         figures=figures_of(run, result, first, arms, colours),
         arms=shown,
+        thing=task.things.removesuffix("s"),
         differ=[a for a in answers if a["teacher"] != a[main]][:EXAMPLES],
         copied=[a for a in answers if a["teacher"] == a[main] and not a["right"]][:EXAMPLES],
         knowledge=dark_knowledge(reference),
@@ -87,7 +98,7 @@ def figures_of(
     found = {
         "Learning curves": (
             learning_curves(run, colours),
-            "Validation loss in nats per phoneme while training, against the FLOPs spent. "
+            "Validation loss in nats per token while training, against the FLOPs spent. "
             "One line per seed.",
         ),
         "Fidelity against cost": (
@@ -128,18 +139,18 @@ def figures_of(
     return found | {
         "Reliability": (
             reliability(first, colours),
-            "When a model is this sure of a phoneme, how often is it right? The diagonal is "
+            "When a model is this sure of a token, how often is it right? The diagonal is "
             "perfect calibration.",
         )
     }
 
 
-def report_cells(entry: dict[str, Any]) -> list[str]:
+def report_cells(entry: dict[str, Any], columns: Columns) -> list[str]:
     cost = entry["cost"]
     return [
         f"{entry['params']:,}",
         f"{cost['flops'] / 1e12:.2f}",
-        *cells_of(entry, COLUMNS, interval=True),
+        *cells_of(entry, columns, interval=True),
         f"{cost['latency_ms']:.1f}",
         f"{cost['answers_per_second']:.0f}",
     ]
@@ -148,13 +159,13 @@ def report_cells(entry: dict[str, Any]) -> list[str]:
 def side_by_side(
     reference: Reference, first: dict[str, Judged], arms: list[str]
 ) -> list[dict[str, Any]]:
-    """Every row in the order of its id (a hash): the word, the answers, what is listed."""
+    """Every row in the order of its id (a hash): the question, the answers, what is right."""
     task, rows = reference.task, reference.rows
     right = reference.judged.columns["wrong"] == 0
     return [
         {
-            "word": task.question(rows, i),
-            "listed": task.words[task.question(rows, i)],
+            "question": task.question(rows, i),
+            "listed": task.truths(task.question(rows, i)),
             "right": bool(right[i]),
             **{arm: first[arm].answers.texts[i] for arm in arms},
         }
@@ -163,7 +174,7 @@ def side_by_side(
 
 
 def dark_knowledge(reference: Reference) -> list[dict[str, Any]]:
-    """The words that the teacher is least sure of, with its likeliest tokens at each position."""
+    """What the teacher is least sure of, with its likeliest tokens at each position."""
     task, rows = reference.task, reference.rows
     log_probs = torch.log_softmax(reference.logits, dim=-1)
     by_row = log_probs.split((rows.lengths - rows.prompt_lengths).tolist())
@@ -180,7 +191,7 @@ def dark_knowledge(reference: Reference) -> list[dict[str, Any]]:
                 rows.completion(i), top.indices.tolist(), top.values.tolist(), strict=True
             )
         ]
-        shown.append({"word": task.question(rows, i), "positions": positions})
+        shown.append({"question": task.question(rows, i), "positions": positions})
     return shown
 
 

@@ -10,10 +10,23 @@ from rich.table import Table
 
 from measure.statistics import verdict_line
 
-# heading: (group, metric, scale, digits); the first five stand everywhere, the report has all
-COLUMNS = {
-    "word errors %": ("quality", "word_error_rate", 100, 1),
-    "phoneme errors %": ("quality", "phoneme_error_rate", 100, 1),
+# {heading: (group, metric, scale, digits)}; the first two of a task and the first three of all
+# stand everywhere, the report has all
+OF_TASK = {
+    "pronounce": {
+        "word errors %": ("quality", "word_error_rate", 100, 1),
+        "phoneme errors %": ("quality", "phoneme_error_rate", 100, 1),
+    },
+    "reason": {
+        "right answers %": ("quality", "accuracy", 100, 1),
+        "at 4 and 5 steps %": ("quality", "accuracy_4_5", 100, 1),
+        "right steps %": ("quality", "right_steps", 100, 1),
+        "faithful traces %": ("quality", "faithfulness", 100, 1),
+        "same number as teacher %": ("fidelity", "answer_agreement", 100, 1),
+        "teacher's steps %": ("fidelity", "step_agreement", 100, 1),
+    },
+}
+OF_ALL = {
     "same answer as teacher %": ("fidelity", "sequence_agreement", 100, 1),
     "its errors copied %": ("fidelity", "agreement_on_teacher_errors", 100, 1),
     "KL to teacher, nats": ("fidelity", "kl_teacher_student", 1, 3),
@@ -22,7 +35,7 @@ COLUMNS = {
     "NLL gap, nats": ("fidelity", "nll_gap", 1, 3),
     "ECE %": ("fidelity", "ece", 100, 1),
 }
-SHORT = dict(list(COLUMNS.items())[:5])
+GAPS_IN = {"pronounce": "word errors", "reason": "right answers"}
 BLOCK = re.compile(r"(<!-- results/(\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -31,7 +44,18 @@ def arms_in(result: dict[str, Any]) -> dict[str, Any]:
     return {"teacher": result["teacher"], **result["students"], **result["controls"]}
 
 
-def cells_of(entry: dict[str, Any], columns: dict, interval: bool) -> list[str]:
+Columns = dict[str, tuple[str, str, int, int]]
+
+
+def columns_of(result: dict[str, Any], short: bool = False) -> Columns:
+    """Those of the result's task, then those of all tasks."""
+    own, shared = OF_TASK[result["config"]["task"]["name"]], OF_ALL
+    if short:
+        own, shared = dict(list(own.items())[:2]), dict(list(shared.items())[:3])
+    return own | shared
+
+
+def cells_of(entry: dict[str, Any], columns: Columns, interval: bool) -> list[str]:
     """One cell per column: the mean and, if asked for, its 95 % interval."""
     cells = []
     for group, key, scale, digits in columns.values():
@@ -101,16 +125,17 @@ def facts_of(result: dict[str, Any]) -> list[str]:
     ]
     if compared_in(result):
         return [*facts, corrected(result)]
+    measured = GAPS_IN[result["config"]["task"]["name"]]
     for arm, shares in result["gaps"].items():
         for gap, share in shares.items():
             words = gap.replace("_", " ")
             if share["share"] is None:
-                facts.append(f"{arm}: there is no gap {words} in word errors to close")
+                facts.append(f"{arm}: there is no gap {words} in {measured} to close")
                 continue
             low, high = (100 * bound for bound in share["ci95"])
             facts.append(
                 f"{arm} closes {100 * share['share']:.0f} % [{low:.0f}, {high:.0f}] of the gap "
-                f"{words} in word errors"
+                f"{words} in {measured}"
             )
     for arm in result["students"]:
         cost = result["cost"]["fraction_of_teacher_by_student"][arm]
@@ -130,14 +155,14 @@ def corrected(result: dict[str, Any]) -> str:
 
 
 def console_table(result: dict[str, Any]) -> Table:
-    table = Table(box=box.ASCII, title=f"{result['config']['name']}, {result['split']} words")
+    table = Table(box=box.ASCII, title=f"{result['config']['name']}, {result['split']} split")
     table.add_column("")
-    compared = compared_in(result)
-    for heading in ("params", "TFLOPs", *SHORT, *more_headings(result)):
+    compared, columns = compared_in(result), columns_of(result, short=True)
+    for heading in ("params", "TFLOPs", *columns, *more_headings(result)):
         table.add_column(heading, justify="right")
     for arm, entry in arms_in(result).items():
         size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
-        cells = cells_of(entry, SHORT, interval=not compared)
+        cells = cells_of(entry, columns, interval=not compared)
         table.add_row(arm, *size, *cells, *more_cells(result, arm))
     return table
 
@@ -157,11 +182,12 @@ def with_tables(readme: str, results: Path) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """One result as a Markdown table and a list of facts."""
-    headings = ["", "parameters", "TFLOPs", *SHORT, *more_headings(result)]
+    columns = columns_of(result, short=True)
+    headings = ["", "parameters", "TFLOPs", *columns, *more_headings(result)]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for arm, entry in arms_in(result).items():
         size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
-        cells = [*cells_of(entry, SHORT, interval=False), *more_cells(result, arm)]
+        cells = [*cells_of(entry, columns, interval=False), *more_cells(result, arm)]
         lines.append(f"| {' | '.join([arm, *size, *cells])} |")
     stages = result["cost"]["stages"]
     where = result["environment"]["trained"]

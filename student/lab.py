@@ -8,18 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from configs.runs import Run
 from configs.schema import DIVERGENCES, Config, Model, Recipe
 from student.hidden import Projected
-from student.lessons import Lessons, scarce, smoothed_labels
+from student.lessons import Lessons, answers_alone, scarce, smoothed_labels
 from student.on_policy import OnPolicy
 from student.recipe import match_of
 from tasks import load_task
-from tasks.pronounce import Pronounce
 from tasks.rows import Rows
+from tasks.task import Task
 from teacher.model import (
     Averaged,
     Forward,
@@ -49,7 +50,7 @@ Counted = Callable[[nn.Module], Forward]  # wraps a model so that its forward pa
 class Lab:
     config: Config
     run: Run
-    task: Pronounce
+    task: Task
     rows: Rows  # the training split
     validation: Rows
     accelerator: "Accelerator | None" = None  # where something is trained
@@ -99,7 +100,7 @@ def teacher_sha256(lab: Lab, recipe: Recipe) -> str:
     return "+".join(stages[name]["sha256"] for name in names)
 
 
-def tokenizer_sha256(task: Pronounce) -> str:
+def tokenizer_sha256(task: Task) -> str:
     return hashlib.sha256(task.tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
 
 
@@ -124,7 +125,12 @@ def lessons_of(lab: Lab, recipe: Recipe, seed: int, counted: Counted) -> Lessons
         outputs = outputs_of(lab, recipe)
         if recipe.shuffled:
             outputs = outputs.shuffle(seed)
+        if recipe.traces == "right":
+            right = [i for i in range(len(outputs.rows)) if lab.task.is_right(outputs.rows, i)]
+            outputs = outputs.keep(np.asarray(right, int))
         lessons = Lessons(outputs.rows, outputs.signal)
+        if recipe.traces == "none":
+            lessons = Lessons(answers_alone(outputs.rows, lab.task))
         if recipe.access == "hidden":
             lessons = replace(lessons, inside=outputs.inside, width=outputs.hidden_width)
     elif recipe.sequences == "student":
@@ -138,7 +144,8 @@ def lessons_of(lab: Lab, recipe: Recipe, seed: int, counted: Counted) -> Lessons
         return lessons
     policy = OnPolicy(
         rows=lab.rows.take(transfer_rows(lab.rows, recipe)),
-        teacher=teacher_of(lab, recipe, counted),
+        teacher=None if recipe.rewarded else teacher_of(lab, recipe, counted),
+        rewards=lab.task.rewards if recipe.rewarded else None,
         counted=counted,
         recipe=recipe,
         seed=seed,

@@ -10,6 +10,7 @@ from scipy.optimize import brentq
 from torch import nn
 
 from tasks.rows import Batch, Rows
+from tasks.task import Task
 from teacher.signal import Inside, Signal
 
 if TYPE_CHECKING:
@@ -49,6 +50,14 @@ def scarce(rows: Rows, fraction: float) -> Rows:
     """
     keep = np.argsort(rows.ids, kind="stable")[: max(1, round(len(rows) * fraction))]
     return rows.take(np.sort(keep))
+
+
+def answers_alone(rows: Rows, task: Task) -> Rows:
+    """The same rows without the reasoning before their answers."""
+    every = range(len(rows))
+    answers = [task.without_trace(rows.completion(i).tolist()) for i in every]
+    ids = rows.ids[np.arange(len(rows))].tolist()
+    return Rows.build(ids, [rows.prompt(i).tolist() for i in every], answers)
 
 
 def smoothed_labels(vocabulary: int, entropy: float) -> Callable[[Batch], Signal]:

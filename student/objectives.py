@@ -24,6 +24,18 @@ def cross_entropy(student_logits: Tensor, signal: Signal) -> Tensor:
     return torch.nn.functional.cross_entropy(student_logits, signal.targets, reduction="none")
 
 
+def policy_gradient(student_logits: Tensor, signal: Signal) -> Tensor:
+    """-A log q(token): more of the student's own tokens that were better than its average, fewer
+    of those that were worse. [M, V] -> [M]; not a divergence, its value means nothing, its
+    gradient does.
+
+    Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, equation 3 (GRPO), with one update per batch
+    of answers, where the ratio to the old policy is 1 and no clipping occurs, and without a
+    reference model. Tokens count alike, whatever the length of their answer.
+    """
+    return signal.advantages.to(student_logits.dtype) * cross_entropy(student_logits, signal)
+
+
 def forward_kl(student_logits: Tensor, signal: Signal, temperature: float = 1.0) -> Tensor:
     """T^2 KL(p || q) = T^2 sum p (log p - log q): the student must cover all that the teacher
     deems likely. [M, V] -> [M] nats. Hinton et al. 2015, arXiv 1503.02531, section 2; zero at

@@ -1,7 +1,10 @@
-"""On-policy distillation: the student writes, the teacher says what it thinks of every token.
+"""The student writes: on-policy distillation, where the teacher says what it thinks of every token,
+and reinforcement learning, where only right and wrong are known.
 
-Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1. A student that only reads good text never
-learns to go on from its own mistakes. Writing and scoring cost FLOPs, which are charged.
+Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1: a student that only reads good text never
+learns to go on from its own mistakes. Shao et al. 2024 (GRPO), arXiv 2402.03300, section 4.1: an
+answer is as good as its reward is above that of the student's other answers to the same prompt.
+Writing and scoring cost FLOPs, which are charged.
 """
 
 from collections.abc import Callable
@@ -24,11 +27,13 @@ class OnPolicy:
     """Makes the lessons of the steps at which the student writes.
 
     rows: whose prompts it answers. counted: wraps a model so that its forward passes are counted,
-    as the teacher already is; both have `flops`.
+    as the teacher already is; both have `flops`. Without a teacher there are rewards [N] of rows,
+    from 0 to 1.
     """
 
     rows: Rows
-    teacher: Forward
+    teacher: Forward | None
+    rewards: Callable[[Rows], np.ndarray] | None
     counted: Callable[[nn.Module], Forward]
     recipe: Recipe
     seed: int
@@ -40,7 +45,8 @@ class OnPolicy:
     @cached_property
     def order(self) -> Callable[[int], np.ndarray]:
         """Batches of prompts of one length, or nearly."""
-        return batch_order(self.rows.prompt_lengths, self.batch_rows, self.seed)
+        prompts = self.batch_rows // self.recipe.group if self.rewards else self.batch_rows
+        return batch_order(self.rows.prompt_lengths, max(1, prompts), self.seed)
 
     def share(self, progress: float) -> float:
         if self.recipe.sequences == "student":
@@ -54,14 +60,26 @@ class OnPolicy:
         )
 
     def lessons(self, student: nn.Module, step: int) -> Lessons:
-        """What the student answers to the prompts of this step, and the teacher's signal there."""
-        prompts = self.rows.take(self.order(step))
+        """What the student answers to the prompts of this step, and what is revealed there."""
+        places = self.order(step)
+        prompts = self.rows.take(np.repeat(places, self.recipe.group) if self.rewards else places)
         bits = int(np.random.PCG64([self.seed, step, 1]).random_raw(1)[0]) >> 1
         generator = torch.Generator().manual_seed(bits)
-        writer, before = self.counted(student), self.teacher.flops
+        writer = self.counted(student)
         student.eval()
         rows = write(writer, prompts, self, generator)
         student.train()
+        whole, flops = self.rewarded(rows) if self.rewards else self.scored(rows, generator)
+        ends = np.concatenate([[0], np.cumsum(rows.lengths - rows.prompt_lengths)])
+
+        def signal(part: Batch) -> Signal:
+            return Signal.joined([whole.part(ends[i], ends[i + 1]) for i in part.indices])
+
+        return Lessons(rows, signal, flops=writer.flops + flops)
+
+    def scored(self, rows: Rows, generator: torch.Generator) -> tuple[Signal, float]:
+        """(The teacher's signal at every token that the student wrote, what it cost.)"""
+        before = self.teacher.flops
         batch = collate(rows, np.arange(len(rows)), pad=self.end)
         with torch.no_grad():
             ids = batch.input_ids.to(device_of(self.teacher))
@@ -69,12 +87,18 @@ class OnPolicy:
             log_probs = torch.log_softmax(logits[:, : self.vocabulary].cpu(), -1)
         # once for all rows: every part of the step, and every process, sees the same draws
         whole = reveal(self.recipe.access, self.recipe.k, batch.targets, log_probs, generator)
-        ends = np.cumsum([0, *batch.counted.sum(1).tolist()])
+        return whole, self.teacher.flops - before
 
-        def signal(part: Batch) -> Signal:
-            return Signal.joined([whole.part(ends[i], ends[i + 1]) for i in part.indices])
-
-        return Lessons(rows, signal, flops=writer.flops + self.teacher.flops - before)
+    def rewarded(self, rows: Rows) -> tuple[Signal, float]:
+        """(The advantage of every token that the student wrote, no cost.) Rewards less the mean of
+        their group, by its deviation; 0 where all answers to a prompt are as good."""
+        rewards = self.rewards(rows).reshape(-1, self.recipe.group)
+        spread = rewards.std(1, keepdims=True)
+        advantages = (rewards - rewards.mean(1, keepdims=True)) / np.maximum(spread, 1e-6)
+        lengths = rows.lengths - rows.prompt_lengths
+        each = torch.from_numpy(np.repeat(advantages.ravel().astype(np.float32), lengths))
+        batch = collate(rows, np.arange(len(rows)), pad=self.end)
+        return Signal(batch.targets, advantages=each), 0.0
 
 
 def write(writer: Forward, prompts: Rows, policy: OnPolicy, generator: torch.Generator) -> Rows:

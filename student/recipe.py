@@ -45,6 +45,8 @@ def objective_of(recipe: Recipe) -> Objective:
                     term = term / temperature ** (1 if name in FIRST_ORDER else 2)
             elif name == "cross_entropy":
                 term = objectives.cross_entropy(student_logits, signal)
+            elif name == "policy_gradient":
+                term = objectives.policy_gradient(student_logits, signal)
             else:
                 continue
             total = total + value_at(weight, progress) * term

@@ -2,8 +2,10 @@
 
 from configs.schema import Task as TaskConfig
 from tasks.pronounce import Pronounce
+from tasks.reason import Reason
+from tasks.task import Task
 
 
-def load_task(config: TaskConfig) -> Pronounce:
+def load_task(config: TaskConfig) -> Task:
     """The task that a config names."""
-    return {"pronounce": Pronounce}[config.name](limit=config.limit)
+    return {"pronounce": Pronounce, "reason": Reason}[config.name](limit=config.limit)

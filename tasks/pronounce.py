@@ -94,12 +94,19 @@ class Pronounce:
 
     limit: int | None = None
     name: str = "pronounce"
-    splits: tuple[str, ...] = SPLITS
+    things: str = "words"
+    example: tuple[str, ...] = ("deepseek", "distillation")
+    headline: str = "word_error_rate"
     judged: tuple[str, ...] = ("heldout", "long")
     longest_answer: int = LONGEST_ANSWER
     longest_row: int = LONGEST_PROMPT + LONGEST_ANSWER  # positions a model must have
 
     def __post_init__(self) -> None:
+        self.quality = {
+            "word_error_rate": ("wrong", "rows"),
+            "phoneme_error_rate": ("edits", "length"),
+        }
+        self.agreement = {}
         self.words = read_dictionary(dictionary_file())
         if self.limit:
             keep = sorted(self.words, key=row_id)[: self.limit]
@@ -146,6 +153,7 @@ class Pronounce:
 
     def prompt(self, word: str) -> list[int]:
         """`lab` -> the ids of `<s> l a b =`. LabError names a letter that it cannot spell."""
+        word = word.lower()
         if not 1 <= len(word) <= LONGEST_PROMPT - 2:
             shown = word if len(word) < 50 else f"{word[:20]}..."
             raise LabError(f"{shown!r} has {len(word)} letters, expected 1 to {LONGEST_PROMPT - 2}")
@@ -172,6 +180,10 @@ class Pronounce:
         """The word that row i asks about."""
         return "".join(self.tokens[t] for t in row.prompt(i)[1:-1])
 
+    def truths(self, question: str) -> list[str]:
+        """The listed pronunciations."""
+        return self.words.get(question.lower(), [])
+
     def render(self, tokens: np.ndarray | list[int]) -> str:
         """Answer tokens as text, up to the end mark."""
         words = [self.tokens[t] for t in tokens]
@@ -189,3 +201,7 @@ class Pronounce:
             best = int(np.argmin(distances))
             wrong[i], edits[i], length[i] = distances[best] > 0, distances[best], len(listed[best])
         return {"wrong": wrong, "edits": edits, "length": length}
+
+    def agree(self, answers: list[str], teachers: list[str]) -> dict[str, np.ndarray]:
+        """An answer is the teacher's or it is not; there is no more to it."""
+        return {}

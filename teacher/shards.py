@@ -218,6 +218,11 @@ class Outputs:
         self.rows = Rows(own.ids, others.tokens, others.offsets, others.prompt_lengths)
         return self
 
+    def keep(self, places: np.ndarray) -> "Outputs":
+        """Only some of the rows."""
+        self.rows, self.source = self.rows.take(places), self.source[places]
+        return self
+
     def signal(self, batch: Batch) -> Signal:
         """What the teacher revealed at the counted positions of a batch of `rows`."""
         if not self.values:

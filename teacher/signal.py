@@ -1,7 +1,7 @@
 """What a teacher revealed at some positions of a text: all that an objective ever sees of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Signal:
     temperature 1.
     indices [M, k]: the token ids of the k log-probabilities, None otherwise.
     weights [M, k] for `sampled`: the share of the draws that each of the ids got; 0 fills up.
+    advantages [M]: no teacher but a reward: by how much an answer that the student wrote was
+    better than its others to the same prompt, at each of its tokens.
 
     A signal read from disk and one computed a moment ago are the same type.
     """
@@ -26,22 +28,23 @@ class Signal:
     log_probs: Tensor | None = None
     indices: Tensor | None = None
     weights: Tensor | None = None
+    advantages: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [getattr(self, field.name) for field in fields(self)]
 
     def to(self, device: torch.device) -> "Signal":
-        revealed = (self.log_probs, self.indices, self.weights)
-        moved = [tensor if tensor is None else tensor.to(device) for tensor in revealed]
-        return Signal(self.targets.to(device), *moved)
+        return Signal(*(t if t is None else t.to(device) for t in self.tensors))
 
     def part(self, start: int, stop: int) -> "Signal":
         """That of some of the positions."""
-        revealed = (self.log_probs, self.indices, self.weights)
-        cut = [tensor if tensor is None else tensor[start:stop] for tensor in revealed]
-        return Signal(self.targets[start:stop], *cut)
+        return Signal(*(t if t is None else t[start:stop] for t in self.tensors))
 
     @staticmethod
     def joined(parts: "Sequence[Signal]") -> "Signal":
         """Signals one after the other."""
-        columns = zip(*((p.targets, p.log_probs, p.indices, p.weights) for p in parts), strict=True)
+        columns = zip(*(part.tensors for part in parts), strict=True)
         return Signal(*(None if column[0] is None else torch.cat(column) for column in columns))
 
     def outcomes(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
