@@ -35,8 +35,9 @@ from configs.runs import (
 from configs.schema import Config, LabError, Verdict, check_config, nearest
 from measure.check import artifacts_of, bands, check, compare_runs, losses_of
 from measure.cost import CountedForward, Stopwatch
-from measure.judged import Reference, free_running
+from measure.judged import Judged, Reference, free_running
 from measure.provenance import environment, environment_facts
+from measure.reasoning import reasoning
 from measure.report import render_check, render_report
 from measure.selfcheck import selfcheck
 from measure.statistics import Comparison, Metric, share_of_gap, verdicts
@@ -44,6 +45,7 @@ from measure.tables import console_table, facts_of, with_tables
 from student.lab import open_lab
 from student.recipe import recipes_of
 from tasks import load_task
+from tasks.reason import Reason
 from tasks.rows import Rows
 from tasks.task import Task
 from teacher.model import load_model
@@ -122,18 +124,22 @@ def judge(run: Run, config: Config, split: str) -> None:
     sample = task.rows("validation")
     sample = sample.take(np.arange(min(512, len(sample))))
     speed = {"teacher": measure_speed(teacher.model, task, sample)}
+    thinks = {"teacher": how_it_thinks(teacher, references, judged["teacher"])}
     flops = teacher.flops
     for arm, seeds in arms.items():
         models = [CountedForward(open_model(run, stage_of(arm, seed))) for seed in seeds]
         judged[arm] = {name: [references[name].judge(m) for m in models] for name in splits}
         speed[arm] = measure_speed(models[0].model, task, sample)
+        thinks[arm] = how_it_thinks(models[0], references, judged[arm])
         flops += sum(model.flops for model in models)
     metrics = {
         arm: {name: references[name].metrics(seeds) for name, seeds in by_split.items()}
         for arm, by_split in judged.items()
     }
 
-    entries = {arm: entry(run, config, arm, metrics[arm], speed[arm]) for arm in metrics}
+    entries = {
+        arm: entry(run, config, arm, metrics[arm], speed[arm]) | thinks[arm] for arm in metrics
+    }
     result = {
         "schema": SCHEMA,
         "config": config.model_dump(mode="json"),
@@ -286,6 +292,17 @@ def comparison(claim: Verdict, metrics: dict[str, Any]) -> Comparison:
     return Comparison(
         claim.claim, claim.metric, claim.threshold, first[claim.metric], second[claim.metric]
     )
+
+
+def how_it_thinks(
+    model: CountedForward, references: dict[str, Reference], judged: dict[str, list[Judged]]
+) -> dict[str, Any]:
+    """Of a task that reasons: test-time scaling of an arm's first seed on the first split."""
+    split, reference = next(iter(references.items()))
+    if not isinstance(reference.task, Reason):
+        return {}
+    texts = judged[split][0].answers.texts
+    return {"reasoning": reasoning(model, reference.task, reference.rows, texts, seed=0)}
 
 
 def arms_of(config: Config) -> dict[str, list[int]]:

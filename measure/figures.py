@@ -81,6 +81,7 @@ def spread_labels(axes: plt.Axes, points: list[tuple[float, float, str]]) -> Non
             name, (x, y), xytext=(x * 1.06, below), fontsize=7, va="center",
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#999"},
         )  # fmt: skip
+    axes.set_ylim(top=max(axes.get_ylim()[1], below))
 
 
 def bytes_against_kl(result: dict[str, Any], arms: dict[str, Any], colours: dict[str, str]) -> str:
@@ -152,6 +153,106 @@ def alike(result: dict[str, Any], but_for: tuple[str, ...]) -> list[str]:
         rest = {key: value for key, value in entry["recipe"].items() if key not in but_for}
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(arm)
     return max(groups.values(), key=len, default=[])
+
+
+STEPS = range(1, 9)  # of the problems of task reason; 6 and more are of the split `long`
+
+
+def accuracy_by_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
+    """Right answers by number of steps; beyond 5 no model has trained."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for arm, entry in arms.items():
+        quality = entry.get("long", {}).get("quality", {}) | entry["quality"]
+        found = {n: quality[f"accuracy_{n}"] for n in STEPS if f"accuracy_{n}" in quality}
+        means = [100 * metric["mean"] for metric in found.values()]
+        bounds = [[100 * bound for bound in metric["ci95"]] for metric in found.values()]
+        error = [
+            [max(0, m - low) for m, (low, _) in zip(means, bounds, strict=True)],
+            [max(0, high - m) for m, (_, high) in zip(means, bounds, strict=True)],
+        ]
+        axes.errorbar(
+            list(found), means, yerr=error, marker="o", ms=3, capsize=2, lw=1.2,
+            color=colours[arm], label=arm,
+        )  # fmt: skip
+    axes.axvspan(5.5, 8.3, color="#999", alpha=0.12, lw=0)
+    axes.set(xlabel="steps of the problem (grey: more than in training)", ylabel="right answers %")
+    axes.legend(frameon=False, fontsize=8)
+    return picture(figure)
+
+
+def test_time_scaling(arms: dict[str, Any], colours: dict[str, str]) -> str:
+    """Right answers against tokens and FLOPs per problem: thinking longer, and more votes."""
+    figure, both = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axes, key in zip(both, ("tokens_per_problem", "flops_per_problem"), strict=True):
+        for arm, entry in arms.items():
+            for curve, style in (("thinking", "o-"), ("voting", "s--")):
+                points = entry["reasoning"][curve] or []
+                axes.plot(
+                    [p[key] for p in points], [100 * p["accuracy"] for p in points], style,
+                    ms=3, lw=1.2, color=colours[arm], label=arm if curve == "voting" else None,
+                )  # fmt: skip
+        axes.set(xscale="log", xlabel=key.replace("_", " ").replace("flops", "FLOPs"))
+    both[0].set_ylabel("right answers %")
+    both[1].legend(frameon=False, fontsize=8)
+    return picture(figure)
+
+
+def first_wrong_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
+    """Of the problems of 5 steps: at which step a trace first goes wrong, in %."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    shown = {
+        arm: entry["reasoning"]["first_wrong_step"]["5"]
+        for arm, entry in arms.items()
+        if entry["reasoning"]["first_wrong_step"]
+    }
+    width = 0.8 / max(1, len(shown))
+    for place, (arm, counts) in enumerate(shown.items()):
+        at = np.arange(1, len(counts)) + (place - len(shown) / 2 + 0.5) * width
+        axes.bar(at, 100 * np.array(counts[1:]) / sum(counts), width, color=colours[arm], label=arm)
+    axes.set_xticks(range(1, 7), labels=[*"12345", "one too many"])
+    axes.set(xlabel="first wrong step", ylabel="% of the problems of 5 steps")
+    axes.legend(frameon=False, fontsize=8)
+    return picture(figure)
+
+
+def pairs_of_traces(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """(taught by traces, taught by answers alone): students that differ in nothing else."""
+    students = result["students"]
+    without = {a: e["recipe"] for a, e in students.items() if e["recipe"].get("traces") == "none"}
+    return [
+        (arm, other)
+        for other, recipe in without.items()
+        for arm, entry in students.items()
+        if entry["recipe"] == recipe | {"traces": "all"}
+    ]
+
+
+def where_traces_pay(result: dict[str, Any], pairs: list[tuple[str, str]]) -> str:
+    """A map: what traces gain over answers alone at equal FLOPs, in points of right answers, by
+    student and number of steps."""
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.45 * len(pairs)))
+    students, longest = result["students"], 5
+    gains = np.array(
+        [
+            [
+                100 * (students[a]["quality"][key]["mean"] - students[b]["quality"][key]["mean"])
+                for key in (f"accuracy_{n}" for n in range(1, longest + 1))
+            ]
+            for a, b in pairs
+        ]
+    )
+    axes.imshow(gains, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
+    for (row, column), gain in np.ndenumerate(gains):
+        axes.text(column, row, f"{gain:+.0f}", ha="center", va="center", fontsize=9)
+    shares = result["cost"]["fraction_of_teacher_by_student"]
+    labels = [
+        f"{arm}: {students[arm]['params'] / 1000:.0f} k, {100 * shares[arm]['flops']:.1f} %"
+        for arm, _ in pairs
+    ]
+    axes.set_yticks(range(len(pairs)), labels=labels, fontsize=8)
+    axes.set_xticks(range(longest), labels=range(1, longest + 1))
+    axes.set_xlabel("steps of the problem")
+    return picture(figure)
 
 
 def strips(found: dict[str, list[float]], bands: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from measure.fidelity import calibration_columns, compare, sum_by_row
 from measure.statistics import Metric, expected_calibration_error
 from tasks.rows import Rows, collate
 from tasks.task import Ratio
-from teacher.model import Forward, generate
+from teacher.model import Forward, answers_of
 
 BATCH_ROWS = 512
 
@@ -27,21 +27,17 @@ def free_running(forward: Forward, task: Any, rows: Rows) -> Answers:
     """Greedy answers to every row's prompt."""
     texts: list[str] = [""] * len(rows)
     log_probs = np.zeros(len(rows))
-    for length in np.unique(rows.prompt_lengths):
-        group = np.flatnonzero(rows.prompt_lengths == length)
-        for indices in np.array_split(group, -(-len(group) // BATCH_ROWS)):
-            prompts = np.stack([rows.prompt(i) for i in indices]).astype(np.int64)
-            written = generate(
-                forward,
-                torch.from_numpy(prompts),
-                longest=task.longest_answer,
-                end=task.tokenizer.eos_token_id,
-                keep_log_probs=True,
-                vocabulary=len(task.tokenizer),
-            )
-            for i, answer in zip(indices, written, strict=True):
-                texts[i] = task.render(answer.tokens.tolist())
-                log_probs[i] = float(answer.log_probs.gather(-1, answer.tokens[:, None]).sum())
+    for i, answer in answers_of(
+        forward,
+        rows,
+        BATCH_ROWS,
+        longest=task.longest_answer,
+        end=task.tokenizer.eos_token_id,
+        keep_log_probs=True,
+        vocabulary=len(task.tokenizer),
+    ):
+        texts[i] = task.render(answer.tokens.tolist())
+        log_probs[i] = float(answer.log_probs.gather(-1, answer.tokens[:, None]).sum())
     return Answers(texts, log_probs)
 
 

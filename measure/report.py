@@ -15,14 +15,19 @@ import torch
 from configs.runs import Run
 from measure.check import metrics_of
 from measure.figures import (
+    accuracy_by_steps,
     agreement_by_temperature,
     alike,
     bytes_against_kl,
     fidelity_against_cost,
+    first_wrong_steps,
     learning_curves,
+    pairs_of_traces,
     reliability,
     scaling,
     strips,
+    test_time_scaling,
+    where_traces_pay,
 )
 from measure.judged import Judged, Reference
 from measure.tables import (
@@ -136,6 +141,8 @@ def figures_of(
             "Students that differ only in size, at the same FLOPs. Dashed: the power law that fits "
             "best; where the points leave it lies the capacity gap, or too few steps for the size.",
         )
+    if "reasoning" in result["teacher"]:
+        found |= reasoning_figures(result, arms, colours)
     return found | {
         "Reliability": (
             reliability(first, colours),
@@ -143,6 +150,37 @@ def figures_of(
             "perfect calibration.",
         )
     }
+
+
+def reasoning_figures(
+    result: dict[str, Any], arms: dict[str, Any], colours: dict[str, str]
+) -> dict[str, tuple[str, str]]:
+    """Of a task that reasons."""
+    thinking = {arm: entry for arm, entry in arms.items() if "reasoning" in entry}
+    found = {
+        "Accuracy by number of steps": (
+            accuracy_by_steps(arms, colours),
+            "Right answers to held-out problems. All students cost the same FLOPs.",
+        ),
+        "Test-time scaling": (
+            test_time_scaling(thinking, colours),
+            "Solid: the trace is cut after so many tokens and an answer is forced. Dashed: the "
+            "commonest of 1, 4, 16 and 64 drawn answers. First seed of every arm.",
+        ),
+        "Where traces go wrong": (
+            first_wrong_steps(thinking, colours),
+            "The rest has no wrong step. First seed of every arm.",
+        ),
+    }
+    pairs = pairs_of_traces(result)
+    if pairs:
+        found["Where traces pay"] = (
+            where_traces_pay(result, pairs),
+            "Points of right answers that a student taught by traces is ahead of one taught by "
+            "answers alone (blue; red: behind), same student, same FLOPs: its parameters, and what "
+            "it cost with its outputs in % of the teacher's training.",
+        )
+    return found
 
 
 def report_cells(entry: dict[str, Any], columns: Columns) -> list[str]:

@@ -18,7 +18,7 @@ from torch import nn
 from configs.schema import Recipe, value_at
 from student.lessons import Lessons
 from tasks.rows import Batch, Rows, batch_order, collate
-from teacher.model import Forward, device_of, generate
+from teacher.model import Forward, answers_of, device_of
 from teacher.signal import Signal, reveal
 
 
@@ -104,20 +104,17 @@ class OnPolicy:
 def write(writer: Forward, prompts: Rows, policy: OnPolicy, generator: torch.Generator) -> Rows:
     """Answers of a model to every prompt, as rows."""
     answers: list[list[int]] = [[]] * len(prompts)
-    for length in np.unique(prompts.prompt_lengths):
-        group = np.flatnonzero(prompts.prompt_lengths == length)
-        asked = np.stack([prompts.prompt(i) for i in group]).astype(np.int64)
-        written = generate(
-            writer,
-            torch.from_numpy(asked),
-            longest=policy.longest,
-            end=policy.end,
-            temperature=policy.recipe.student_temperature,
-            generator=generator,
-            vocabulary=policy.vocabulary,
-        )
-        for i, answer in zip(group, written, strict=True):
-            answers[i] = answer.tokens.tolist()
+    for i, answer in answers_of(
+        writer,
+        prompts,
+        batch_rows=len(prompts),
+        longest=policy.longest,
+        end=policy.end,
+        temperature=policy.recipe.student_temperature,
+        generator=generator,
+        vocabulary=policy.vocabulary,
+    ):
+        answers[i] = answer.tokens.tolist()
     return Rows.build(
         prompts.ids.tolist(), [prompts.prompt(i).tolist() for i in range(len(prompts))], answers
     )

@@ -256,7 +256,7 @@ class Reason:
             found[split] = []
             for steps in lengths:
                 generator = np.random.Generator(np.random.PCG64([number, steps]))
-                count = wanted.get(split, JUDGED)
+                count = wanted.get(split, min(JUDGED, wanted["train"] // TRAINED))
                 found[split] += distinct_problems(split, count, steps, generator)
         return found
 

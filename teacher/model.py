@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils.logging import disable_progress_bar
 
 from configs.schema import LabError, Model, nearest
+from tasks.rows import Rows
 from teacher.signal import shows_states, states_of
 
 disable_progress_bar()  # a bar per file of a toy model is noise
@@ -211,6 +212,19 @@ class Written:
     attention: Tensor | None = None
 
 
+def answers_of(
+    forward: Forward, rows: Rows, batch_rows: int = 512, **options: Any
+) -> Iterator[tuple[int, Written]]:
+    """Let a model answer the prompts of all rows, in batches of one prompt length; the options are
+    those of `generate`. Yields (place of the row, what was written)."""
+    for length in np.unique(rows.prompt_lengths):
+        group = np.flatnonzero(rows.prompt_lengths == length)
+        for places in np.array_split(group, -(-len(group) // batch_rows)):
+            prompts = np.stack([rows.prompt(i) for i in places]).astype(np.int64)
+            written = generate(forward, torch.from_numpy(prompts), **options)
+            yield from zip(places.tolist(), written, strict=True)
+
+
 @torch.no_grad()
 def generate(
     forward: Forward,
@@ -225,17 +239,22 @@ def generate(
     keep_log_probs: bool = False,
     keep_layers: Sequence[int] = (),
     vocabulary: int | None = None,
+    budget: int | None = None,
+    closing: int | None = None,
 ) -> list[Written]:
     """Let a model write: prompts [B, P], all of one length, to B continuations up to `end`.
 
     Temperature 0 takes the likeliest token. No top-p, top-k or repetition penalty hides here.
     With a `separator`, tokens up to it are sampled at `spelling_temperature` (a model that
     invents its own prompts), those after it at `temperature`. `keep_layers` counts from 1. Ids
-    from `vocabulary` on, which pad the matrices of some models, are never written.
+    from `vocabulary` on, which pad the matrices of some models, are never written. With a `budget`
+    a model that has not written the `closing` token after so many tokens of thinking is made to:
+    it must answer from what it has (Muennighoff et al. 2025 (s1), arXiv 2501.19393, section 3).
     """
     rows, prompt_length = prompts.shape
     alive = torch.arange(rows)
     answering = torch.full((rows,), separator is None)
+    thinking = torch.full((rows,), budget is not None)
     tokens = torch.empty((rows, longest), dtype=torch.long)
     lengths = torch.full((rows,), longest)
     log_probs: Tensor | None = None
@@ -265,6 +284,11 @@ def generate(
             if heat > 0 and bool(sampled.any()):
                 chances = torch.softmax(logits[sampled] / heat, dim=-1)
                 chosen[sampled] = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        if budget is not None:
+            thinking = thinking & (chosen != closing)
+            if step >= budget:
+                chosen[thinking] = closing
+                thinking = torch.zeros_like(thinking)
         tokens[alive, step] = chosen
         if separator is not None:
             answering = answering | (chosen == separator)
@@ -274,7 +298,8 @@ def generate(
             break
         # Rows that are done leave the batch, so that a few long ones do not hold up the rest.
         keep = going.nonzero()[:, 0]
-        alive, answering, inputs = alive[keep], answering[keep], chosen[keep, None]
+        alive, inputs = alive[keep], chosen[keep, None]
+        answering, thinking = answering[keep], thinking[keep]
         if len(keep) < len(going):
             cache.batch_select_indices(keep.to(device))
     return [

@@ -16,7 +16,7 @@ import torch
 from configs.runs import read_json, write_json
 from configs.schema import Config, LabError, Recipe
 from tasks.rows import Rows, collate, row_id
-from teacher.model import Forward, device_of, generate
+from teacher.model import Forward, answers_of, device_of, generate
 from teacher.shards import Record, check_binding, sha256_of_file, write_shard
 from teacher.signal import shows_states, states_of
 
@@ -193,32 +193,28 @@ def written(
 ) -> Iterator[Record]:
     """Sequences `teacher`: it answers the rows' prompts, in batches of one prompt length."""
     records: list[Record | None] = [None] * len(rows)
-    for length in np.unique(rows.prompt_lengths):
-        group = np.flatnonzero(rows.prompt_lengths == length)
-        for indices in np.array_split(group, -(-len(group) // BATCH_ROWS)):
-            prompts = torch.from_numpy(np.stack([rows.prompt(i) for i in indices]).astype(np.int64))
-            answers = generate(
-                forward,
-                prompts,
-                longest=task.longest_answer,
-                end=task.tokenizer.eos_token_id,
-                temperature=recipe.sampling_temperature,
-                generator=generator,
-                keep_log_probs=recipe.access != "text",
-                keep_layers=recipe.hidden_layers,
-                vocabulary=len(task.tokenizer),
-            )
-            for i, answer in zip(indices, answers, strict=True):
-                row = np.concatenate([rows.prompt(i), answer.tokens.numpy()])
-                records[i] = Record(
-                    int(rows.ids[i]),
-                    row,
-                    int(length),
-                    answer.log_probs,
-                    answer.hidden,
-                    answer.attention,
-                )
-            progress(len(indices))
+    answers = answers_of(
+        forward,
+        rows,
+        BATCH_ROWS,
+        longest=task.longest_answer,
+        end=task.tokenizer.eos_token_id,
+        temperature=recipe.sampling_temperature,
+        generator=generator,
+        keep_log_probs=recipe.access != "text",
+        keep_layers=recipe.hidden_layers,
+        vocabulary=len(task.tokenizer),
+    )
+    for i, answer in answers:
+        records[i] = Record(
+            int(rows.ids[i]),
+            np.concatenate([rows.prompt(i), answer.tokens.numpy()]),
+            int(rows.prompt_lengths[i]),
+            answer.log_probs,
+            answer.hidden,
+            answer.attention,
+        )
+        progress(1)
     yield from records
 
 
