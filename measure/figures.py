@@ -180,7 +180,7 @@ def accuracy_by_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
     return picture(figure)
 
 
-def test_time_scaling(arms: dict[str, Any], colours: dict[str, str]) -> str:
+def thinking_longer(arms: dict[str, Any], colours: dict[str, str]) -> str:
     """Right answers against tokens and FLOPs per problem: thinking longer, and more votes."""
     figure, both = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axes, key in zip(both, ("tokens_per_problem", "flops_per_problem"), strict=True):

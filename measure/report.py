@@ -26,7 +26,7 @@ from measure.figures import (
     reliability,
     scaling,
     strips,
-    test_time_scaling,
+    thinking_longer,
     where_traces_pay,
 )
 from measure.judged import Judged, Reference
@@ -163,7 +163,7 @@ def reasoning_figures(
             "Right answers to held-out problems. All students cost the same FLOPs.",
         ),
         "Test-time scaling": (
-            test_time_scaling(thinking, colours),
+            thinking_longer(thinking, colours),
             "Solid: the trace is cut after so many tokens and an answer is forced. Dashed: the "
             "commonest of 1, 4, 16 and 64 drawn answers. First seed of every arm.",
         ),

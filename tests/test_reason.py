@@ -1,0 +1,348 @@
+"""The task `reason`: problems, traces, rewards, and what thinking longer buys."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import eval as judge
+import train
+from configs.runs import Run
+from configs.schema import Model, Recipe
+from measure.cost import CountedForward
+from measure.reasoning import SAMPLES, VOTES, commonest, first_wrong_steps
+from student.lab import lessons_of, open_lab
+from student.objectives import policy_gradient
+from student.on_policy import OnPolicy
+from tasks.reason import (
+    Reason,
+    first_wrong_step,
+    is_faithful,
+    read_problem,
+    read_solution,
+    same_steps,
+    split_of,
+)
+from tasks.rows import collate
+from teacher.model import answers_of, build_model, initialise
+from teacher.outputs import charged_stages
+from teacher.signal import Signal
+
+pytestmark = pytest.mark.xdist_group("reason")  # one process trains the run of this file
+TINY = str(Path(__file__).parent.parent / "configs" / "reason-tiny.yaml")
+PENS = "A box holds 7 pens. 5 more go in. 3 are taken out. How many are in the box?"
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Reason(limit=1000)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("reason")
+    assert train.main([TINY, "--runs", str(runs)]) == 0
+    assert judge.main([str(runs / "reason-tiny")]) == 0
+    return Run.finished(runs / "reason-tiny")
+
+
+# -- problems --------------------------------------------------------------------------------------
+
+
+def test_no_test_problem_occurs_in_training_in_any_words(task):
+    arithmetic = {s: [p.canonical for p in problems] for s, problems in task.by_split.items()}
+    for split in ("validation", "heldout", "long"):
+        assert not {*arithmetic[split]} & {*arithmetic["train"]}
+        assert len({*arithmetic[split]}) == len(arithmetic[split])
+    for split, problems in arithmetic.items():
+        assert {split_of(problem) for problem in problems} == {split}
+
+
+def test_problems_are_what_they_are_meant_to_be(task):
+    for split, steps in (("train", range(1, 6)), ("heldout", range(1, 6)), ("long", range(6, 9))):
+        problems = task.by_split[split]
+        assert {len(problem.operands) for problem in problems} == {*steps}
+        for problem in problems:
+            assert all(0 <= value <= 99 for value in problem.values)
+            assert all(2 <= abs(operand) <= 9 for operand in problem.operands)
+            assert read_problem(problem.question) == problem
+    assert [len(p.operands) for p in task.by_split["train"]] == sorted([1, 2, 3, 4, 5] * 200)
+
+
+def test_a_question_in_plain_english_has_the_solution_that_it_asks_for(task):
+    assert task.truths(PENS) == ["<think> 7+5=12;12-3=9 </think> 9"]
+    assert task.truths("How many?") == []
+
+
+def test_a_row_asks_and_thinks_and_answers(task, tmp_path):
+    rows = task.rows("train")
+    i = len(rows) - 1
+    problem = task.by_id[int(rows.ids[i])]
+    said = task.render(rows.completion(i).tolist())
+    assert said == f"<think> {problem.trace} </think> {problem.answer}"
+    assert rows.prompt(i).tolist() == task.prompt(problem.question)
+    assert task.without_trace(rows.completion(i).tolist()) == task.encode(f"{problem.answer} </s>")
+    assert task.is_right(rows, i)
+    longest = task.rows("long")
+    assert (longest.lengths - longest.prompt_lengths).max() <= task.longest_answer
+    assert longest.prompt_lengths.max() <= task.longest_row - task.longest_answer
+    task.tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("<s>" + problem.question)["input_ids"] == task.prompt(problem.question)
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "answer", "faithful"),
+    [
+        ("<think> 7+5=12;12-3=9 </think> 9", [(7, 5, 12), (12, -3, 9)], 9, True),
+        ("<think> 7+5=12;12-3=9 </think> 8", [(7, 5, 12), (12, -3, 9)], 8, False),
+        ("<think> 7+5=13;13-3=10 </think> 10", [(7, 5, 13), (13, -3, 10)], 10, False),
+        ("<think> 7+5=12;11-3=8 </think> 8", [(7, 5, 12), (11, -3, 8)], 8, False),
+        ("<think> 7+5=;-3=9 </think> 9", [None, None], 9, False),
+        ("<think> 7+5=12", [(7, 5, 12)], None, False),
+        ("9", [], 9, False),
+        ("</think> 9", [], 9, False),
+        ("<think> </think> 9", [None], 9, False),
+        ("", [], None, False),
+        ("7+5", [], None, False),
+    ],
+)
+def test_what_an_answer_says_is_read_as_it_stands(text, steps, answer, faithful):
+    solution = read_solution(text)
+    assert (solution.steps, solution.answer) == (steps, answer)
+    assert is_faithful(solution) == faithful
+
+
+def test_the_first_wrong_step_is_the_first_that_is_not_the_problems():
+    right = [(7, 5, 12), (12, -3, 9)]
+    assert first_wrong_step(right, right) is None
+    assert first_wrong_step([(7, 5, 12), (12, -3, 8)], right) == 2
+    assert first_wrong_step([None, (12, -3, 9)], right) == 1
+    assert first_wrong_step(right[:1], right) == 2
+    assert first_wrong_step([*right, (9, 2, 11)], right) == 3
+    assert same_steps([None, (12, -3, 9)], right) == 1
+    assert same_steps([None], [None]) == 0
+
+
+def test_grades_are_counted_by_number_of_steps(task):
+    rows = task.rows("heldout")
+    problems = [task.by_id[int(i)] for i in rows.ids]
+    right = [f"<think> {p.trace} </think> {p.answer}" for p in problems]
+    guessed = [
+        p.answer if len(p.operands) == 2 else text for p, text in zip(problems, right, strict=True)
+    ]
+    columns = task.grade(rows.ids, guessed)
+    assert columns["right"].all()
+    assert columns["right_2"].sum() == columns["rows_2"].sum() > 0
+    assert columns["faithful"].sum() == len(rows) - columns["rows_2"].sum()
+    assert columns["right_steps"].sum() == columns["steps"].sum() - 2 * columns["rows_2"].sum()
+    assert columns["rows_4_5"].sum() == columns["rows_4"].sum() + columns["rows_5"].sum()
+    wrong = task.grade(rows.ids, ["<think> </think> 100"] * len(rows))
+    assert wrong["wrong"].all()
+    agreed = task.agree(guessed, right)
+    assert agreed["same_answer"].all()
+    assert agreed["same_steps"].sum() == columns["right_steps"].sum()
+    found = first_wrong_steps(task, rows, guessed)
+    assert found["2"] == [0, int(columns["rows_2"].sum()), 0, 0]
+    assert found["5"][0] == columns["rows_5"].sum()
+
+
+# -- rewards ---------------------------------------------------------------------------------------
+
+
+def test_the_policy_gradient_is_that_of_the_weighted_log_likelihood(generator):
+    logits = torch.randn(6, 5, generator=generator, requires_grad=True)
+    targets, advantages = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([1.0, 1, -1, 0, 2, 0])
+    policy_gradient(logits, Signal(targets, advantages=advantages)).sum().backward()
+    chances = logits.detach().softmax(-1)
+    expected = advantages[:, None] * (chances - torch.nn.functional.one_hot(targets, 5))
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def policy_of(task, rewards, batch_rows=32, group=8):
+    recipe = Recipe(access="none", sequences="student", objective="policy_gradient", group=group)
+    return OnPolicy(
+        rows=task.rows("train"), teacher=None, rewards=rewards, counted=CountedForward,
+        recipe=recipe, seed=0, batch_rows=batch_rows, longest=4,
+        end=task.tokenizer.eos_token_id, vocabulary=len(task.tokenizer),
+    )  # fmt: skip
+
+
+def small_model(task, seed=0):
+    shape = Model(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.2)
+    return initialise(build_model(shape, task.tokenizer, task.longest_row), seed)
+
+
+def test_an_answer_is_as_good_as_its_reward_is_above_its_groups(task):
+    def even_first_token(rows):
+        return np.array([rows.completion(i)[0] % 2 == 0 for i in range(len(rows))], float)
+
+    lessons = policy_of(task, even_first_token).lessons(small_model(task), step=3)
+    rows = lessons.rows
+    assert len(rows) == 32
+    for group in rows.ids.reshape(4, 8):
+        assert len({*group.tolist()}) == 1  # eight answers to one prompt
+    rewards = even_first_token(rows).reshape(4, 8)
+    signal = lessons.signal(collate(rows, np.arange(32), 0))
+    ends = np.cumsum(rows.lengths - rows.prompt_lengths)
+    found = signal.advantages[ends - 1].reshape(4, 8).numpy()
+    for given, advantages in zip(rewards, found, strict=True):
+        assert advantages.sum() == pytest.approx(0, abs=1e-5)
+        if 0 < given.mean() < 1:
+            assert advantages[given == 1].min() > 0 > advantages[given == 0].max()
+            assert advantages.std() == pytest.approx(1, abs=1e-5)
+        else:
+            assert not advantages.any()
+    assert lessons.flops > 0
+
+
+def test_rewards_alone_teach_a_student_to_do_what_they_reward(task):
+    nine = task.token_ids["9"]
+
+    def says_nine(rows):
+        return np.array([rows.completion(i)[0] == nine for i in range(len(rows))], float)
+
+    policy, student = policy_of(task, says_nine, batch_rows=64), small_model(task)
+    optimiser = torch.optim.Adam(student.parameters(), lr=0.02)
+    shares = []
+    for step in range(60):
+        lessons = policy.lessons(student, step)
+        shares.append(says_nine(lessons.rows).mean())
+        batch = collate(lessons.rows, np.arange(len(lessons.rows)), 0)
+        logits = student(batch.input_ids, use_cache=False).logits[batch.counted]
+        optimiser.zero_grad()
+        policy_gradient(logits, lessons.signal(batch)).mean().backward()
+        optimiser.step()
+    assert np.mean(shares[:5]) < 0.2
+    assert np.mean(shares[-5:]) > 0.9
+
+
+# -- thinking longer -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_a_model_that_thinks_too_long_is_made_to_answer(budget, task):
+    rows, model = task.rows("heldout").take(np.arange(20)), small_model(task, seed=1).eval()
+    options = {"longest": 12, "end": task.tokenizer.eos_token_id}
+    free = dict(answers_of(model, rows, **options))
+    cut = dict(answers_of(model, rows, **options, budget=budget, closing=task.closing))
+    for i, answer in cut.items():
+        tokens, before = answer.tokens.tolist(), free[i].tokens.tolist()
+        if task.closing in before[: budget + 1] or len(before) <= budget:
+            assert tokens == before
+        else:
+            assert tokens[:budget] == before[:budget]
+            assert tokens[budget] == task.closing
+
+
+def test_the_commonest_answer_wins_and_no_answer_has_no_vote():
+    assert commonest([3, None, 4, 4, None, None]) == 4
+    assert commonest([3, 4]) == 3
+    assert commonest([None]) is None
+
+
+# -- the whole story -------------------------------------------------------------------------------
+
+
+def test_each_way_to_learn_gets_its_own_lessons(run):
+    config = run.config()
+    lab = open_lab(config, run)
+    lessons = {
+        name: lessons_of(lab, recipe, 0, CountedForward) for name, recipe in config.recipes.items()
+    }
+    traces, answers, right = (lessons[name].rows for name in ("traces", "answers", "right"))
+    assert len(traces) == len(answers) == 200
+    for i in range(200):
+        assert answers.prompt(i).tolist() == traces.prompt(i).tolist()
+        completion = traces.completion(i).tolist()
+        assert answers.completion(i).tolist() == lab.task.without_trace(completion)
+    kept = [int(traces.ids[i]) for i in range(200) if lab.task.is_right(traces, i)]
+    assert right.ids[np.arange(len(right))].tolist() == kept
+    assert lessons["own"].on_policy.teacher is not None
+    assert lessons["grpo"].on_policy.teacher is None
+
+
+def test_a_policy_starts_from_the_student_that_warmed_it_up_and_pays_for_it(run):
+    config = run.config()
+    assert charged_stages(config.recipes["grpo"], config) == [
+        "students/warm/seed-0", "outputs/teacher-text-train-200",
+    ]  # fmt: skip
+    spent = sum(
+        run.cost_of(stage)["flops"]
+        for stage in ("students/grpo/seed-0", *charged_stages(config.recipes["grpo"], config))
+    )
+    budget = config.students.budget * run.cost_of("teacher")["flops"]
+    assert 0.85 * budget < spent <= budget
+
+
+def test_the_evaluation_says_how_its_models_think(run):
+    result = json.loads((run.folder / "eval.json").read_text("utf-8"))
+    for entry in (result["teacher"], *result["students"].values(), result["controls"]["alone"]):
+        assert {"accuracy", "accuracy_1", "accuracy_5", "faithfulness"} <= {*entry["quality"]}
+        assert "accuracy_6" not in entry["quality"]
+        assert {"accuracy_6", "accuracy_8"} <= {*entry["long"]["quality"]}
+        voting = entry["reasoning"]["voting"]
+        assert [point["amount"] for point in voting] == list(VOTES)
+        costs = [point["flops_per_problem"] for point in voting]
+        assert costs[-1] == pytest.approx(SAMPLES * costs[0])
+    assert result["students"]["answers"]["reasoning"]["thinking"] is None
+    thinking = result["controls"]["alone"]["reasoning"]["thinking"]
+    tokens = [point["tokens_per_problem"] for point in thinking]
+    assert tokens == sorted(tokens)
+    (verdict,) = result["verdicts"]
+    assert verdict["claim"] == "traces beats answers"
+
+
+def test_the_report_shows_how_its_models_think(run):
+    report = (run.folder / "report.html").read_text("utf-8")
+    for heading in (
+        "Accuracy by number of steps", "Test-time scaling", "Where traces go wrong",
+        "Where traces pay",
+    ):  # fmt: skip
+        assert f"<h2>{heading}</h2>" in report
+
+
+def test_ask_prints_thinking_and_answer(run, capsys):
+    assert judge.main([str(run.folder), "--ask", PENS]) == 0
+    said = capsys.readouterr().out
+    assert "<think> 7+5=12;12-3=9 </think> 9" in said
+    for arm in ("teacher", "traces", "answers", "grpo"):
+        assert f"  {arm} " in said
+    assert judge.main([str(run.folder), "--ask", "A dog eats 3 pens. How many?"]) == 2
+    assert "'dog' is not in the vocabulary" in capsys.readouterr().err
+
+
+def test_a_sound_run_of_reasoning_says_so(run, capsys):
+    assert judge.main([str(run.folder), "--selfcheck"]) == 0
+    said = capsys.readouterr().out
+    assert "grpo: first loss" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["recipes.traces.traces=rigth"], "found 'rigth'"),
+        (["recipes.logits.traces=none"], "leaves answers alone"),
+        (["recipes.own.traces=right"], "use sequences teacher"),
+        (["recipes.grpo.access=logits"], "learns from right and wrong alone"),
+        (["recipes.grpo.sequences=data"], "learns from right and wrong alone"),
+        (["task={name: pronounce}", "verdicts=[]"], "need a task that reasons"),
+        (["verdicts=[{claim: traces beats answers, metric: word_error_rate}]"], "is not one of"),
+        (
+            ["recipes.logits.prompts=invented", "teacher.training.prompt_weight=0.1"],
+            "have no answer to be judged by",
+        ),
+    ],
+    ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
+)
+def test_reasoning_that_cannot_work_is_refused_in_one_line(overrides, said, tmp_path, capsys):
+    assert train.main([TINY, *overrides, "--runs", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert len(error.splitlines()) == 1
