@@ -324,7 +324,7 @@ def open_model(run: Run, stage: str) -> torch.nn.Module:
             f"{folder} is not the model that this run trained (sha256 differs); delete that folder "
             "and its stage, or train again under another name=..."
         )
-    return model
+    return model.to("cuda") if torch.cuda.is_available() else model
 
 
 def measure_speed(model: torch.nn.Module, task: Task, sample: Rows) -> dict[str, float]:
@@ -356,8 +356,9 @@ def costs(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any
         before = charged_stages(recipe, config, everything=True)
         stages = [stage_of(arm, config.seeds[0]), *before]
         parts = [run.cost_of(stage) for stage in stages]
+        trained = teacher["steps"] > 0  # here; else nobody knows what it took
         fractions[arm] = {
-            key: sum(part[key] for part in parts) / teacher[key] if teacher[key] else None
+            key: sum(part[key] for part in parts) / teacher[key] if trained else None
             for key in ("flops", "seconds", "joules")
         }
     main = next(iter(fractions))
@@ -365,7 +366,8 @@ def costs(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any
     fixed = teacher["flops"] + sum(run.cost_of(stage)["flops"] for stage in once)
     each = run.cost_of(stage_of(main, config.seeds[0]))["flops"]
     amortised = {
-        str(count): (fixed + count * each) / (count * teacher["flops"]) for count in (1, 10, 100)
+        str(count): (fixed + count * each) / (count * teacher["flops"])
+        for count in ((1, 10, 100) if teacher["flops"] else ())
     }
     return {
         "stages": [*run.ledger, evaluation],

@@ -201,6 +201,8 @@ def train_teacher(lab: Lab, stage: str, seed: int) -> Closing:
     """The teacher, or its twin from another seed, learns the task's own rows."""
     settings = lab.config.teacher
     model = new_model(lab, settings.model, seed)
+    if settings.epochs == 0:
+        return adopt(lab, stage, model, f"`{settings.model.pretrained}`, as it is.")
     order = batch_order(lab.rows.lengths, settings.training.batch_rows, seed)
     return fit(
         lab,
@@ -215,8 +217,20 @@ def train_teacher(lab: Lab, stage: str, seed: int) -> Closing:
     )
 
 
+def adopt(lab: Lab, stage: str, model: torch.nn.Module, lineage: str) -> Closing:
+    """A model that nobody trained here: saved as it is, at no cost."""
+    watch, folder = Stopwatch(lab.config.cost, torch.get_num_threads()), lab.run.folder / stage
+    if lab.accelerator.is_main_process:
+        save_model(model, lab.task.tokenizer, folder, card(stage, model, lineage, 0))
+    lab.accelerator.wait_for_everyone()
+    cost = {**watch.read(0), "steps": 0}
+    return cost, {"sha256": sha256_of_model(folder), "params": size_of(model)}
+
+
 def try_model(lab: Lab, settings: Model) -> None:
     """One row through a model of this shape: what cannot work is said before the long training."""
+    if settings.pretrained:
+        return  # it has worked before
     try:
         model = build_model(settings, lab.task.tokenizer, lab.task.longest_row)
         model(torch.ones((1, 3), dtype=torch.long), use_cache=False)
@@ -281,7 +295,10 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
     lineage = f"Student `{name}` from seed {seed} <- "
     if recipe.access != "none" or recipe.initial_layers:
         lineage += f"teacher {teacher_sha256(lab, recipe)[:16]} <- "
-    budget = recipe.budget_share * settings.budget * lab.run.cost_of("teacher")["flops"]
+    whole_budget = 1e12 * (settings.tflops or 0.0)
+    if settings.budget:
+        whole_budget = settings.budget * lab.run.cost_of("teacher")["flops"]
+    budget = recipe.budget_share * whole_budget
     budget -= sum(lab.run.cost_of(s)["flops"] for s in charged_stages(recipe, lab.config))
     lessons, match = lessons_of(lab, recipe, seed, CountedForward), match_of(recipe)
     model = new_student(lab, recipe, lessons, seed)
@@ -297,8 +314,9 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
         steps = affordable_steps(whole, plain, lengths, order, budget, looks)
     if steps < 1:
         raise LabError(
-            f"{name}: students.budget {settings.budget:g} of the teacher's FLOPs leaves none for "
-            "training after the outputs; raise it, or lower the recipe's transfer_rows"
+            f"{name}: students.{'budget' if settings.budget else 'tflops'} "
+            f"{settings.budget or settings.tflops:g} leaves none for training after the outputs; "
+            "raise it, or lower the recipe's transfer_rows"
         )
     return fit(
         lab,

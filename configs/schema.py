@@ -24,6 +24,7 @@ QUALITY = {
         "answer_agreement",
         "step_agreement",
     ),
+    "gsm8k": ("accuracy", "answer_agreement"),
 }
 FIDELITY = (
     "kl_teacher_student",
@@ -59,19 +60,41 @@ class Section(BaseModel):
     )
 
 
-class Model(Section):
-    """A transformers model to build; the names are those of the transformers configs."""
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
+
+class Model(Section):
+    """A transformers model to build, or one to start from; the names are those of the transformers
+    configs."""
+
+    pretrained: str | None = None  # a folder or a hub id: its shape and its weights
     architecture: str = "llama"
-    hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
+    hidden_size: int | None = Field(None, gt=0)
+    num_hidden_layers: int | None = Field(None, gt=0)
+    num_attention_heads: int | None = Field(None, gt=0)
     intermediate_size: int | None = Field(None, gt=0)
     initializer_range: float = Field(0.02, gt=0)
     settings: dict[str, Any] = {}  # anything else the transformers config of this architecture has
 
     @model_validator(mode="after")
+    def sizes_are_given_once(self) -> "Model":
+        sizes = {key: getattr(self, key) for key in SIZES}
+        if self.pretrained:
+            given = [key for key, size in sizes.items() if size is not None]
+            if given or self.settings:
+                raise ValueError(
+                    f"pretrained brings its own sizes: leave {', '.join(given) or 'settings'} away"
+                )
+            return self
+        for key, size in sizes.items():
+            if size is None:
+                raise ValueError(f"{key} is missing; this key is needed, or pretrained")
+        return self
+
+    @model_validator(mode="after")
     def heads_divide_width(self) -> "Model":
+        if self.pretrained:
+            return self
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -102,7 +125,7 @@ class Training(Section):
 class Teacher(Section):
     model: Model
     training: Training
-    epochs: float = Field(gt=0, lt=1e6)
+    epochs: float = Field(ge=0, lt=1e6)  # 0: a pretrained teacher, as it is
     seed: int = Field(0, ge=0)
 
 
@@ -321,8 +344,10 @@ class Students(Section):
 
     model: Model
     training: Training = Training()
-    # FLOPs of the teacher's outputs and one student, as a share of the teacher's training FLOPs
-    budget: float = Field(gt=0, le=10)
+    # FLOPs of the teacher's outputs and one student: as a share of the teacher's training FLOPs,
+    # or, where nobody here trained the teacher, in TFLOPs
+    budget: float | None = Field(None, gt=0, le=10)
+    tflops: float | None = Field(None, gt=0)
 
 
 class Verdict(Section):
@@ -370,9 +395,11 @@ class Cost(Section):
 
 
 class Task(Section):
-    name: Literal["pronounce", "reason"] = "pronounce"
+    name: Literal["pronounce", "reason", "gsm8k"] = "pronounce"
     # pronounce: use only so many words, for tests; reason: how many problems there are to train on
     limit: int | None = Field(None, ge=100)
+    tokenizer: str | None = None  # gsm8k: a folder or a hub id
+    folder: str | None = None  # gsm8k: where train.jsonl and test.jsonl lie; null: from the hub
 
 
 class Config(Section):
@@ -444,6 +471,11 @@ class Config(Section):
             deep = self.teacher_model_of(recipe).num_hidden_layers
             for key in ("hidden_layers", "initial_layers"):
                 layers = getattr(recipe, key)
+                if layers and None in (shallow, deep):
+                    raise ValueError(
+                        f"recipes.{name}.{key}: the layers of a pretrained model are not known "
+                        "here; leave it away"
+                    )
                 if layers and (len(layers) != shallow or not all(1 <= n <= deep for n in layers)):
                     raise ValueError(
                         f"recipes.{name}.{key} {layers}: expected {shallow} layers, one for each "
@@ -470,6 +502,19 @@ class Config(Section):
                     f"recipes.{name}.prompts: problems that a teacher invented have no answer to "
                     "be judged by: use prompts train"
                 )
+        if (self.teacher.epochs == 0) != bool(self.students.tflops):
+            raise ValueError(
+                "teacher.epochs 0 leaves a pretrained teacher as it is, and then students.tflops, "
+                "their budget, cannot be a share of its training; set both or neither"
+            )
+        if (self.students.budget is None) == (self.students.tflops is None):
+            raise ValueError("students: set one of budget and tflops, to say what they may cost")
+        if self.teacher.epochs == 0 and not self.teacher.model.pretrained:
+            raise ValueError("teacher.epochs 0 needs teacher.model.pretrained: it learns nothing")
+        if self.teacher.epochs == 0 and "twin" in self.controls:
+            raise ValueError("the control twin is trained from another seed: leave it away")
+        if self.task.name == "gsm8k" and not self.task.tokenizer:
+            raise ValueError("task.tokenizer: missing; name the folder or hub id of the student's")
         self.waves()
         graded = (*QUALITY[self.task.name], *FIDELITY)
         wanted = {claim.metric for claim in self.claims()}

@@ -13,7 +13,8 @@ ECE_BINS = 15
 
 def compare(teacher_logits: Tensor, student_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """[M, V], [M, V], [M] -> per position [M]: both KL divergences, whether the likeliest tokens
-    agree, and the student's excess negative log-likelihood of the target (may be negative)."""
+    agree, the student's excess negative log-likelihood of the target (may be negative), and its
+    entropy in nats."""
     teacher = torch.log_softmax(teacher_logits.double(), dim=-1)
     student = torch.log_softmax(student_logits.double(), dim=-1)
     at_target = (teacher - student).gather(-1, targets[:, None])[:, 0]
@@ -22,6 +23,7 @@ def compare(teacher_logits: Tensor, student_logits: Tensor, targets: Tensor) -> 
         "kl_student_teacher": (student.exp() * (student - teacher)).sum(-1),
         "top1_agreement": (teacher.argmax(-1) == student.argmax(-1)).double(),
         "nll_gap": at_target,
+        "entropy": -(student.exp() * student).sum(-1),
     }
 
 

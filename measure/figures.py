@@ -244,9 +244,9 @@ def where_traces_pay(result: dict[str, Any], pairs: list[tuple[str, str]]) -> st
     axes.imshow(gains, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
     for (row, column), gain in np.ndenumerate(gains):
         axes.text(column, row, f"{gain:+.0f}", ha="center", va="center", fontsize=9)
-    shares = result["cost"]["fraction_of_teacher_by_student"]
     labels = [
-        f"{arm}: {students[arm]['params'] / 1000:.0f} k, {100 * shares[arm]['flops']:.1f} %"
+        f"{arm}: {students[arm]['params'] / 1000:.0f} k, "
+        f"{students[arm]['cost']['flops'] / 1e12:.1f} TFLOPs"
         for arm, _ in pairs
     ]
     axes.set_yticks(range(len(pairs)), labels=labels, fontsize=8)

@@ -10,9 +10,10 @@ from measure.fidelity import calibration_columns, compare, sum_by_row
 from measure.statistics import Metric, expected_calibration_error
 from tasks.rows import Rows, collate
 from tasks.task import Ratio
-from teacher.model import Forward, answers_of
+from teacher.model import Forward, answers_of, device_of
 
 BATCH_ROWS = 512
+KEPT = 2**28  # numbers, 1 GB
 
 
 @dataclass
@@ -42,17 +43,15 @@ def free_running(forward: Forward, task: Any, rows: Rows) -> Answers:
 
 
 @torch.no_grad()
-def completion_logits(forward: Forward, task: Any, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Teacher-forced logits [M, V] and targets [M] at the M completion positions, row by row."""
-    order = np.argsort(rows.lengths, kind="stable")
-    logits: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    for indices in np.array_split(order, -(-len(rows) // BATCH_ROWS)):
-        batch = collate(rows, indices, task.tokenizer.pad_token_id)
-        flat = forward(batch.input_ids).logits[batch.counted][:, : len(task.tokenizer)]
-        for i, piece in zip(indices, flat.split(batch.counted.sum(1).tolist()), strict=True):
-            logits[i] = piece
-    targets = torch.from_numpy(np.concatenate([rows.completion(i) for i in range(len(rows))]))
-    return torch.cat(logits), targets.long()
+def completion_logits(
+    forward: Forward, task: Any, rows: Rows, places: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Teacher-forced logits [M, V] and targets [M] at the completion positions of some rows, row
+    by row, and how many positions each has."""
+    batch = collate(rows, places, task.tokenizer.pad_token_id)
+    logits = forward(batch.input_ids.to(device_of(forward)), use_cache=False).logits.cpu()
+    positions = batch.counted.sum(1).tolist()
+    return logits[batch.counted][:, : len(task.tokenizer)], batch.targets, positions
 
 
 @dataclass
@@ -64,28 +63,50 @@ class Judged:
 
 
 class Reference:
-    """The teacher on the rows of one split: asked once, compared with every student."""
+    """The teacher on the rows of one split, compared with every student, batch by batch: its
+    logits are kept where they are few, and asked for again where they are not."""
 
     def __init__(self, teacher: Forward, task: Any, rows: Rows) -> None:
-        self.task, self.rows = task, rows
-        self.logits, self.targets = completion_logits(teacher, task, rows)
+        self.teacher, self.task, self.rows = teacher, task, rows
+        order = np.argsort(rows.lengths, kind="stable")
+        widest = int(rows.lengths.max()) * len(task.tokenizer)  # logits of one row
+        at_once = min(BATCH_ROWS, max(1, KEPT // widest))
+        self.batches = np.array_split(order, -(-len(rows) // at_once))
+        positions = int((rows.lengths - rows.prompt_lengths).sum())
+        self.keeps = positions * len(task.tokenizer) <= KEPT
+        self.kept: dict[int, torch.Tensor] = {}
         self.answers = free_running(teacher, task, rows)
-        self.judged = self.compare(self.answers, self.logits)
+        self.judged = self.compare(self.answers, teacher)
 
     def judge(self, model: Forward) -> Judged:
         """Ask a model the same, and compare."""
-        logits, _ = completion_logits(model, self.task, self.rows)
-        return self.compare(free_running(model, self.task, self.rows), logits)
+        return self.compare(free_running(model, self.task, self.rows), model)
 
-    def compare(self, answers: Answers, logits: torch.Tensor) -> Judged:
+    def teachers_logits(self, number: int) -> torch.Tensor:
+        """Of a batch."""
+        if number in self.kept:
+            return self.kept[number]
+        logits, _, _ = completion_logits(self.teacher, self.task, self.rows, self.batches[number])
+        if self.keeps:
+            self.kept[number] = logits
+        return logits
+
+    def compare(self, answers: Answers, model: Forward) -> Judged:
         """Columns: those of `compare`, `positions`, `calibration`, the task's, and whether the
         free-running answer is the teacher's own (`same`)."""
-        positions = (self.rows.lengths - self.rows.prompt_lengths).tolist()
-        columns = compare(self.logits, logits, self.targets)
-        columns["calibration"] = calibration_columns(logits, self.targets)
-        sums = {name: sum_by_row(values, positions).numpy() for name, values in columns.items()}
+        sums: dict[str, np.ndarray] = {}
+        for number, places in enumerate(self.batches):
+            teacher = self.teachers_logits(number)
+            logits, targets, positions = completion_logits(model, self.task, self.rows, places)
+            columns = compare(teacher, logits, targets)
+            columns["calibration"] = calibration_columns(logits, targets)
+            for name, values in columns.items():
+                found = sum_by_row(values, positions).numpy()
+                whole = sums.setdefault(name, np.empty((len(self.rows), *found.shape[1:])))
+                whole[places] = found
         same = [a == b for a, b in zip(answers.texts, self.answers.texts, strict=True)]
-        sums |= {"positions": np.asarray(positions, float), "same": np.asarray(same, float)}
+        positions = self.rows.lengths - self.rows.prompt_lengths
+        sums |= {"positions": positions.astype(float), "same": np.asarray(same, float)}
         sums |= self.task.agree(answers.texts, self.answers.texts)
         return Judged(answers, sums | self.task.grade(self.rows.ids, answers.texts))
 

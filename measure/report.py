@@ -29,7 +29,7 @@ from measure.figures import (
     thinking_longer,
     where_traces_pay,
 )
-from measure.judged import Judged, Reference
+from measure.judged import Judged, Reference, completion_logits
 from measure.tables import (
     Columns,
     arms_in,
@@ -106,13 +106,14 @@ def figures_of(
             "Validation loss in nats per token while training, against the FLOPs spent. "
             "One line per seed.",
         ),
-        "Fidelity against cost": (
+    }
+    if result["cost"]["fraction_of_teacher"]["flops"]:
+        found["Fidelity against cost"] = (
             fidelity_against_cost(result, arms, colours, "seconds" if compared else "flops"),
             "How often a student gives the teacher's very own answer, against what it cost, its "
             "outputs included. All students and controls have the same budget of FLOPs by design. "
             "Dashed: nothing cheaper is as faithful.",
-        ),
-    }
+        )
     if len(alike(result, ("access", "k", "stored_as"))) > 2:
         found["Bytes against fidelity"] = (
             bytes_against_kl(result, arms, colours),
@@ -177,8 +178,7 @@ def reasoning_figures(
         found["Where traces pay"] = (
             where_traces_pay(result, pairs),
             "Points of right answers that a student taught by traces is ahead of one taught by "
-            "answers alone (blue; red: behind), same student, same FLOPs: its parameters, and what "
-            "it cost with its outputs in % of the teacher's training.",
+            "answers alone (blue; red: behind), same student, same FLOPs.",
         )
     return found
 
@@ -214,12 +214,11 @@ def side_by_side(
 def dark_knowledge(reference: Reference) -> list[dict[str, Any]]:
     """What the teacher is least sure of, with its likeliest tokens at each position."""
     task, rows = reference.task, reference.rows
-    log_probs = torch.log_softmax(reference.logits, dim=-1)
-    by_row = log_probs.split((rows.lengths - rows.prompt_lengths).tolist())
-    entropy = [float(-(p.exp() * p).sum(-1).mean()) for p in by_row]
+    unsure = reference.judged.columns["entropy"] / reference.judged.columns["positions"]
     shown = []
-    for i in np.argsort(entropy, kind="stable")[::-1][:SHOWN_WORDS]:
-        top = by_row[i].exp().topk(5, dim=-1)
+    for i in np.argsort(unsure, kind="stable")[::-1][:SHOWN_WORDS]:
+        logits, _, _ = completion_logits(reference.teacher, task, rows, np.array([i]))
+        top = torch.softmax(logits, dim=-1).topk(5, dim=-1)
         positions = [
             {
                 "target": task.tokens[target],

@@ -100,7 +100,7 @@ def more_cells(result: dict[str, Any], arm: str) -> list[str]:
     share = cost["fraction_of_teacher_by_student"].get(arm)
     weight = cost["outputs_by_student"].get(arm, {}).get("bytes_per_token")
     cells = [
-        f"{100 * share['flops']:.1f}" if share else "-",
+        f"{100 * share['flops']:.1f}" if share and share["flops"] else "-",
         f"{weight:.1f}" if weight else "-",
     ]
     found = {(v["claim"], v["metric"]): v for v in result["verdicts"]}
@@ -138,10 +138,9 @@ def facts_of(result: dict[str, Any]) -> list[str]:
                 f"{words} in {measured}"
             )
     for arm in result["students"]:
-        cost = result["cost"]["fraction_of_teacher_by_student"][arm]
-        facts.append(
-            f"outputs + {arm} = {100 * cost['flops']:.1f} % of the teacher's training FLOPs"
-        )
+        share = result["cost"]["fraction_of_teacher_by_student"][arm]["flops"]
+        if share is not None:
+            facts.append(f"outputs + {arm} = {100 * share:.1f} % of the teacher's training FLOPs")
     return facts
 
 

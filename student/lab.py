@@ -27,6 +27,7 @@ from teacher.model import (
     build_model,
     initialise,
     load_model,
+    load_pretrained,
     load_tokenizer,
     take_layers,
 )
@@ -62,7 +63,9 @@ def open_lab(config: Config, run: Run, accelerator: "Accelerator | None" = None)
 
 
 def new_model(lab: Lab, settings: Model, seed: int) -> nn.Module:
-    """An untrained model of the lab's vocabulary and precision."""
+    """An untrained model of the lab's vocabulary and precision; or a pretrained one, as it is."""
+    if settings.pretrained:
+        return load_pretrained(settings.pretrained).to(getattr(torch, lab.config.precision))
     model = build_model(settings, lab.task.tokenizer, lab.task.longest_row)
     return initialise(model.to(getattr(torch, lab.config.precision)), seed)
 

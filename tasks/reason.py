@@ -344,7 +344,7 @@ class Reason:
             (read_solution(a), read_solution(t)) for a, t in zip(answers, teachers, strict=True)
         ]
         return {
-            "same_answer": np.array([a.answer == t.answer for a, t in pairs], float),
+            "same_answer": np.array([a.answer == t.answer is not None for a, t in pairs], float),
             "same_steps": np.array([same_steps(a.steps, t.steps) for a, t in pairs], float),
             "teachers_steps": np.array([len(t.steps) for _, t in pairs], float),
         }

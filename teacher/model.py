@@ -141,6 +141,21 @@ def load_model(folder: Path) -> nn.Module:
     return model.eval()
 
 
+def load_pretrained(name: str) -> nn.Module:
+    """The weights and shape of a folder or of a model of the hub, which may have to be downloaded.
+    No code of it is run, and nothing is unpickled."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, use_safetensors=True, attn_implementation="eager", dtype=torch.float32
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise LabError(
+            f"model.pretrained {name!r} cannot be loaded ({type(error).__name__}: {reason}); "
+            "expected a folder or a hub id with safetensors"
+        ) from None
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that a model was saved with."""
     try:

@@ -1,0 +1,185 @@
+"""The task `gsm8k`: real word problems of grade school, solved in plain English.
+
+Source: Cobbe et al. 2021, arXiv 2110.14168, github.com/openai/grade-school-math (MIT licence):
+7,473 training and 1,319 test problems. A solution ends with `#### 18`. For pretrained models: the
+tokenizer is theirs.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import numpy as np
+from transformers import AutoTokenizer
+
+from configs.schema import LabError
+from tasks.rows import Rows, row_id
+
+HUB = "openai/gsm8k"
+ASKS = "\nThink step by step. End with #### and the number."
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+VALIDATION = 5  # % of the training problems
+
+
+def read_problems(folder: str | None, split: str) -> list[dict[str, str]]:
+    """[{"question", "answer"}] of `train` or `test`, from a folder of JSONL or from the hub."""
+    if folder is None:
+        try:
+            return list(datasets.load_dataset(HUB, "main", split=split))
+        except Exception as error:
+            raise LabError(
+                f"{HUB} cannot be loaded from the hub ({type(error).__name__}); put train.jsonl "
+                "and test.jsonl in a folder and name it in task.folder"
+            ) from None
+    file = Path(folder, f"{split}.jsonl")
+    if not file.is_file():
+        raise LabError(f"no file {file}; task.folder names where train.jsonl and test.jsonl lie")
+    problems = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            problem = json.loads(line)
+            problems.append({key: str(problem[key]) for key in ("question", "answer")})
+        except (ValueError, KeyError, TypeError):
+            raise LabError(
+                f"{file}, line {number}: expected an object with question and answer"
+            ) from None
+    return problems
+
+
+def final_number(text: str) -> float | None:
+    """What a solution ends with: the number after the last ####, else the last one it names."""
+    _, marked, after = text.rpartition("####")
+    numbers = NUMBER.findall(after) if marked else NUMBER.findall(text)[-1:]
+    return float(numbers[0].replace(",", "")) if numbers else None
+
+
+@dataclass
+class Gsm8k:
+    """Rows, tokenizer and grader. `limit` keeps only so many problems per split."""
+
+    tokenizer_name: str
+    folder: str | None = None
+    limit: int | None = None
+    name: str = "gsm8k"
+    things: str = "problems"
+    example: tuple[str, ...] = (
+        "A robe takes 2 bolts of blue fiber and half that much white fiber. "
+        "How many bolts in total does it take?",
+    )
+    headline: str = "accuracy"
+    judged: tuple[str, ...] = ("heldout",)
+    longest_answer: int = 320  # tokens
+    longest_row: int = 1024
+
+    def __post_init__(self) -> None:
+        self.quality = {"accuracy": ("right", "rows")}
+        self.agreement = {"answer_agreement": ("same_answer", "rows")}
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
+        except Exception as error:
+            raise LabError(
+                f"task.tokenizer {self.tokenizer_name!r} cannot be loaded "
+                f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            ) from None
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.separator = -1  # nobody invents such problems
+
+    @cached_property
+    def tokens(self) -> list[str]:
+        return self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+
+    @cached_property
+    def by_split(self) -> dict[str, list[dict[str, str]]]:
+        """The published test problems are held out; validation comes off the training problems, by
+        a hash of the question."""
+        found: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+        for problem in read_problems(self.folder, "train"):
+            digest = hashlib.sha256(f"split {problem['question']}".encode()).digest()
+            aside = int.from_bytes(digest[:8], "big") % 100 < VALIDATION
+            found["validation" if aside else "train"].append(problem)
+        found["heldout"] = read_problems(self.folder, "test")
+        return {split: problems[: self.limit] for split, problems in found.items()}
+
+    @cached_property
+    def by_id(self) -> dict[int, dict[str, str]]:
+        return {self.id_of(p): p for problems in self.by_split.values() for p in problems}
+
+    def id_of(self, problem: dict[str, str]) -> int:
+        return row_id(f"gsm8k {problem['question']}")
+
+    def rows(self, split: str) -> Rows:
+        """The split as tokens: the question asks, the solution and the end mark answer."""
+        problems = self.by_split[split]
+        end = [self.tokenizer.eos_token_id]
+        answers = [self.solution(problem) for problem in problems]
+        encoded = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
+        return Rows.build(
+            [self.id_of(problem) for problem in problems],
+            [self.prompt(problem["question"]) for problem in problems],
+            [answer + end for answer in encoded],
+        )
+
+    def solution(self, problem: dict[str, str]) -> str:
+        """As published, without the `<<16-3-4=9>>` that were meant for a calculator."""
+        return re.sub(r"<<[^>]*>>", "", problem["answer"])
+
+    def prompt(self, question: str) -> list[int]:
+        """As the model was taught to be asked, if it was."""
+        if self.tokenizer.chat_template:
+            message = [{"role": "user", "content": question + ASKS}]
+            ids = self.tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        else:
+            ids = self.tokenizer(f"Question: {question}{ASKS}\nAnswer: ")["input_ids"]
+        if len(ids) > self.longest_row - self.longest_answer:
+            raise LabError(
+                f"a question of {len(ids)} tokens, expected at most "
+                f"{self.longest_row - self.longest_answer}: {question[:40]!r}..."
+            )
+        return ids
+
+    def question(self, rows: Rows, i: int) -> str:
+        return self.by_id[int(rows.ids[i])]["question"]
+
+    def truths(self, question: str) -> list[str]:
+        problem = self.by_id.get(self.id_of({"question": question}))
+        return [self.solution(problem)] if problem else []
+
+    def render(self, tokens: np.ndarray | list[int]) -> str:
+        """Up to the end mark."""
+        ids = [int(token) for token in tokens]
+        end = self.tokenizer.eos_token_id
+        return self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids).strip()
+
+    def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
+        """Per row: does the answer end with the right number?"""
+        said = map(final_number, answers)
+        truths = [final_number(self.by_id[int(i)]["answer"]) for i in ids]
+        right = np.array([a == truth for a, truth in zip(said, truths, strict=True)], float)
+        return {"right": right, "wrong": 1 - right}
+
+    def agree(self, answers: list[str], teachers: list[str]) -> dict[str, np.ndarray]:
+        """Per row: does it end with the teacher's number?"""
+        pairs = zip(map(final_number, answers), map(final_number, teachers), strict=True)
+        return {"same_answer": np.array([a == t is not None for a, t in pairs], float)}
+
+    def rewards(self, rows: Rows) -> np.ndarray:
+        return np.array([self.is_right(rows, i) for i in range(len(rows))], float)
+
+    def is_right(self, rows: Rows, i: int) -> bool:
+        said = final_number(self.render(rows.completion(i).tolist()))
+        return said == final_number(self.by_id[int(rows.ids[i])]["answer"])
+
+    def without_trace(self, completion: list[int]) -> list[int]:
+        """`...#### 18` -> `#### 18`; as it is, if it has no such mark."""
+        _, marked, after = self.render(completion).rpartition("####")
+        if not marked:
+            return completion
+        ids = self.tokenizer(f"####{after}", add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id]
