@@ -498,7 +498,9 @@ def farewell(run: Run) -> None:
         f"cost       {run.folder / 'ledger.json'} ({minutes:.1f} minutes in all)\n\n"
         f"next: python eval.py {run.folder}"
     )
-    Console().print(Panel(text, title=f"trained {run.folder}", box=box.ASCII, expand=False))
+    width = max(80, *(len(line) + 4 for line in text.splitlines()))  # commands stay on one line
+    panel = Panel(text, title=f"trained {run.folder}", box=box.ASCII, expand=False)
+    Console(width=width).print(panel)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ OF_TASK = {
         "same number as teacher %": ("fidelity", "answer_agreement", 100, 1),
         "teacher's steps %": ("fidelity", "step_agreement", 100, 1),
     },
+    "gsm8k": {
+        "right answers %": ("quality", "accuracy", 100, 1),
+        "same number as teacher %": ("fidelity", "answer_agreement", 100, 1),
+    },
 }
 OF_ALL = {
     "same answer as teacher %": ("fidelity", "sequence_agreement", 100, 1),
@@ -35,7 +39,7 @@ OF_ALL = {
     "NLL gap, nats": ("fidelity", "nll_gap", 1, 3),
     "ECE %": ("fidelity", "ece", 100, 1),
 }
-GAPS_IN = {"pronounce": "word errors", "reason": "right answers"}
+GAPS_IN = {"pronounce": "word errors", "reason": "right answers", "gsm8k": "right answers"}
 BLOCK = re.compile(r"(<!-- results/(\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

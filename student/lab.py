@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from configs.runs import Run
-from configs.schema import DIVERGENCES, Config, Model, Recipe
+from configs.schema import DIVERGENCES, Config, LabError, Model, Recipe
 from student.hidden import Projected
 from student.lessons import Lessons, answers_alone, scarce, smoothed_labels
 from student.on_policy import OnPolicy
@@ -130,6 +130,11 @@ def lessons_of(lab: Lab, recipe: Recipe, seed: int, counted: Counted) -> Lessons
             outputs = outputs.shuffle(seed)
         if recipe.traces == "right":
             right = [i for i in range(len(outputs.rows)) if lab.task.is_right(outputs.rows, i)]
+            if not right:
+                raise LabError(
+                    f"outputs/{name_of(recipe)}: no row ends with a right answer, so that traces: "
+                    "right leaves nothing to learn from; use a better teacher or more transfer_rows"
+                )
             outputs = outputs.keep(np.asarray(right, int))
         lessons = Lessons(outputs.rows, outputs.signal)
         if recipe.traces == "none":

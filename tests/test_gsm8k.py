@@ -1,0 +1,168 @@
+"""The task `gsm8k`: its files, its grader, and pretrained models from end to end."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import eval as judge
+import train
+from configs.runs import Run
+from configs.schema import LabError, Model
+from student.lessons import answers_alone
+from tasks.gsm8k import Gsm8k, final_number, read_problems
+from teacher.model import build_model, initialise, save_model
+
+ROOT = Path(__file__).parent.parent
+CONFIG = str(ROOT / "configs" / "gsm8k.yaml")
+REAL = ROOT.parent / "shared" / "data" / "gsm8k"
+real_files = pytest.mark.skipif(not REAL.is_dir(), reason=f"no GSM8K files in {REAL}")
+
+
+def made_up(count):
+    """Problems of the published form."""
+    return [
+        {
+            "question": f"Tom has {n} red and {n + 3} blue marbles. How many has he?",
+            "answer": f"He has {n}+{n + 3}=<<{n}+{n + 3}={2 * n + 3}>>{2 * n + 3} marbles.\n"
+            f"#### {2 * n + 3}",
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """train.jsonl, test.jsonl, a byte-level BPE tokenizer and two models that know nothing."""
+    place = tmp_path_factory.mktemp("gsm8k")
+    problems = made_up(150)
+    for split, part in (("train", problems[:120]), ("test", problems[120:])):
+        lines = "".join(json.dumps(problem) + "\n" for problem in part)
+        (place / f"{split}.jsonl").write_text(lines, "utf-8")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    bpe.train_from_iterator([p["question"] + p["answer"] for p in problems], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="</s>", bos_token="</s>", pad_token="</s>"
+    )
+    for name, width in (("large", 32), ("small", 16)):
+        shape = Model(hidden_size=width, num_hidden_layers=1, num_attention_heads=2)
+        model = initialise(build_model(shape, tokenizer, 1024), 0)
+        save_model(model, tokenizer, place / name, "a model of a test")
+    return place
+
+
+def test_a_solution_ends_with_its_number():
+    assert final_number("so 3 + 4 = 7.\n#### 1,234") == 1234
+    assert final_number("#### -2.50 dollars") == -2.5
+    assert final_number("it is 5, no, 18.") == 18
+    assert final_number("no number") is None
+    assert final_number("7\n####") is None
+
+
+def test_problems_become_rows_and_are_graded_by_their_last_number(folder):
+    task = Gsm8k(str(folder / "large"), str(folder))
+    assert len(task.rows("heldout")) == 30
+    assert len(task.rows("train")) + len(task.rows("validation")) == 120
+    rows = task.rows("heldout")
+    solution = task.render(rows.completion(4).tolist())
+    assert solution == "He has 124+127=251 marbles.\n#### 251"
+    assert task.truths(task.question(rows, 4)) == [solution]
+    assert all(task.is_right(rows, i) for i in range(30))
+    answers = [task.render(rows.completion(i).tolist()) for i in range(30)]
+    answers[0], answers[1] = "I do not know", "#### 7"
+    assert task.grade(rows.ids, answers)["right"].tolist() == [0, 0, *[1] * 28]
+    assert task.agree(["no"], ["no"])["same_answer"].tolist() == [0]
+    alone = answers_alone(rows, task)
+    assert task.render(alone.completion(4).tolist()) == "#### 251"
+    assert all(task.is_right(alone, i) for i in range(30))
+
+
+@real_files
+def test_the_published_files_load_and_every_solution_is_right_by_its_own_grader(folder):
+    problems = {split: read_problems(str(REAL), split) for split in ("train", "test")}
+    assert (len(problems["train"]), len(problems["test"])) == (7473, 1319)
+    task = Gsm8k(str(folder / "large"), str(REAL))
+    truths = [final_number(p["answer"]) for part in problems.values() for p in part]
+    assert None not in truths
+    held = task.by_split["heldout"]
+    ids = np.array([task.id_of(problem) for problem in held])
+    assert task.grade(ids, [task.solution(p) for p in held])["right"].all()
+    assert not any("<<" in task.solution(problem) for problem in held)
+    questions = {split: {p["question"] for p in part} for split, part in task.by_split.items()}
+    assert not questions["train"] & (questions["validation"] | questions["heldout"])
+    assert 0.03 < len(questions["validation"]) / 7473 < 0.07
+
+
+def test_files_that_are_not_gsm8k_are_said_in_one_line(tmp_path):
+    with pytest.raises(LabError, match=r"no file .*train\.jsonl"):
+        read_problems(str(tmp_path), "train")
+    (tmp_path / "train.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n{"a": 1}\n')
+    with pytest.raises(LabError, match="line 2: expected an object with question and answer"):
+        read_problems(str(tmp_path), "train")
+
+
+def test_pretrained_models_go_through_the_whole_story(folder, tmp_path, capsys):
+    """configs/gsm8k.yaml itself, with models of a test in place of those of the hub."""
+    overrides = [
+        f"task={{name: gsm8k, tokenizer: {folder / 'large'}, folder: {folder}}}",
+        f"teacher.model={{pretrained: {folder / 'large'}}}",
+        f"students.model={{pretrained: {folder / 'small'}}}",
+        "students.tflops=0.02", "threads=1",
+    ]  # fmt: skip
+    assert train.main([CONFIG, *overrides, "--runs", str(tmp_path)]) == 2
+    assert "no row" in capsys.readouterr().err  # a teacher that knows nothing has no right trace
+    traces = "{traces: {access: text, sequences: teacher, objective: cross_entropy}}"
+    claim = "{claim: traces beats alone, metric: accuracy}"
+    overrides += ["name=known", f"recipes={traces}", f"verdicts=[{claim}]"]
+    assert train.main([CONFIG, *overrides, "--runs", str(tmp_path)]) == 0
+    assert judge.main([str(tmp_path / "known")]) == 0
+    run = Run.finished(tmp_path / "known")
+    assert run.cost_of("teacher")["flops"] == run.cost_of("teacher")["steps"] == 0
+    for arm in ("traces", "alone"):
+        spent = run.cost_of(f"students/{arm}/seed-0")["flops"]
+        spent += run.cost_of("outputs/teacher-text-train")["flops"] if arm == "traces" else 0
+        assert 0.8 * 0.02e12 < spent <= 0.02e12
+    result = json.loads((run.folder / "eval.json").read_text("utf-8"))
+    assert set(result["students"]["traces"]["quality"]) == {"accuracy"}
+    assert "answer_agreement" in result["students"]["traces"]["fidelity"]
+    assert result["cost"]["fraction_of_teacher"]["flops"] is None
+    assert "of the FLOPs of training" not in (run.folder / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("students.tflops=null", "set both or neither"),
+        ("students.budget=0.1", "set one of budget and tflops"),
+        ("teacher.model.hidden_size=16", "brings its own sizes: leave hidden_size away"),
+        ("controls=[alone,twin]", "leave it away"),
+        ("task.tokenizer=null", "task.tokenizer: missing"),
+        ("recipes.right.initial_layers=[1]", "not known here"),
+        ("teacher.model={architecture: llama}", "hidden_size is missing"),
+    ],
+)
+def test_what_cannot_be_pretrained_is_refused_in_one_line(override, said, tmp_path, capsys):
+    assert train.main([CONFIG, override, "--runs", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_model_that_is_nowhere_is_said_in_one_line(folder, tmp_path, capsys):
+    overrides = [
+        f"task={{name: gsm8k, tokenizer: {folder / 'large'}, folder: {folder}}}",
+        f"teacher.model={{pretrained: {tmp_path / 'nowhere'}}}",
+    ]
+    assert train.main([CONFIG, *overrides, "--runs", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "cannot be loaded" in error
+    assert len(error.splitlines()) == 1
