@@ -51,7 +51,7 @@ from student.lab import (
     teacher_sha256,
     tokenizer_sha256,
 )
-from student.lessons import Lessons
+from student.lessons import Lessons, answers_alone
 from student.recipe import (
     FROM_TEXT,
     Match,
@@ -61,7 +61,7 @@ from student.recipe import (
     recipes_of,
     waves_of,
 )
-from tasks.rows import batch_order, collate, weight_of
+from tasks.rows import Rows, batch_order, collate, weight_of
 from teacher.model import (
     build_model,
     save_model,
@@ -330,6 +330,7 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
         lineage=f"{lineage}data `{lab.task.name}`. Recipe: `{recipe.model_dump_json()}`.",
         match=match,
         budget=until_spent,
+        validation=answers_alone(lab.validation, lab.task) if recipe.traces == "none" else None,
     )
 
 
@@ -346,6 +347,7 @@ def fit(
     lineage: str,
     match: Match | None = None,
     budget: float | None = None,
+    validation: Rows | None = None,
 ) -> Closing | None:
     """THE training loop: teacher, student and control differ only by what they are handed.
 
@@ -380,7 +382,8 @@ def fit(
     accelerator.wait_for_everyone()  # all have read the checkpoint before one writes another
     journal = None
     if main_process:
-        journal = Journal(lab.run, stage, lab.task, lab.validation, steps, step, done())
+        shown = lab.validation if validation is None else validation
+        journal = Journal(lab.run, stage, lab.task, shown, steps, step, done())
     saved_at = watch.elapsed()
     model.train()
     while (progress := done()) < 1:

@@ -5,6 +5,7 @@ for instance wrong answers and answers, and their ratio.
 """
 
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -324,9 +325,15 @@ def verdict_line(verdict: dict) -> str:
     more = f" ({what_would_tell(verdict)})" if verdict["result"] == "inconclusive" else ""
     return (
         f"{verdict['claim']} {by} {scale * verdict['difference']:.{digits}f} {unit} "
-        f"{verdict['metric'].replace('_', ' ')} [{low:.{digits}f}, {high:.{digits}f}] {seeds}"
+        f"{in_words(verdict['metric'])} [{low:.{digits}f}, {high:.{digits}f}] {seeds}"
         f"{beyond}: {verdict['result'].upper()}{more}"
     )
+
+
+def in_words(metric: str) -> str:
+    """`accuracy_4_5` -> `accuracy at 4 and 5 steps`"""
+    name = re.sub(r"^accuracy_(\d)_(\d)$", r"accuracy at \1 and \2 steps", metric)
+    return re.sub(r"^accuracy_(\d)$", r"accuracy at \1 steps", name).replace("_", " ")
 
 
 def what_would_tell(verdict: dict) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from measure.statistics import verdict_line
+from measure.statistics import in_words, verdict_line
 
 # {heading: (group, metric, scale, digits)}; the first two of a task and the first three of all
 # stand everywhere, the report has all
@@ -84,7 +84,7 @@ def compared_in(result: dict[str, Any]) -> dict[str, tuple[str, str]]:
     if not compare:
         return {}
     return {
-        f"{metric.replace('_', ' ')} against {other}": (other, metric)
+        f"{in_words(metric)} against {other}": (other, metric)
         for metric in compare["metrics"]
         for other in compare["against"]
     }
