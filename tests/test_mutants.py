@@ -131,9 +131,9 @@ MUTANTS = {
     ),
     "the teacher's text tokenised again": (
         "teacher/outputs.py",
-        "row = np.concatenate([rows.prompt(i), answer.tokens.numpy()])",
-        "row = np.concatenate([rows.prompt(i), task.tokenizer(task.render(answer.tokens.tolist()))"
-        '["input_ids"]])',
+        "np.concatenate([rows.prompt(i), answer.tokens.numpy()]),",
+        "np.concatenate([rows.prompt(i), task.tokenizer(task.render(answer.tokens.tolist()))"
+        '["input_ids"]]),',
         "test_outputs.py::test_text_reveals_the_greedy_answers_and_nothing_more",
     ),
     "a weight that means the other term": (

@@ -253,6 +253,7 @@ def test_the_commonest_answer_wins_and_no_answer_has_no_vote():
 # -- the whole story -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_way_to_learn_gets_its_own_lessons(run):
     config = run.config()
     lab = open_lab(config, run)
@@ -271,6 +272,7 @@ def test_each_way_to_learn_gets_its_own_lessons(run):
     assert lessons["grpo"].on_policy.teacher is None
 
 
+@pytest.mark.slow
 def test_a_policy_starts_from_the_student_that_warmed_it_up_and_pays_for_it(run):
     config = run.config()
     assert charged_stages(config.recipes["grpo"], config) == [
@@ -284,6 +286,7 @@ def test_a_policy_starts_from_the_student_that_warmed_it_up_and_pays_for_it(run)
     assert 0.85 * budget < spent <= budget
 
 
+@pytest.mark.slow
 def test_the_evaluation_says_how_its_models_think(run):
     result = json.loads((run.folder / "eval.json").read_text("utf-8"))
     for entry in (result["teacher"], *result["students"].values(), result["controls"]["alone"]):
@@ -302,6 +305,7 @@ def test_the_evaluation_says_how_its_models_think(run):
     assert verdict["claim"] == "traces beats answers"
 
 
+@pytest.mark.slow
 def test_the_report_shows_how_its_models_think(run):
     report = (run.folder / "report.html").read_text("utf-8")
     for heading in (
@@ -311,6 +315,7 @@ def test_the_report_shows_how_its_models_think(run):
         assert f"<h2>{heading}</h2>" in report
 
 
+@pytest.mark.slow
 def test_ask_prints_thinking_and_answer(run, capsys):
     assert judge.main([str(run.folder), "--ask", PENS]) == 0
     said = capsys.readouterr().out
@@ -321,6 +326,7 @@ def test_ask_prints_thinking_and_answer(run, capsys):
     assert "'dog' is not in the vocabulary" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sound_run_of_reasoning_says_so(run, capsys):
     assert judge.main([str(run.folder), "--selfcheck"]) == 0
     said = capsys.readouterr().out
