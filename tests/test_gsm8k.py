@@ -110,6 +110,7 @@ def test_files_that_are_not_gsm8k_are_said_in_one_line(tmp_path):
         read_problems(str(tmp_path), "train")
 
 
+@pytest.mark.slow
 def test_pretrained_models_go_through_the_whole_story(folder, tmp_path, capsys):
     """configs/gsm8k.yaml itself, with models of a test in place of those of the hub."""
     overrides = [

@@ -124,7 +124,7 @@ def test_the_pareto_front_is_what_nothing_cheaper_exceeds():
 def test_a_student_writes_at_the_steps_that_its_schedule_names_and_in_no_others(tmp_path):
     task = Pronounce(limit=300)
     recipe = Recipe(access="logits", on_policy={"start": 0, "end": 1})
-    policy = OnPolicy(task.rows("train"), None, None, recipe, 0, 8, 20, 2, vocabulary=72)
+    policy = OnPolicy(task.rows("train"), None, None, None, recipe, 0, 8, 20, 2, 72)
     due = [policy.due(step, step / 2000) for step in range(2000)]
     assert sum(due[:200]) < 40 < 160 < sum(due[-200:])
     assert sum(due) == pytest.approx(1000, abs=70)
@@ -137,7 +137,7 @@ def test_on_policy_lessons_are_the_students_own_words_with_the_teachers_live_sig
     recipe = Recipe(access="logits", sequences="student", student_temperature=0)
     rows = task.rows("train")
     counted = CountedForward(teacher)
-    policy = OnPolicy(rows, counted, CountedForward, recipe, 0, 16, 20, 2, vocabulary=72)
+    policy = OnPolicy(rows, counted, None, CountedForward, recipe, 0, 16, 20, 2, 72)
     lessons = policy.lessons(student, step=3)
     again = policy.lessons(student, step=3)
     assert lessons.rows.digest() == again.rows.digest()
