@@ -32,7 +32,7 @@ from configs.runs import (
     write_atomically,
     write_json,
 )
-from configs.schema import Config, LabError, Verdict, check_config, nearest
+from configs.schema import Config, LabError, Recipe, Verdict, check_config, nearest
 from measure.check import artifacts_of, bands, check, compare_runs, losses_of
 from measure.cost import CountedForward, Stopwatch
 from measure.judged import Judged, Reference, free_running
@@ -124,13 +124,14 @@ def judge(run: Run, config: Config, split: str) -> None:
     sample = task.rows("validation")
     sample = sample.take(np.arange(min(512, len(sample))))
     speed = {"teacher": measure_speed(teacher.model, task, sample)}
-    thinks = {"teacher": how_it_thinks(teacher, references, judged["teacher"])}
+    thinks = {"teacher": how_it_thinks(teacher, references, judged["teacher"], None)}
     flops = teacher.flops
     for arm, seeds in arms.items():
         models = [CountedForward(open_model(run, stage_of(arm, seed))) for seed in seeds]
         judged[arm] = {name: [references[name].judge(m) for m in models] for name in splits}
         speed[arm] = measure_speed(models[0].model, task, sample)
-        thinks[arm] = how_it_thinks(models[0], references, judged[arm])
+        recipe = recipes_of(config).get(arm)
+        thinks[arm] = how_it_thinks(models[0], references, judged[arm], recipe)
         flops += sum(model.flops for model in models)
     metrics = {
         arm: {name: references[name].metrics(seeds) for name, seeds in by_split.items()}
@@ -295,14 +296,19 @@ def comparison(claim: Verdict, metrics: dict[str, Any]) -> Comparison:
 
 
 def how_it_thinks(
-    model: CountedForward, references: dict[str, Reference], judged: dict[str, list[Judged]]
+    model: CountedForward,
+    references: dict[str, Reference],
+    judged: dict[str, list[Judged]],
+    recipe: Recipe | None,
 ) -> dict[str, Any]:
     """Of a task that reasons: test-time scaling of an arm's first seed on the first split."""
     split, reference = next(iter(references.items()))
     if not isinstance(reference.task, Reason):
         return {}
     texts = judged[split][0].answers.texts
-    return {"reasoning": reasoning(model, reference.task, reference.rows, texts, seed=0)}
+    thinks = recipe is None or recipe.traces != "none"  # teachers do
+    found = reasoning(model, reference.task, reference.rows, texts, thinks, seed=0)
+    return {"reasoning": found}
 
 
 def arms_of(config: Config) -> dict[str, list[int]]:

@@ -117,12 +117,11 @@ def first_wrong_steps(task: Reason, rows: Rows, texts: list[str]) -> dict[str, l
 
 
 def reasoning(
-    model: CountedForward, task: Reason, rows: Rows, texts: list[str], seed: int
+    model: CountedForward, task: Reason, rows: Rows, texts: list[str], thinks: bool, seed: int
 ) -> dict[str, Any]:
-    """What eval.json says of how one model thinks. A model that shows no traces has no budget to
-    cut."""
+    """What eval.json says of how one model thinks. A model that was taught answers alone, so that
+    it never `thinks`, has no budget to cut."""
     asked = asked_problems(rows)
-    thinks = any("</think>" in text for text in texts)
     return {
         "first_wrong_step": first_wrong_steps(task, rows, texts) if thinks else None,
         "thinking": thinking_curve(model, task, asked) if thinks else None,

@@ -14,7 +14,7 @@ import train
 from configs.runs import Run
 from configs.schema import Model, Recipe
 from measure.cost import CountedForward
-from measure.reasoning import SAMPLES, VOTES, commonest, first_wrong_steps
+from measure.reasoning import BUDGETS, SAMPLES, VOTES, commonest, first_wrong_steps
 from student.lab import lessons_of, open_lab
 from student.objectives import policy_gradient
 from student.on_policy import OnPolicy
@@ -47,7 +47,7 @@ def run(tmp_path_factory):
     runs = tmp_path_factory.mktemp("reason")
     assert train.main([TINY, "--runs", str(runs)]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure.reasoning, "PROBLEMS", 8)  # untrained models write without an end
+        patch.setattr(measure.reasoning, "PROBLEMS", 8)  # models this small write without an end
         assert judge.main([str(runs / "reason-tiny")]) == 0
     return Run.finished(runs / "reason-tiny")
 
@@ -299,8 +299,8 @@ def test_the_evaluation_says_how_its_models_think(run):
         assert costs[-1] == pytest.approx(SAMPLES * costs[0])
     assert result["students"]["answers"]["reasoning"]["thinking"] is None
     thinking = result["controls"]["alone"]["reasoning"]["thinking"]
-    tokens = [point["tokens_per_problem"] for point in thinking]
-    assert tokens == sorted(tokens)
+    assert [point["amount"] for point in thinking] == list(BUDGETS)
+    assert all(0 <= point["accuracy"] <= 1 <= point["tokens_per_problem"] for point in thinking)
     (verdict,) = result["verdicts"]
     assert verdict["claim"] == "traces beats answers"
 
