@@ -89,7 +89,7 @@ def greedy_text_is_the_teachers(lab: Lab, recipe: Recipe, outputs: Outputs, name
     for i in places:
         answer = generate(
             teacher,
-            torch.from_numpy(outputs.rows.prompt(i).astype(np.int64))[None],
+            [outputs.rows.prompt(i)],
             longest=lab.task.longest_answer,
             end=lab.task.tokenizer.eos_token_id,
         )[0]

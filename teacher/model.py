@@ -230,20 +230,18 @@ class Written:
 def answers_of(
     forward: Forward, rows: Rows, batch_rows: int = 512, **options: Any
 ) -> Iterator[tuple[int, Written]]:
-    """Let a model answer the prompts of all rows, in batches of one prompt length; the options are
-    those of `generate`. Yields (place of the row, what was written)."""
-    for length in np.unique(rows.prompt_lengths):
-        group = np.flatnonzero(rows.prompt_lengths == length)
-        for places in np.array_split(group, -(-len(group) // batch_rows)):
-            prompts = np.stack([rows.prompt(i) for i in places]).astype(np.int64)
-            written = generate(forward, torch.from_numpy(prompts), **options)
-            yield from zip(places.tolist(), written, strict=True)
+    """Let a model answer the prompts of all rows, in batches of nearly one prompt length; the
+    options are those of `generate`. Yields (place of the row, what was written)."""
+    order = np.argsort(rows.prompt_lengths, kind="stable")
+    for places in np.array_split(order, -(-len(order) // batch_rows)):
+        written = generate(forward, [rows.prompt(i) for i in places], **options)
+        yield from zip(places.tolist(), written, strict=True)
 
 
 @torch.no_grad()
 def generate(
     forward: Forward,
-    prompts: Tensor,
+    prompts: Sequence[np.ndarray | Tensor],
     *,
     longest: int,
     end: int,
@@ -257,7 +255,10 @@ def generate(
     budget: int | None = None,
     closing: int | None = None,
 ) -> list[Written]:
-    """Let a model write: prompts [B, P], all of one length, to B continuations up to `end`.
+    """Let a model write: B prompts of any lengths to B continuations up to `end`.
+
+    All rows go on together, token by token: those of longer prompts still read when others already
+    write. So nothing is padded, and no mask is needed.
 
     Temperature 0 takes the likeliest token. No top-p, top-k or repetition penalty hides here.
     With a `separator`, tokens up to it are sampled at `spelling_temperature` (a model that
@@ -266,65 +267,69 @@ def generate(
     a model that has not written the `closing` token after so many tokens of thinking is made to:
     it must answer from what it has (Muennighoff et al. 2025 (s1), arXiv 2501.19393, section 3).
     """
-    rows, prompt_length = prompts.shape
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    ends = starts + longest
+    rows, width = len(prompts), int(ends.max())
+    filled = np.zeros((rows, width), np.int64)
+    for row, prompt in zip(filled, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    tokens = torch.from_numpy(filled)
     alive = torch.arange(rows)
     answering = torch.full((rows,), separator is None)
     thinking = torch.full((rows,), budget is not None)
-    tokens = torch.empty((rows, longest), dtype=torch.long)
-    lengths = torch.full((rows,), longest)
     log_probs: Tensor | None = None
     hidden: Tensor | None = None
     attention: Tensor | None = None
     cache, device = DynamicCache(), device_of(forward)
-    inputs = prompts
     options = {"use_cache": True} | shows_states(keep_layers)
-    for step in range(longest):
-        output = forward(inputs.to(device), past_key_values=cache, **options)
+    read = 0
+    for place in range(int(starts.min()), width):
+        inputs = tokens[alive, read:place].to(device)
+        output = forward(inputs, past_key_values=cache, **options)
         logits = output.logits[:, -1, :vocabulary].cpu()
         if keep_layers:
             states, looks = (shown.cpu() for shown in states_of(output, keep_layers))
             if hidden is None:
-                width = prompt_length + longest - 1
-                hidden = states.new_empty((rows, width, *states.shape[2:]))
-                attention = states.new_zeros((rows, width, len(keep_layers), width))
-            first, last = 0 if step == 0 else prompt_length + step - 1, prompt_length + step
-            hidden[alive, first:last] = states
-            attention[alive, first:last, :, :last] = looks
+                hidden = states.new_empty((rows, width - 1, *states.shape[2:]))
+                attention = states.new_zeros((rows, width - 1, len(keep_layers), width - 1))
+            hidden[alive, read:place] = states
+            attention[alive, read:place, :, :place] = looks
+        written = place - starts[alive]  # so many tokens
+        writes = written >= 0
         if keep_log_probs:
             if log_probs is None:
                 log_probs = logits.new_empty((rows, longest, logits.shape[-1]))
-            log_probs[alive, step] = torch.log_softmax(logits, dim=-1)
+            log_probs[alive[writes], written[writes]] = torch.log_softmax(logits[writes], dim=-1)
         chosen = logits.argmax(-1)
-        for sampled, heat in ((answering, temperature), (~answering, spelling_temperature)):
-            if heat > 0 and bool(sampled.any()):
-                chances = torch.softmax(logits[sampled] / heat, dim=-1)
-                chosen[sampled] = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        for drawn, heat in ((answering, temperature), (~answering, spelling_temperature)):
+            drawn = drawn & writes
+            if heat > 0 and bool(drawn.any()):
+                chances = torch.softmax(logits[drawn] / heat, dim=-1)
+                chosen[drawn] = torch.multinomial(chances, 1, generator=generator)[:, 0]
         if budget is not None:
-            thinking = thinking & (chosen != closing)
-            if step >= budget:
-                chosen[thinking] = closing
-                thinking = torch.zeros_like(thinking)
-        tokens[alive, step] = chosen
+            thinking = thinking & ~(writes & (chosen == closing))
+            chosen[thinking & (written >= budget)] = closing
+            thinking = thinking & (written < budget)
+        chosen = torch.where(writes, chosen, tokens[alive, place])
+        tokens[alive, place] = chosen
         if separator is not None:
             answering = answering | (chosen == separator)
-        going = chosen != end
-        lengths[alive[~going]] = step + 1
-        if not bool(going.any()):
+        over = writes & ((chosen == end) | (written == longest - 1))
+        ends[alive[over]] = place + 1
+        if bool(over.all()):
             break
-        # Rows that are done leave the batch, so that a few long ones do not hold up the rest.
-        keep = going.nonzero()[:, 0]
-        alive, inputs = alive[keep], chosen[keep, None]
-        answering, thinking = answering[keep], thinking[keep]
-        if len(keep) < len(going):
+        read = place
+        if bool(over.any()):
+            # Rows that are done leave the batch, so that a few long ones do not hold up the rest.
+            keep = (~over).nonzero()[:, 0]
+            alive, answering, thinking = alive[keep], answering[keep], thinking[keep]
             cache.batch_select_indices(keep.to(device))
     return [
         Written(
-            tokens[row, :n],
-            None if log_probs is None else log_probs[row, :n],
-            None if hidden is None else hidden[row, : prompt_length + n - 1],
-            None
-            if attention is None
-            else attention[row, : prompt_length + n - 1, ..., : prompt_length + n - 1],
+            tokens[row, start:stop],
+            None if log_probs is None else log_probs[row, : stop - start],
+            None if hidden is None else hidden[row, : stop - 1],
+            None if attention is None else attention[row, : stop - 1, :, : stop - 1],
         )
-        for row, n in enumerate(lengths.tolist())
+        for row, (start, stop) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True))
     ]

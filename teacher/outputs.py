@@ -191,7 +191,7 @@ def written(
     generator: torch.Generator,
     progress: Callable,
 ) -> Iterator[Record]:
-    """Sequences `teacher`: it answers the rows' prompts, in batches of one prompt length."""
+    """Sequences `teacher`: it answers the rows' prompts, in batches of nearly one prompt length."""
     records: list[Record | None] = [None] * len(rows)
     answers = answers_of(
         forward,

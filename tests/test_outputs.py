@@ -291,7 +291,7 @@ def test_a_damaged_shard_is_refused(damage, make, tmp_path):
 def test_generation_with_a_cache_counts_its_flops_exactly(task, teacher):
     from torch.utils.flop_counter import FlopCounterMode
 
-    prompts = torch.tensor([task.prompt("distill"), task.prompt("teacher")])
+    prompts = [np.asarray(task.prompt(word)) for word in ("distill", "lab", "teacher")]
     counted = CountedForward(teacher)
     options = {"longest": 8, "end": task.tokenizer.eos_token_id}
     with FlopCounterMode(display=False) as counter:
@@ -300,6 +300,23 @@ def test_generation_with_a_cache_counts_its_flops_exactly(task, teacher):
         counted.flops = 0
         generate(counted, prompts, **options)
         assert counted.flops == counter.get_total_flops()
+
+
+def test_prompts_of_all_lengths_are_answered_together_as_each_alone(task, teacher):
+    words = ("a", "lab", "teacher", "student", "distillation", "at")
+    prompts = [np.asarray(task.prompt(word)) for word in words]
+    options = {
+        "longest": 9,
+        "end": task.tokenizer.eos_token_id,
+        "keep_log_probs": True,
+        "keep_layers": [1],
+    }
+    for prompt, answer in zip(prompts, generate(teacher, prompts, **options), strict=True):
+        (alone,) = generate(teacher, [prompt], **options)
+        assert answer.tokens.tolist() == alone.tokens.tolist()
+        for name in ("log_probs", "hidden", "attention"):
+            torch.testing.assert_close(getattr(answer, name), getattr(alone, name))
+    assert len({len(a.tokens) for a in generate(teacher, prompts, **options)}) > 1
 
 
 def test_sampling_follows_the_models_own_distribution(task, teacher):
