@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from configs.reading import check_config
 from configs.runs import (
     Run,
     differences,
@@ -32,7 +33,7 @@ from configs.runs import (
     write_atomically,
     write_json,
 )
-from configs.schema import Config, LabError, Recipe, Verdict, check_config, nearest
+from configs.schema import Config, LabError, Recipe, Verdict, nearest
 from measure.check import artifacts_of, bands, check, compare_runs, losses_of
 from measure.cost import CountedForward, Stopwatch
 from measure.judged import Judged, Reference, free_running

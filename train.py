@@ -26,8 +26,9 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.checkpoints import checkpoint, restore
+from configs.reading import read_config
 from configs.runs import Run, read_json, sha256_of_model, sha256_of_tensors, write_json
-from configs.schema import Config, LabError, Model, Recipe, Training, read_config
+from configs.schema import Config, LabError, Model, Recipe, Training
 from configs.workers import side_by_side
 from measure.cost import (
     CountedForward,

@@ -21,7 +21,8 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
-from configs.schema import Config, LabError, check_config, read_yaml
+from configs.reading import check_config, read_yaml
+from configs.schema import Config, LabError
 
 SCHEMA = 1
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import read_config
+from configs.reading import read_config
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("configs", "tasks", "teacher", "student", "measure")

@@ -10,8 +10,9 @@ import torch
 
 import train
 from configs.checkpoints import load_checkpoint, save_checkpoint
+from configs.reading import read_config
 from configs.runs import Run
-from configs.schema import LabError, Training, read_config
+from configs.schema import LabError, Training
 from measure.cost import TrainingFlops
 from measure.journal import validation_nll
 from student.hidden import Projected

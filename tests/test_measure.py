@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import read_config
+from configs.reading import read_config
 from eval import other_configs
 from measure.fidelity import ECE_BINS, calibration_columns, compare, sum_by_row
 from measure.statistics import (

@@ -11,8 +11,9 @@ import torch
 
 import eval as judge
 import train
+from configs.reading import read_config
 from configs.runs import Run
-from configs.schema import LabError, Recipe, read_config
+from configs.schema import LabError, Recipe
 from measure.cost import CountedForward
 from measure.figures import alike, pareto_front
 from measure.tables import facts_of, more_cells, more_headings

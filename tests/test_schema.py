@@ -9,16 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import (
-    Config,
-    LabError,
-    Schedule,
-    check_config,
-    extremes,
-    read_config,
-    read_yaml,
-    value_at,
-)
+from configs.reading import check_config, read_config, read_yaml
+from configs.schema import Config, LabError, Schedule, extremes, value_at
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"

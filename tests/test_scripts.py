@@ -89,7 +89,7 @@ def test_every_student_and_control_spends_the_budget_and_no_more(tiny_run):
 
 
 def test_students_of_one_seed_start_from_the_same_weights():
-    from configs.schema import read_config
+    from configs.reading import read_config
     from student.recipe import recipes_of
     from tasks.pronounce import build_tokenizer
     from teacher.model import build_model, initialise

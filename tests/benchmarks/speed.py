@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 import train
+from configs.reading import read_config
 from configs.runs import Run
-from configs.schema import Recipe, read_config
+from configs.schema import Recipe
 from measure.cost import CountedForward, TrainingFlops
 from student.lab import Lab, lessons_of, new_student
 from student.lessons import Lessons

@@ -1,0 +1,97 @@
+"""Read a config: YAML and overrides on top, checked, or refused in one line."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from configs.rules import objections
+from configs.schema import Config, LabError, Section, nearest
+
+
+def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read and check a YAML config, with `key.sub=value` overrides on top (values are YAML).
+
+    Raises LabError with one line that names the file, the key, what was found and what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = nearest(path.name, [found.name for found in path.parent.glob("*.yaml")])
+        raise LabError(f"no config file {path}{near}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LabError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    settings = read_yaml(text, str(path))
+    if not isinstance(settings, dict):
+        raise LabError(f"{path} holds {type(settings).__name__}, expected keys and values")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise LabError(f"override {override!r} must read key=value, as in teacher.epochs=2")
+        *parents, last = key.split(".")
+        place = settings
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise LabError(f"override {override!r}: {parent!r} is a value, not a section")
+        place[last] = read_yaml(value, f"override {override!r}")
+    return check_config(settings, str(path))
+
+
+def check_config(settings: dict, source: str) -> Config:
+    """Validate settings; LabError names the first key at fault, or the first rule broken."""
+    try:
+        config = Config.model_validate(settings)
+    except ValidationError as error:
+        raise LabError(f"{source}: {explain(error.errors()[0])}") from None
+    for objection in objections(config):
+        raise LabError(f"{source}: {objection}")
+    return config
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Plain YAML only: no tags that build objects, no aliases that blow up."""
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise LabError(f"{source}: YAML aliases (*{event.anchor}) are not accepted")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise LabError(
+            f"{source}: not plain YAML{where}: {getattr(error, 'problem', None) or error}"
+        ) from None
+
+
+def explain(error: Any) -> str:
+    """One pydantic error as one line: the key, what was found, what was expected."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        *parents, last = error["loc"]
+        section: Any = Config
+        for parent in parents:
+            section = section_of(section, str(parent))
+        known = list(section.model_fields) if section else []
+        near = nearest(str(last), known) or f"; known here: {', '.join(known)}"
+        return f"unknown key {key!r}{near}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    if error["type"] == "missing":
+        return f"{key}: missing; this key is needed"
+    return f"{key}: found {error['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def section_of(section: Any, key: str) -> Any:
+    """The schema class under `key`, looking through dicts and lists of sections."""
+    if section is None or key not in getattr(section, "model_fields", {}):
+        return section  # the name of a recipe, or a place in a list
+    annotation = section.model_fields[key].annotation
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
