@@ -13,6 +13,7 @@ demo: $(VENV)/.installed
 
 # Train again from nothing, under another name, and compare with the committed results.
 reproduce: $(VENV)/.installed
+	rm -rf runs/trace-float64-again runs/quickstart-again
 	$(RUN) train.py configs/trace-float64.yaml name=trace-float64-again
 	$(RUN) eval.py runs/trace-float64-again --check trace-float64
 	$(RUN) train.py configs/quickstart.yaml name=quickstart-again

@@ -37,7 +37,7 @@ from configs.schema import Config, LabError, Recipe, Verdict, nearest
 from measure.check import artifacts_of, bands, check, compare_runs, losses_of
 from measure.cost import CountedForward, Stopwatch
 from measure.judged import Judged, Reference, free_running
-from measure.provenance import environment, environment_facts
+from measure.provenance import environment, environment_facts, judging_sha256
 from measure.reasoning import reasoning
 from measure.report import render_check, render_report
 from measure.selfcheck import selfcheck
@@ -50,7 +50,7 @@ from tasks.reason import Reason
 from tasks.rows import Rows
 from tasks.task import Task
 from teacher.model import load_model
-from teacher.outputs import charged_stages, name_of, needs_outputs
+from teacher.outputs import charged_stages, name_of, needs_outputs, sha256_of_outputs
 from teacher.shards import Outputs
 
 SCHEMA = 1
@@ -116,6 +116,9 @@ def judge(run: Run, config: Config, split: str) -> None:
     """The whole judging story: ask every model, compare with the teacher, charge, decide, tell."""
     watch = Stopwatch(config.cost, torch.get_num_threads())
     task = load_task(config.task)
+    if split == "heldout":  # counted before it is read: a killed evaluation has seen it too
+        run.manifest["heldout_reads"] = run.manifest.get("heldout_reads", 0) + 1
+        run.save()
     splits = [split] if split == "validation" else list(task.judged)
     arms = arms_of(config)
 
@@ -159,6 +162,7 @@ def judge(run: Run, config: Config, split: str) -> None:
         ),
         "environment": {
             **environment(torch.get_num_threads()),
+            "judging": judging_sha256(),
             "trained": run.manifest["environment"],
         },
         "artifacts": artifacts_of(run),
@@ -166,8 +170,6 @@ def judge(run: Run, config: Config, split: str) -> None:
     if config.precision == "float64":
         result["trace"] = {stage: list(steps.values()) for stage, steps in losses_of(run).items()}
     if split == "heldout":
-        run.manifest["heldout_reads"] = run.manifest.get("heldout_reads", 0) + 1
-        run.save()
         write_json(run.folder / "eval.json", result)
         first = {arm: found[split][0] for arm, found in judged.items()}
         write_atomically(
@@ -215,18 +217,29 @@ def tell_check(run: Run, config: Config, name: str) -> int:
         raise LabError(f"{run.folder} is not the config of {file}: {differing[0]}")
     for stage in run.manifest["stages"]:
         if stage.startswith("outputs/"):
-            Outputs(run.folder / stage)  # refuses a damaged shard
+            open_outputs(run, stage)
         else:
             open_model(run, stage)
-    judged = run.folder / "eval.json"
-    if not judged.exists() or read_json(judged).get("artifacts") != artifacts_of(run):
+    if not judged_as_it_is(run):
         with run.locked():
             judge(run, config, "heldout")
     result = read_json(run.folder / "eval.json")
     tier, lines = check(result, reference)
-    write_atomically(run.folder / "check.html", render_check(result, reference, lines))
     print("\n".join(lines))
+    try:
+        write_atomically(run.folder / "check.html", render_check(result, reference, lines))
+    except OSError as error:  # somebody else's run, which can be read alone
+        print(f"check.html is not written: {error}", file=sys.stderr)
     return 1 if tier == "D" else 0
+
+
+def judged_as_it_is(run: Run) -> bool:
+    """Is eval.json that of these very models and outputs, by this very code?"""
+    if not (run.folder / "eval.json").exists():
+        return False
+    result = read_json(run.folder / "eval.json")
+    same_code = result.get("environment", {}).get("judging") == judging_sha256()
+    return same_code and result.get("artifacts") == artifacts_of(run)
 
 
 def tell_selfcheck(run: Run, config: Config) -> int:
@@ -329,9 +342,20 @@ def open_model(run: Run, stage: str) -> torch.nn.Module:
     if sha256_of_model(folder) != run.manifest["stages"][stage]["sha256"]:
         raise LabError(
             f"{folder} is not the model that this run trained (sha256 differs); delete that folder "
-            "and its stage, or train again under another name=..."
+            "and run train.py on the config again"
         )
     return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def open_outputs(run: Run, stage: str) -> Outputs:
+    """Outputs of the run, whole and checked against the hash in the manifest."""
+    outputs = Outputs(run.folder / stage)
+    if sha256_of_outputs(run.folder / stage) != run.manifest["stages"][stage]["sha256"]:
+        raise LabError(
+            f"{run.folder / stage} does not hold the outputs that this run made (sha256 differs); "
+            "delete that folder and run train.py on the config again"
+        )
+    return outputs
 
 
 def measure_speed(model: torch.nn.Module, task: Task, sample: Rows) -> dict[str, float]:

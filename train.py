@@ -11,18 +11,20 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs.checkpoints import checkpoint, restore
@@ -107,7 +109,7 @@ Closing = tuple[dict[str, Any], dict[str, Any]]
 
 def story(config: Config, folder: Path) -> None:
     """The whole training story: rows, teacher, outputs, students and controls."""
-    threads = config.threads or min(8, torch.get_num_threads())
+    threads = config.threads or min(8, psutil.cpu_count(logical=False) or 1)
     torch.set_num_threads(threads)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.num_processes > 1 and config.workers > 1:
@@ -117,26 +119,21 @@ def story(config: Config, folder: Path) -> None:
         )
     main_process = accelerator.is_main_process
     with Run(folder).locked() if main_process else nullcontext():
+        lab = open_lab(config, Run(folder), accelerator)
+        try_config(lab)
         if main_process:
             here = environment(threads, config.workers, accelerator.num_processes)
-            run = Run.open(folder, config, here)
+            lab = replace(lab, run=Run.open(folder, config, here))
         accelerator.wait_for_everyone()
-        lab = open_lab(config, run if main_process else Run(folder).reload(), accelerator)
-        try_model(lab, config.teacher.model)
-        for name, recipe in recipes_of(config).items():
-            try_model(lab, config.model_of(recipe))
-            if recipe.access == "top_k" and recipe.k > len(lab.task.tokenizer):
-                raise LabError(
-                    f"recipes.{name}.k: found {recipe.k}, expected at most "
-                    f"{len(lab.task.tokenizer)}, the size of the vocabulary"
-                )
-            if recipe.prompts == "train" and (recipe.transfer_rows or 0) > len(lab.rows):
-                raise LabError(
-                    f"recipes.{name}.transfer_rows: found {recipe.transfer_rows}, expected at most "
-                    f"{len(lab.rows)}, the training words; prompts: invented has no end"
-                )
+        if not main_process:
+            lab.run.reload()
         run = lab.run
-        run.manifest["data"] = {"rows": lab.rows.digest(), "tokenizer": tokenizer_sha256(lab.task)}
+        data = {"rows": lab.rows.digest(), "tokenizer": tokenizer_sha256(lab.task)}
+        if run.manifest.setdefault("data", data) != data:
+            raise LabError(
+                f"{folder} was begun on other rows or with another tokenizer; train again under "
+                "another name=..."
+            )
         teachers = {"teacher": (train_teacher, config.teacher.seed)}
         if "twin" in config.controls:
             teachers["twin"] = (train_teacher, config.teacher.seed + 1)
@@ -226,6 +223,24 @@ def adopt(lab: Lab, stage: str, model: torch.nn.Module, lineage: str) -> Closing
     lab.accelerator.wait_for_everyone()
     cost = {**watch.read(0), "steps": 0}
     return cost, {"sha256": sha256_of_model(folder), "params": size_of(model)}
+
+
+def try_config(lab: Lab) -> None:
+    """What only the task or the models can tell of a config, before a run folder is made."""
+    vocabulary, words = len(lab.task.tokenizer), len(lab.rows)
+    try_model(lab, lab.config.teacher.model)
+    for name, recipe in recipes_of(lab.config).items():
+        try_model(lab, lab.config.model_of(recipe))
+        if recipe.access == "top_k" and recipe.k > vocabulary:
+            raise LabError(
+                f"recipes.{name}.k: found {recipe.k}, expected at most {vocabulary}, the size of "
+                "the vocabulary"
+            )
+        if recipe.prompts == "train" and (recipe.transfer_rows or 0) > words:
+            raise LabError(
+                f"recipes.{name}.transfer_rows: found {recipe.transfer_rows}, expected at most "
+                f"{words}, the training words; prompts: invented has no end"
+            )
 
 
 def try_model(lab: Lab, settings: Model) -> None:
@@ -388,6 +403,7 @@ def fit(
     saved_at = watch.elapsed()
     model.train()
     while (progress := done()) < 1:
+        torch.manual_seed(seed_of_step(seed, step))  # for models with dropout
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, progress * steps if budget else step, steps)
         started = watch.elapsed()
@@ -418,9 +434,9 @@ def fit(
             loss += part_loss.detach()
         if processes > 1:
             loss = sum_over_processes(accelerator, model, loss)
-        if not math.isfinite(loss):
-            stop_at_nonfinite(lab, stage, step, float(loss), now.rows.ids[indices])
         norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            stop_at_nonfinite(lab, stage, step, loss, norm, now.rows.ids[indices])
         optimizer.step()
         optimizer.zero_grad()
 
@@ -449,6 +465,11 @@ def fit(
     return cost, {"sha256": sha256_of_model(folder), "params": size_of(model)}
 
 
+def seed_of_step(seed: int, step: int) -> int:
+    """All randomness of a step is a function of (seed, step): a checkpoint holds no generator."""
+    return int(np.random.PCG64([seed, step, 2]).random_raw(1)[0]) >> 1
+
+
 def sum_over_processes(
     accelerator: Accelerator, model: nn.Module, loss: torch.Tensor
 ) -> torch.Tensor:
@@ -461,16 +482,18 @@ def sum_over_processes(
     return loss[0]
 
 
-def stop_at_nonfinite(lab: Lab, stage: str, step: int, loss: float, ids: np.ndarray) -> None:
+def stop_at_nonfinite(
+    lab: Lab, stage: str, step: int, loss: Tensor, norm: Tensor, ids: np.ndarray
+) -> None:
     """LabError, with the ids of the rows of that step saved; the last checkpoint stays."""
     file = lab.run.checkpoints(stage) / "nonfinite.json"
     if lab.accelerator.is_main_process:
-        write_json(
-            file, {"stage": stage, "step": step + 1, "loss": str(loss), "rows": ids.tolist()}
-        )
+        found = {"loss": str(float(loss)), "gradient_norm": str(float(norm))}
+        write_json(file, {"stage": stage, "step": step + 1, **found, "rows": ids.tolist()})
     raise LabError(
-        f"{stage}: the loss is {loss} at step {step + 1}; its rows are named in {file}; lower "
-        "learning_rate under another name=..., the checkpoint before it is kept"
+        f"{stage}: the loss is {float(loss)}, its gradient's norm {float(norm)} at step {step + 1};"
+        f" its rows are named in {file}; lower learning_rate under another name=..., the "
+        "checkpoint before it is kept"
     )
 
 

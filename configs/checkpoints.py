@@ -61,13 +61,17 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], m
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """The newest checkpoint that is whole, or None; says so when it passes over a damaged one."""
+    damaged = False
     for file in sorted(folder.glob("step-*.safetensors"), reverse=True):
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest()[:16] != file.name.split(".")[1]:
-            print(f"checkpoint {file} is damaged (sha256 differs); using the one before")
+            print(f"checkpoint {file} is damaged (sha256 differs); going on from the one before it")
+            damaged = True
             file.unlink()  # or it would count as one of the two that are kept
             continue
         header = int.from_bytes(content[:8], "little")
         meta = json.loads(json.loads(content[8 : 8 + header])["__metadata__"]["lab"])
         return load_file(file), meta
+    if damaged:
+        print(f"no checkpoint in {folder} is whole; the stage begins again")
     return None

@@ -19,11 +19,7 @@ def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not path.is_file():
         near = nearest(path.name, [found.name for found in path.parent.glob("*.yaml")])
         raise LabError(f"no config file {path}{near}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LabError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    settings = read_yaml(text, str(path))
+    settings = read_yaml(read_text(path), str(path))
     if not isinstance(settings, dict):
         raise LabError(f"{path} holds {type(settings).__name__}, expected keys and values")
     for override in overrides:
@@ -38,6 +34,14 @@ def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
                 raise LabError(f"override {override!r}: {parent!r} is a value, not a section")
         place[last] = read_yaml(value, f"override {override!r}")
     return check_config(settings, str(path))
+
+
+def read_text(file: Path) -> str:
+    """LabError where a file is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LabError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def check_config(settings: dict, source: str) -> Config:
@@ -58,6 +62,9 @@ def read_yaml(text: str, source: str) -> Any:
             if isinstance(event, yaml.AliasEvent):
                 raise LabError(f"{source}: YAML aliases (*{event.anchor}) are not accepted")
         return yaml.safe_load(text)
+    except (ValueError, RecursionError) as error:  # a 13th month, a thousand brackets
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise LabError(f"{source}: not plain YAML: {what}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""

@@ -4,6 +4,7 @@ Each rule yields one line: what was found, what was expected, what to do. Only t
 so a rule may count on those before it.
 """
 
+import re
 from collections.abc import Iterator
 
 from configs.schema import (
@@ -12,6 +13,7 @@ from configs.schema import (
     FIDELITY,
     INSIDE,
     QUALITY,
+    SPLITS,
     Config,
     Model,
     Recipe,
@@ -109,6 +111,11 @@ def to_access(recipe: Recipe) -> Iterator[str]:
             "objective policy_gradient learns from right and wrong alone: it needs access none and "
             f"sequences student, which need it; found access {access!r}, sequences "
             f"{recipe.sequences!r}, objective {list(recipe.objective)}"
+        )
+    if recipe.rewarded and recipe.student_temperature != 1:
+        yield (
+            f"student_temperature {recipe.student_temperature:g}: policy_gradient is that of the "
+            "policy that writes, at temperature 1; leave it away"
         )
     if recipe.rewarded and len(terms) > 1:
         yield "objective policy_gradient has a scale of its own: use it alone"
@@ -290,6 +297,17 @@ def to_claims(config: Config) -> Iterator[str]:
             f"metric {metric!r} is not one of task {config.task.name}{nearest(metric, graded)}; "
             f"there are {', '.join(graded)}"
         )
+    for verdict in config.verdicts:
+        told = SPLITS[config.task.name][verdict.split]
+        if told is None:
+            yield f"verdict {verdict.claim!r}: task {config.task.name} has no split {verdict.split}"
+        elif (steps := re.findall(r"\d", verdict.metric.partition("accuracy_")[2])) and not (
+            {*map(int, steps)} <= {*told}
+        ):
+            yield (
+                f"verdict {verdict.claim!r}: split {verdict.split} has problems of {told[0]} to "
+                f"{told[-1]} steps, which {verdict.metric} does not ask for"
+            )
     arms = {*config.recipes, *config.controls}
     for name in config.compare.against if config.compare else []:
         if name not in arms:

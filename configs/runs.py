@@ -8,6 +8,7 @@ ever unpickled.
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
-from configs.reading import check_config, read_yaml
+from configs.reading import check_config, read_text, read_yaml
 from configs.schema import Config, LabError
 
 SCHEMA = 1
@@ -105,7 +106,8 @@ class Run:
                     f"{folder} was made with another config ({differing[0]}); "
                     "give this one another name=..., or delete the folder"
                 )
-            run.reload()
+            run.reload().check_schema()
+            run.reopen_what_is_gone()
         else:
             begun = {"manifest.json", "ledger.json"}  # all there is if the very start was killed
             if any(p.name not in begun and p.name[:4] != "run." for p in folder.glob("[!.]*")):
@@ -127,21 +129,42 @@ class Run:
         run = cls(folder)
         if not run.folder.is_dir():
             raise LabError(f"no run folder {run.folder}; train.py CONFIG makes one under runs/")
-        run.reload()
-        if run.manifest.get("schema") != SCHEMA:
-            raise LabError(
-                f"{run.folder} has schema {run.manifest.get('schema')}, this version reads "
-                f"{SCHEMA}; train it again with this version"
-            )
+        run.reload().check_schema()
         if not run.manifest.get("finished"):
             raise LabError(f"{run.folder} is not finished; run train.py on its config to go on")
         return run
 
     def reload(self) -> "Run":
-        """Read the books anew."""
+        """Read the books anew. LabError if they are not those of a run."""
         self.manifest = read_json(self.folder / "manifest.json")
         self.ledger = read_json(self.folder / "ledger.json")
+        books = isinstance(self.manifest, dict) and isinstance(self.ledger, list)
+        stages = self.manifest.get("stages") if books else None
+        if not isinstance(stages, dict):
+            raise LabError(f"{self.folder}: its manifest.json and ledger.json are not a run's")
+        for stage in stages:
+            if not re.fullmatch(r"[A-Za-z0-9_-][\w.+-]*(/[A-Za-z0-9_-][\w.+-]*)*", stage):
+                raise LabError(
+                    f"{self.folder / 'manifest.json'}: {stage[:40]!r} is no stage of a run; train "
+                    "again under another name=..."
+                )
         return self
+
+    def check_schema(self) -> None:
+        """LabError if another version of this project made the run."""
+        if self.manifest.get("schema") != SCHEMA:
+            raise LabError(
+                f"{self.folder} has schema {self.manifest.get('schema')}, this version reads "
+                f"{SCHEMA}; train it again under another name=..."
+            )
+
+    def reopen_what_is_gone(self) -> None:
+        """Stages whose folder somebody deleted, as damaged ones should be, are to be done again."""
+        stages = self.manifest["stages"]
+        for stage in [stage for stage in stages if not (self.folder / stage).is_dir()]:
+            print(f"{self.folder / stage} is gone: it is made again")
+            del stages[stage]
+            self.manifest["finished"] = None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -165,7 +188,7 @@ class Run:
         file = self.folder / "config.yaml"
         if not file.is_file():
             raise LabError(f"no {file}; is this the folder of a run that train.py made?")
-        return check_config(read_yaml(file.read_text(encoding="utf-8"), str(file)), str(file))
+        return check_config(read_yaml(read_text(file), str(file)), str(file))
 
     # -- places -------------------------------------------------------------------------------
 
@@ -195,7 +218,8 @@ class Run:
         lines += self.metrics(self.checkpoints(stage))
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(self.folder / "metrics.jsonl", text)
-        self.manifest["stages"][stage] = {"finished": now(), **artifact}
+        made = {key: self.manifest["environment"].get(key) for key in ("code", "commit")}
+        self.manifest["stages"][stage] = {"finished": now(), **made, **artifact}
         self.save()
         shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
 
@@ -216,8 +240,13 @@ class Run:
     def metrics(self, folder: Path | None = None) -> list[dict[str, Any]]:
         """The log of the finished stages, or that in the folder of one under way."""
         file = (folder or self.folder) / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a kill tears the last
+        lines = read_text(file).splitlines() if file.exists() else []
+        try:
+            return [json.loads(line) for line in lines if line.endswith("}")]  # a kill tears one
+        except json.JSONDecodeError as error:
+            raise LabError(
+                f"{file} is damaged ({error}); train again under another name=..."
+            ) from None
 
     def forget_metrics(self, stage: str, after: int) -> None:
         """Drop lines logged past the checkpoint that a stage goes on from."""

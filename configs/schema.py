@@ -24,6 +24,12 @@ QUALITY = {
     ),
     "gsm8k": ("accuracy", "answer_agreement"),
 }
+# The splits that each is judged on; of word problems, the numbers of steps there.
+SPLITS = {
+    "pronounce": {"heldout": (), "long": ()},
+    "reason": {"heldout": (1, 2, 3, 4, 5), "long": (6, 7, 8)},
+    "gsm8k": {"heldout": (), "long": None},
+}
 FIDELITY = (
     "kl_teacher_student",
     "kl_student_teacher",

@@ -6,7 +6,7 @@ thread counts and processors. So a check first says what to expect, and then whi
 A   bit-equal: every model and every outputs shard has the committed hash
 B   a float64 trace: every loss equal to 1e-9, on any CPU, thread count and operating system
 C   every metric inside the committed band
-D   different
+D   different, or made from other rows or with another tokenizer
 
 The bands are two-sided normal tolerance intervals over the seeds of reference runs (Howe 1969,
 JASA 64, 610-620): with 95 % confidence they hold all m metrics of 95 % of all seeds at once, so
@@ -22,6 +22,7 @@ import numpy as np
 from scipy import stats
 
 from configs.runs import Run, differences
+from configs.schema import LabError
 from measure.tables import arms_in
 
 COVERAGE = CONFIDENCE = 0.95
@@ -32,6 +33,7 @@ BITS = (
     "code",
     "torch",
     "transformers",
+    "numpy",
     "threads",
     "workers",
     "processes",
@@ -66,6 +68,12 @@ def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The band of every metric over the seeds of several results of one config; None for fewer
     than 10 of them."""
     pooled: dict[str, list[float]] = {}
+    students = [(r["config"]["teacher"]["seed"], seed) for r in results for seed in r["seeds"]]
+    if len(set(students)) < len(students):
+        raise LabError(
+            "two of these runs hold the same student (teacher.seed and seed): a band of runs that "
+            "repeat each other is too narrow; leave one away"
+        )
     for result in results:
         for key, values in metrics_of(result).items():
             pooled.setdefault(key, []).extend(values)
@@ -102,18 +110,20 @@ def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[
     inside, outside = inside_bands(result, reference)
     parted = trace_parts(result.get("trace") or {}, reference.get("trace") or {})
     figures = metrics_of(result) == metrics_of(reference)
-    if len(same) == len(hashes) and figures:
+    data = all(key in same for key in ("rows", "tokenizer") if key in hashes)
+    if len(same) == len(hashes) == len(result["artifacts"]) and figures:
         tier = "A"
     elif precision == "float64":
-        tier = "D" if parted else "B"
+        tier = "B" if data and reference.get("trace") and not parted else "D"
     else:
-        tier = "C" if inside and not outside else "D"
+        tier = "C" if data and inside and not outside else "D"
     first = next((key for key in hashes if key not in same), None if figures else "the metrics")
     lines = [
         f"expected  tier {expected}: {why}",
         f"hashes    {len(same)} of {len(hashes)} equal" + (f", not {first}" if first else ""),
         trace_line(parted, reference) if precision == "float64" else band_line(inside, outside),
-        f"tier      {tier}: {MEANINGS[tier]}",
+        f"tier      {tier}: {MEANINGS[tier]}"
+        + (f", where {expected} was expected" if expected < tier < "D" else ""),
     ]
     return tier, lines
 
@@ -132,7 +142,8 @@ def inside_bands(result: dict[str, Any], reference: dict[str, Any]) -> tuple[lis
     misses = {}
     for key, band in (reference.get("bands") or {}).items():
         middle, half = (band["high"] + band["low"]) / 2, (band["high"] - band["low"]) / 2
-        misses[key] = max(abs(value - middle) for value in found[key]) - half
+        values = np.asarray(found.get(key, [math.nan]), float)  # a metric that is gone is outside
+        misses[key] = float(np.max(np.nan_to_num(np.abs(values - middle), nan=math.inf))) - half
     outside = sorted((key for key in misses if misses[key] > 0), key=lambda key: -misses[key])
     return [key for key in misses if misses[key] <= 0], outside
 
@@ -146,13 +157,13 @@ def band_line(inside: list[str], outside: list[str]) -> str:
 
 def trace_parts(trace: dict[str, list[float]], reference: dict[str, list[float]]) -> list[str]:
     """`stage at step n: loss there, loss here` for every stage whose losses part."""
-    parted = []
+    parted = [f"{stage}: not there" for stage in trace if stage not in reference]
     for stage, expected in reference.items():
         found = trace.get(stage, [])
         if len(found) != len(expected):
             parted.append(f"{stage}: {len(found)} steps here, {len(expected)} there")
             continue
-        apart = np.abs(np.subtract(found, expected)) > TRACE_TOLERANCE
+        apart = ~(np.abs(np.subtract(found, expected)) <= TRACE_TOLERANCE)  # nan too
         if apart.any():
             step = int(apart.argmax())
             parted.append(f"{stage} at step {step + 1}: {found[step]!r} and {expected[step]!r}")
@@ -160,7 +171,8 @@ def trace_parts(trace: dict[str, list[float]], reference: dict[str, list[float]]
 
 
 def trace_line(parted: list[str], reference: dict[str, Any]) -> str:
-    stages, steps = len(reference["trace"]), sum(map(len, reference["trace"].values()))
+    losses = reference.get("trace") or {}
+    stages, steps = len(losses), sum(map(len, losses.values()))
     if parted:
         return f"trace     parts in {len(parted)} of {stages} stages, first {parted[0]}"
     return f"trace     {steps} losses of {stages} stages equal to {TRACE_TOLERANCE:g}"
@@ -172,15 +184,16 @@ def compare_runs(a: Run, b: Run) -> list[str]:
     config_a, config_b = (run.config().model_dump(mode="json") for run in (a, b))
     seeds = [(c.pop("seeds"), c["teacher"].pop("seed")) for c in (config_a, config_b)]
     machine = ("platform", "cpu", "cpu_capability", "gpu", "cores")
+    shares = ("threads", "workers", "processes")
     causes = {
-        "code": differences(*({k: e[k] for k in ("code", "dirty")} for e in (here, there))),
+        "code": differences(*({k: e.get(k) for k in ("code", "dirty")} for e in (here, there))),
         "config": differences(config_a, config_b),
         "versions": differences(
             {"python": here["python"], **here["packages"]},
             {"python": there["python"], **there["packages"]},
         ),
-        "machine": differences(*({k: e[k] for k in machine} for e in (here, there))),
-        "threads": differences(*({"threads": e["threads"]} for e in (here, there))),
+        "machine": differences(*({k: e.get(k) for k in machine} for e in (here, there))),
+        "threads": differences(*({k: e.get(k) for k in shares} for e in (here, there))),
         "data": differences(a.manifest.get("data"), b.manifest.get("data")),
         "seeds": differences(*({"students": s, "teacher": t} for s, t in seeds)),
     }
@@ -194,19 +207,24 @@ def compare_runs(a: Run, b: Run) -> list[str]:
     same = [key for key in common if hashes[0][key] == hashes[1][key]]
     lines.append(f"{'hashes':<9} {len(same)} of {len(common)} equal")
     traces = losses_of(a), losses_of(b)
-    parted = [line for stage in traces[0] for line in where_they_part(stage, *traces)]
+    stages = dict.fromkeys([*traces[0], *traces[1]])
+    parted = [line for stage in stages for line in where_they_part(stage, *traces)]
     if parted:
         lines.append(f"{'losses':<9} part: " + "; ".join(parted[:3]))
     else:
-        lines.append(f"{'losses':<9} equal wherever both runs logged them")
+        lines.append(f"{'losses':<9} equal")
     return lines
 
 
 def where_they_part(stage: str, a: dict, b: dict) -> list[str]:
-    """The first logged step of a stage at which two runs have other losses."""
-    for step in sorted(a[stage].keys() & b.get(stage, {}).keys()):
-        if a[stage][step] != b[stage][step]:
-            return [f"{stage} by step {step} ({a[stage][step]:.6g} and {b[stage][step]:.6g})"]
+    """The first logged step of a stage at which two runs have other losses, or only one has any."""
+    here, there = a.get(stage, {}), b.get(stage, {})
+    for step in sorted(here.keys() | there.keys()):
+        if here.get(step) != there.get(step):
+            both = (
+                f"{losses[step]:.6g}" if step in losses else "nothing" for losses in (here, there)
+            )
+            return [f"{stage} by step {step} ({' and '.join(both)})"]
     return []
 
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def environment(threads: int, workers: int = 1, processes: int = 1) -> dict[str,
     """What a rerun needs to know about this one."""
     return {
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -43,8 +44,15 @@ def environment(threads: int, workers: int = 1, processes: int = 1) -> dict[str,
         "code": code_sha256(),
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def environment_facts() -> list[tuple[bool, str]]:
@@ -56,6 +64,9 @@ def environment_facts() -> list[tuple[bool, str]]:
     ]
     tested = tested_versions()
     for name, version in found["packages"].items():
+        if version is None:
+            facts.append((False, f"{name} is not installed; install what constraints.txt pins"))
+            continue
         pinned = tested.get(name, version)
         same = version.split("+")[0] == pinned
         facts.append((same, f"{name} {version}" + ("" if same else f", tested with {pinned}")))
@@ -85,16 +96,27 @@ def tested_versions() -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line)
 
 
+ROOT = Path(__file__).parent.parent
+
+
 def code_sha256() -> str:
     """Of the code that a training runs: a commit that only touches a text leaves it alone, and it
     is there without git."""
-    root = Path(__file__).parent.parent
-    files = [root / "train.py", root / "measure" / "cost.py"]  # which says how many steps
+    files = [ROOT / "train.py", ROOT / "measure" / "cost.py"]  # which says how many steps
     for room in ("configs", "tasks", "teacher", "student"):
-        files += sorted((root / room).glob("*.py"))
+        files += sorted((ROOT / room).glob("*.py"))
+    return sha256_of_code(files)
+
+
+def judging_sha256() -> str:
+    """Of the code that an evaluation runs on top of that."""
+    return sha256_of_code([ROOT / "eval.py", *sorted((ROOT / "measure").glob("*.py"))])
+
+
+def sha256_of_code(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(root).as_posix()}\n".encode())
+        digest.update(f"{file.relative_to(ROOT).as_posix()}\n".encode())
         digest.update(file.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()
 

@@ -245,6 +245,8 @@ class Comparison:
         if not self.paired:
             return None
         seeds, size = len(self.by_seed), abs(self.difference - self.threshold)
+        if self.equivalence:  # of the two margins, the nearer one is harder to show
+            size = abs(self.threshold - abs(self.difference))
         values = self.sign * (self.first.over_rows - self.second.over_rows)
         mean = values.mean(axis=1)
         # Rows vary in each seed by itself (and average out over seeds), and in all seeds alike.
@@ -339,6 +341,8 @@ def in_words(metric: str) -> str:
 def what_would_tell(verdict: dict) -> str:
     """How an inconclusive claim of this size could be decided."""
     needed = verdict["seeds_needed"]
+    if needed is None and verdict["seeds"] > 1 == verdict.get("against"):
+        return "more seeds of the other would say how many are needed"
     if needed is None and verdict["seeds"] > 1:
         return "more words would tell, more seeds would not"
     if needed is None:

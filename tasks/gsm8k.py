@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 from transformers import AutoTokenizer
 
+from configs.reading import read_text
 from configs.schema import LabError
 from tasks.rows import Rows, row_id
 
@@ -39,7 +40,7 @@ def read_problems(folder: str | None, split: str) -> list[dict[str, str]]:
     if not file.is_file():
         raise LabError(f"no file {file}; task.folder names where train.jsonl and test.jsonl lie")
     problems = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         try:
             problem = json.loads(line)
             problems.append({key: str(problem[key]) for key in ("question", "answer")})
@@ -47,6 +48,8 @@ def read_problems(folder: str | None, split: str) -> list[dict[str, str]]:
             raise LabError(
                 f"{file}, line {number}: expected an object with question and answer"
             ) from None
+    if not problems:
+        raise LabError(f"{file} is empty; expected a problem on every line")
     return problems
 
 
@@ -79,7 +82,9 @@ class Gsm8k:
         self.quality = {"accuracy": ("right", "rows")}
         self.agreement = {"answer_agreement": ("same_answer", "rows")}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                self.tokenizer_name, trust_remote_code=False
+            )
         except Exception as error:
             raise LabError(
                 f"task.tokenizer {self.tokenizer_name!r} cannot be loaded "
@@ -118,6 +123,12 @@ class Gsm8k:
         end = [self.tokenizer.eos_token_id]
         answers = [self.solution(problem) for problem in problems]
         encoded = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
+        for problem, answer in zip(problems, encoded, strict=True):
+            if len(answer) >= self.longest_row // 2:
+                raise LabError(
+                    f"a solution of {len(answer)} tokens, expected fewer than "
+                    f"{self.longest_row // 2}: {problem['question'][:40]!r}..."
+                )
         return Rows.build(
             [self.id_of(problem) for problem in problems],
             [self.prompt(problem["question"]) for problem in problems],

@@ -126,11 +126,21 @@ def save_model(
 
 def load_model(folder: Path) -> nn.Module:
     """A saved model, ready to be asked. LabError if the folder is missing or damaged."""
-    if not (folder / "model.safetensors").is_file():
-        raise LabError(f"{folder} holds no model.safetensors; run train.py on the config again")
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise LabError(
+            f"{folder} holds no model.safetensors; delete that folder and run train.py on the "
+            "config again"
+        )
+    if folder.is_symlink() or file.is_symlink():
+        raise LabError(f"{file} is a link out of this run; put the file itself there")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, attn_implementation="eager"
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="eager",
+            trust_remote_code=False,
         )
     except Exception as error:
         reason = str(error).splitlines()[0]
@@ -146,7 +156,11 @@ def load_pretrained(name: str) -> nn.Module:
     No code of it is run, and nothing is unpickled."""
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=True, attn_implementation="eager", dtype=torch.float32
+            name,
+            use_safetensors=True,
+            attn_implementation="eager",
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
     except Exception as error:
         reason = str(error).splitlines()[0]
@@ -159,7 +173,7 @@ def load_pretrained(name: str) -> nn.Module:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that a model was saved with."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise LabError(

@@ -139,9 +139,15 @@ def finish_outputs(folder: Path) -> tuple[float, int]:
     shards, flops, tokens = {}, 0.0, 0
     for file in sorted(folder.glob("shard-*.arrow")):
         shards[file.name] = sha256_of_file(file)
-        with pa.memory_map(str(file)) as source:
-            metadata = pa.ipc.open_stream(source).schema.metadata
+        try:
+            with pa.memory_map(str(file)) as source:
+                table = pa.ipc.open_stream(source).read_all()
+            metadata = table.schema.metadata
             flops, tokens = flops + float(metadata[b"flops"]), tokens + int(metadata[b"tokens"])
+        except (pa.ArrowInvalid, TypeError, KeyError):
+            raise LabError(
+                f"{file} is damaged; delete it and run train.py on the config again"
+            ) from None
     write_json(provenance, {"binding": read_json(provenance)["binding"], "shards": shards})
     return flops, tokens
 

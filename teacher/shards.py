@@ -75,6 +75,8 @@ def write_shard(
     partial = file.with_name(f".{file.name}.partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
+    with open(partial, "rb") as written:
+        os.fsync(written.fileno())  # or a power cut may leave the name without the content
     os.replace(partial, file)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import eval as judge
 from configs.runs import Run
+from configs.schema import LabError
 from measure.check import bands, check, compare_runs, expected_tier, tolerance_factor
 
 ROOT = Path(__file__).parent.parent
@@ -23,11 +24,11 @@ def environment(**changed):
     return {**same, **changed}
 
 
-def result(agreement=0.6, losses=(3.0, 2.0), precision="float32", sha256="a", **changed):
+def result(agreement=0.6, losses=(3.0, 2.0), precision="float32", sha256="a", seed=0, **changed):
     metric = {"mean": agreement, "ci95": [0, 1], "per_seed": [agreement]}
     arm = {"quality": {}, "fidelity": {"sequence_agreement": metric}}
     return {
-        "config": {"precision": precision},
+        "config": {"precision": precision, "teacher": {"seed": seed}},
         "seeds": [0],
         "teacher": {"quality": {}, "fidelity": {}},
         "students": {"distilled": arm},
@@ -40,7 +41,7 @@ def result(agreement=0.6, losses=(3.0, 2.0), precision="float32", sha256="a", **
 
 def reference(**changed):
     values = np.random.default_rng(0).normal(0.6, 0.01, 10)
-    found = bands([result(agreement=value) for value in values])
+    found = bands([result(agreement=value, seed=seed) for seed, value in enumerate(values)])
     return {**result(**changed), "bands": found}
 
 
@@ -50,9 +51,9 @@ def test_tolerance_factors_are_those_of_the_tables():
     assert tolerance_factor(20) == pytest.approx(2.752, abs=0.02)
 
 
-def many(values):
+def many(values, seed):
     """A result with as many metrics as values."""
-    found = result()
+    found = result(seed=seed)
     metric = found["students"]["distilled"]["fidelity"]["sequence_agreement"]
     found["students"]["distilled"]["fidelity"] = {
         f"metric{i}": {**metric, "per_seed": [float(value)]} for i, value in enumerate(values)
@@ -65,7 +66,7 @@ def test_bands_hold_all_metrics_of_95_percent_of_seeds_with_95_percent_confidenc
     generator = np.random.default_rng(0)
     held = []
     for _ in range(200):
-        found = bands([many(generator.normal(0.5, 0.02, metrics)) for _ in range(10)])
+        found = bands([many(generator.normal(0.5, 0.02, metrics), seed) for seed in range(10)])
         low, high = (np.array([band[end] for band in found.values()]) for end in ("low", "high"))
         seeds = generator.normal(0.5, 0.02, (1000, metrics))
         held.append(((low <= seeds) & (seeds <= high)).all(axis=1).mean() >= 0.95)
@@ -73,7 +74,7 @@ def test_bands_hold_all_metrics_of_95_percent_of_seeds_with_95_percent_confidenc
 
 
 def test_a_metric_at_its_end_may_move_by_a_word_or_two():
-    there = {**reference(), "bands": bands([result(agreement=1.0)] * 10)}
+    there = {**reference(), "bands": bands([result(agreement=1.0, seed=s) for s in range(10)])}
     assert check(result(agreement=1 - 2 / 6298, sha256="b"), there)[0] == "C"
     assert check(result(agreement=1 - 20 / 6298, sha256="b"), there)[0] == "D"
 
@@ -93,7 +94,38 @@ def test_equal_hashes_with_other_figures_are_not_tier_a():
 
 
 def test_nine_seeds_make_no_band():
-    assert bands([result() for _ in range(9)]) is None
+    assert bands([result(seed=seed) for seed in range(9)]) is None
+
+
+def test_a_run_that_is_counted_twice_makes_no_band():
+    with pytest.raises(LabError, match="hold the same student"):
+        bands([result(seed=seed) for seed in (*range(9), 8)])
+
+
+def test_nothing_that_is_no_number_or_gone_passes_a_check():
+    there, nan = reference(), float("nan")
+    assert check(result(agreement=nan, sha256="b"), there)[0] == "D"
+    gone = result(sha256="b")
+    gone["students"]["distilled"]["fidelity"] = {}
+    assert check(gone, there)[0] == "D"
+    trace = reference(precision="float64")
+    assert check(result(sha256="b", losses=(3.0, nan)), trace)[0] == "D"
+    assert check(result(sha256="b"), {**trace, "trace": {}})[0] == "D"
+    more = result(sha256="b")
+    more["trace"]["twin"] = [1.0]
+    assert check(more, trace)[0] == "D"
+
+
+def test_a_run_on_other_rows_is_different_whatever_its_figures():
+    found = result(agreement=0.605, sha256="b")
+    found["artifacts"]["rows"] = "others"
+    assert check(found, reference())[0] == "D"
+
+
+def test_a_tier_below_the_expected_one_is_said():
+    tier, lines = check(result(agreement=0.605, sha256="b"), reference())
+    assert tier == "C"
+    assert lines[3].endswith("where A was expected")
 
 
 def test_equal_hashes_are_tier_a_whatever_the_machine():
@@ -161,6 +193,43 @@ def test_a_run_checks_against_what_it_wrote(committed, tiny_run, capsys):
     assert lines[3] == "tier      A: equal bit for bit"
 
 
+def test_outputs_of_another_run_are_not_passed_off_as_its_own(
+    committed, tiny_run, tmp_path, capsys
+):
+    import shutil
+
+    run = tmp_path / "tiny"
+    shutil.copytree(tiny_run, run)
+    shutil.rmtree(run / "outputs" / "data-logits")
+    shutil.copytree(run / "outputs" / "teacher-text-train", run / "outputs" / "data-logits")
+    assert judge.main([str(run), "--check"]) == 2
+    assert "does not hold the outputs that this run made" in capsys.readouterr().err
+
+
+def test_figures_that_other_code_found_are_found_again(committed, tiny_run, tmp_path, capsys):
+    import shutil
+
+    run = tmp_path / "tiny"
+    shutil.copytree(tiny_run, run)
+    found = json.loads((run / "eval.json").read_text("utf-8"))
+    found["environment"]["judging"] = "older"
+    found["students"]["distilled"]["fidelity"]["sequence_agreement"]["per_seed"] = [1.0, 1.0]
+    (run / "eval.json").write_text(json.dumps(found), "utf-8")
+    assert judge.main([str(run), "--check"]) == 0
+    assert "tier      A" in capsys.readouterr().out
+
+
+def test_a_run_that_nobody_may_write_to_tells_its_tier(committed, tiny_run, monkeypatch, capsys):
+    def refused(file, _):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(judge, "write_atomically", refused)
+    assert judge.main([str(tiny_run), "--check"]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip().endswith("tier      A: equal bit for bit")
+    assert "check.html is not written" in said.err
+
+
 def test_a_run_that_differs_exits_with_1(committed, tiny_run, capsys):
     changed = json.loads(committed.read_text("utf-8"))
     changed["artifacts"]["teacher"] = "0" * 64
@@ -200,7 +269,9 @@ def test_compare_names_the_causes_in_order_and_the_step_where_losses_part(tiny_r
     assert "torch: '" in said[2]
     assert said[4] == f"threads   threads: {a.manifest['environment']['threads']} there, 7 here"
     assert f"{third['stage']} by step {third['step']}" in said[-1]
-    assert compare_runs(a, a)[-1] == "losses    equal wherever both runs logged them"
+    assert compare_runs(a, a)[-1] == "losses    equal"
+    (other / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n", "utf-8")
+    assert " and nothing)" in compare_runs(a, Run.finished(other))[-1]
 
 
 def test_environment_prints_what_a_bug_report_needs(capsys):
