@@ -490,10 +490,12 @@ def stop_at_nonfinite(
     if lab.accelerator.is_main_process:
         found = {"loss": str(float(loss)), "gradient_norm": str(float(norm))}
         write_json(file, {"stage": stage, "step": step + 1, **found, "rows": ids.tolist()})
+    what = f"the norm of the gradient is {float(norm)}"
+    if not math.isfinite(loss):
+        what = f"the loss is {float(loss)}"
     raise LabError(
-        f"{stage}: the loss is {float(loss)}, its gradient's norm {float(norm)} at step {step + 1};"
-        f" its rows are named in {file}; lower learning_rate under another name=..., the "
-        "checkpoint before it is kept"
+        f"{stage}: {what} at step {step + 1}; its rows are named in {file}; lower learning_rate "
+        "under another name=..., the checkpoint before it is kept"
     )
 
 

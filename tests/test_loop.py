@@ -177,16 +177,35 @@ def test_the_first_loss_is_the_mean_per_counted_token(lab):
     assert losses(lab, "teacher")[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_the_weights(lab):
+def test_dropout_is_a_function_of_seed_and_step_alone(lab):
+    """No checkpoint holds a generator, and none is needed."""
+    model = lab.config.teacher.model.model_copy(update={"settings": {"attention_dropout": 0.3}})
+    teacher = lab.config.teacher.model_copy(update={"model": model})
+    dropping = dataclasses.replace(lab, config=lab.config.model_copy(update={"teacher": teacher}))
+    fit(dropping, stage="first")
+    torch.rand(7)
+    fit(dropping, stage="second")
+    fit(lab, stage="without")
+    assert losses(lab, "first") == losses(lab, "second")
+    assert losses(lab, "first")[1:] != losses(lab, "without")[1:]
+
+
+@pytest.mark.parametrize("what", ["the loss", "the norm of the gradient"])
+def test_what_is_no_number_stops_the_run_before_it_spoils_the_weights(what, lab):
     """One line, the ids of the rows at fault on disk, the checkpoint before it kept."""
     lab = dataclasses.replace(lab, config=lab.config.model_copy(update={"checkpoint_seconds": 0}))
     calls = []
 
     def spoiled(logits, signal, progress=0.0):
         calls.append(logits)
-        return TEXT(logits, signal) * (float("nan") if len(calls) > 3 else 1.0)
+        losses = TEXT(logits, signal)
+        if what == "the loss":
+            return losses * (float("nan") if len(calls) > 3 else 1.0)
+        if len(calls) > 3:
+            losses.register_hook(lambda gradient: gradient * float("nan"))
+        return losses
 
-    with pytest.raises(LabError, match="teacher: the loss is nan at step 4; its rows are named"):
+    with pytest.raises(LabError, match=f"teacher: {what} is nan at step 4; its rows are named"):
         fit(lab, objective=spoiled)
     folder = lab.run.checkpoints("teacher")
     found = json.loads((folder / "nonfinite.json").read_text("utf-8"))

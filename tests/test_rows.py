@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from configs.schema import LabError
 from tasks.rows import Rows, batch_order, collate, row_id
 
 
@@ -80,6 +81,12 @@ def test_take_keeps_rows_whole_and_digest_sees_every_change(rows):
 
 def test_ids_are_stable_across_machines_and_versions():
     assert row_id("pronounce distill") == 8779595228327891014
+
+
+def test_a_row_of_no_tokens_or_no_prompt_is_refused_by_its_id():
+    for prompts, completions in (([[1], []], [[2], []]), ([[1], []], [[2], [3]])):
+        with pytest.raises(LabError, match="row 8 is empty"):
+            Rows.build([7, 8], prompts, completions)
 
 
 def test_padding_never_reaches_the_loss(rows):
