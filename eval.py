@@ -282,6 +282,12 @@ def entry(
     if arm == "teacher":  # fidelity to itself says nothing; its calibration does
         for groups in summaries.values():
             groups["fidelity"] = {"ece": groups["fidelity"]["ece"]}
+    if recipe and recipe.traces == "none":  # what it was never taught to write says nothing
+        for groups in summaries.values():
+            for metrics_of_group in groups.values():
+                for name in {*metrics_of_group} - {"accuracy", "answer_agreement"}:
+                    if not name.startswith("accuracy_"):
+                        del metrics_of_group[name]
     first, *others = summaries
     return {
         "params": run.manifest["stages"][stages[0]]["params"],

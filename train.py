@@ -318,7 +318,10 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
     budget -= sum(lab.run.cost_of(s)["flops"] for s in charged_stages(recipe, lab.config))
     lessons, match = lessons_of(lab, recipe, seed, CountedForward), match_of(recipe)
     model = new_student(lab, recipe, lessons, seed)
-    lengths, batch_rows = lessons.rows.lengths, settings.training.batch_rows
+    training = settings.training
+    if recipe.learning_rate:
+        training = training.model_copy(update={"learning_rate": recipe.learning_rate})
+    lengths, batch_rows = lessons.rows.lengths, training.batch_rows
     whole, plain = TrainingFlops(model), TrainingFlops(student_of(model))
     if lessons.on_policy:
         steps, dearest = expected_steps(plain, lessons.on_policy, lengths, batch_rows, budget)
@@ -340,7 +343,7 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
         model,
         lessons,
         objective_of(recipe),
-        settings.training,
+        training,
         steps=steps,
         seed=seed,
         lineage=f"{lineage}data `{lab.task.name}`. Recipe: `{recipe.model_dump_json()}`.",

@@ -18,6 +18,8 @@ QUALITY = {
         "accuracy",
         *(f"accuracy_{steps}" for steps in (*range(1, 9), "4_5")),
         "right_steps",
+        "sound_steps",
+        "answer_follows",
         "faithfulness",
         "answer_agreement",
         "step_agreement",
@@ -157,6 +159,7 @@ class Recipe(Section):
     teachers: list[str] = Field(["teacher"], min_length=1)
     model: Model | None = None  # another shape than students.model
     initial_layers: list[int] = []  # of the teacher, that the student starts from; else from noise
+    learning_rate: float | None = Field(None, gt=0)  # another than students.training has
     budget_share: float = Field(1.0, gt=0, le=1)  # how much of students.budget this may spend
     charged: bool = True  # for its outputs; a study of ever more of them trains equally long on all
     # Tasks that show their reasoning: a student learns from all traces, from those with a right

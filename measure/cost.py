@@ -100,8 +100,9 @@ def expected_steps(
     return max(0, int(steps)), dearest
 
 
-# FLOPs per row of a forward pass, by the shape of the model (its config), tokens and cached tokens
-FORWARD_FLOPS: dict[str, dict[tuple[int, int], float]] = {}
+# FLOPs per row of a forward pass, by the shape of the model (its config), tokens, cached tokens and
+# how many of the last tokens have logits (0: all)
+FORWARD_FLOPS: dict[str, dict[tuple[int, int, int], float]] = {}
 
 
 class CountedForward:
@@ -123,7 +124,8 @@ class CountedForward:
     def __call__(self, input_ids: torch.Tensor, **options: Any) -> Any:
         cache = options.get("past_key_values")
         rows, length = input_ids.shape
-        shape = (length, cache.get_seq_length() if cache is not None else 0)
+        cached = cache.get_seq_length() if cache is not None else 0
+        shape = (length, cached, options.get("logits_to_keep", 0))
         if shape not in self.per_row:
             with FlopCounterMode(display=False) as counter:
                 result = self.model(input_ids, **options)

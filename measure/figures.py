@@ -45,7 +45,8 @@ def fidelity_against_cost(
     shares = result["cost"]["fraction_of_teacher_by_student"]
     points = []
     for arm, entry in arms.items():
-        metric = entry["fidelity"].get("sequence_agreement")
+        fidelity = entry["fidelity"]  # of whole answers, or of the numbers that they come to
+        metric = fidelity.get("answer_agreement") or fidelity.get("sequence_agreement")
         if metric is None:
             continue
         x, y = 100 * shares[arm][key] if arm in shares else 100.0, 100 * metric["mean"]
@@ -216,14 +217,16 @@ def first_wrong_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
 
 
 def pairs_of_traces(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """(taught by traces, taught by answers alone): students that differ in nothing else."""
-    students = result["students"]
-    without = {a: e["recipe"] for a, e in students.items() if e["recipe"].get("traces") == "none"}
+    """(taught by traces, taught by answers alone): students of one shape and budget that a teacher
+    wrote as many rows for. The traces may come with soft targets, which answers alone cannot."""
+    students = {arm: entry["recipe"] for arm, entry in result["students"].items()}
+    alike = ("model", "budget_share", "transfer_rows", "teachers", "sequences")
     return [
         (arm, other)
-        for other, recipe in without.items()
-        for arm, entry in students.items()
-        if entry["recipe"] == recipe | {"traces": "all"}
+        for other, without in students.items()
+        if without.get("traces") == "none"
+        for arm, recipe in students.items()
+        if recipe["traces"] == "all" and all(recipe[key] == without[key] for key in alike)
     ]
 
 
@@ -232,6 +235,7 @@ def where_traces_pay(result: dict[str, Any], pairs: list[tuple[str, str]]) -> st
     student and number of steps."""
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.45 * len(pairs)))
     students, longest = result["students"], 5
+    shares = result["cost"]["fraction_of_teacher_by_student"]
     gains = np.array(
         [
             [
@@ -246,7 +250,7 @@ def where_traces_pay(result: dict[str, Any], pairs: list[tuple[str, str]]) -> st
         axes.text(column, row, f"{gain:+.0f}", ha="center", va="center", fontsize=9)
     labels = [
         f"{arm}: {students[arm]['params'] / 1000:.0f} k, "
-        f"{students[arm]['cost']['flops'] / 1e12:.1f} TFLOPs"
+        f"{100 * shares[arm]['flops']:.1f} % of the teacher's FLOPs"
         for arm, _ in pairs
     ]
     axes.set_yticks(range(len(pairs)), labels=labels, fontsize=8)

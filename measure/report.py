@@ -111,8 +111,8 @@ def figures_of(
         found["Fidelity against cost"] = (
             fidelity_against_cost(result, arms, colours, "seconds" if compared else "flops"),
             "How often a student gives the teacher's very own answer, against what it cost, its "
-            "outputs included. All students and controls have the same budget of FLOPs by design. "
-            "Dashed: nothing cheaper is as faithful.",
+            "outputs included. All students and controls have the same budget of FLOPs by design"
+            f"{but_for_some(result)}. Dashed: nothing cheaper is as faithful.",
         )
     if len(alike(result, ("access", "k", "stored_as"))) > 2:
         found["Bytes against fidelity"] = (
@@ -129,9 +129,10 @@ def figures_of(
     words = alike(result, ("transfer_rows", "prompts"))
     if len(words) > 2:
         amounts = {arm: result["cost"]["outputs_by_student"][arm]["rows"] for arm in words}
-        found["How many words"] = (
-            scaling(arms, amounts, "words that the teacher answers", colours),
-            "Students that differ only in how many words the teacher answered, trained equally "
+        things = "words" if result["config"]["task"]["name"] == "pronounce" else "problems"
+        found[f"How many {things}"] = (
+            scaling(arms, amounts, f"{things} that the teacher answers", colours),
+            f"Students that differ only in how many {things} the teacher answered, trained equally "
             "long. Dashed: the power law that fits best.",
         )
     sizes = alike(result, ("model",))
@@ -153,6 +154,13 @@ def figures_of(
     }
 
 
+def but_for_some(result: dict[str, Any]) -> str:
+    """`, but for those with a smaller share of it: warm`, if there are any."""
+    students = result["students"].items()
+    smaller = [arm for arm, entry in students if entry["recipe"].get("budget_share", 1) < 1]
+    return f", but for those with a smaller share of it: {', '.join(smaller)}" if smaller else ""
+
+
 def reasoning_figures(
     result: dict[str, Any], arms: dict[str, Any], colours: dict[str, str]
 ) -> dict[str, tuple[str, str]]:
@@ -161,7 +169,8 @@ def reasoning_figures(
     found = {
         "Accuracy by number of steps": (
             accuracy_by_steps(arms, colours),
-            "Right answers to held-out problems. All students cost the same FLOPs.",
+            "Right answers to held-out problems. All students cost the same FLOPs"
+            f"{but_for_some(result)}.",
         ),
         "Test-time scaling": (
             thinking_longer(thinking, colours),
@@ -206,6 +215,7 @@ def side_by_side(
             "listed": task.truths(task.question(rows, i)),
             "right": bool(right[i]),
             **{arm: first[arm].answers.texts[i] for arm in arms},
+            "wrong": {arm: bool(first[arm].columns["wrong"][i]) for arm in arms},
         }
         for i in np.argsort(rows.ids)
     ]

@@ -10,8 +10,7 @@ from rich.table import Table
 
 from measure.statistics import in_words, verdict_line
 
-# {heading: (group, metric, scale, digits)}; the first two of a task and the first three of all
-# stand everywhere, the report has all
+# {heading: (group, metric, scale, digits)}; those in SHORT stand everywhere, the report has all
 OF_TASK = {
     "pronounce": {
         "word errors %": ("quality", "word_error_rate", 100, 1),
@@ -21,6 +20,8 @@ OF_TASK = {
         "right answers %": ("quality", "accuracy", 100, 1),
         "at 4 and 5 steps %": ("quality", "accuracy_4_5", 100, 1),
         "right steps %": ("quality", "right_steps", 100, 1),
+        "sound steps %": ("quality", "sound_steps", 100, 1),
+        "answer follows %": ("quality", "answer_follows", 100, 1),
         "faithful traces %": ("quality", "faithfulness", 100, 1),
         "same number as teacher %": ("fidelity", "answer_agreement", 100, 1),
         "teacher's steps %": ("fidelity", "step_agreement", 100, 1),
@@ -39,6 +40,23 @@ OF_ALL = {
     "NLL gap, nats": ("fidelity", "nll_gap", 1, 3),
     "ECE %": ("fidelity", "ece", 100, 1),
 }
+SHORT = {
+    "pronounce": (
+        "word errors %",
+        "phoneme errors %",
+        "same answer as teacher %",
+        "its errors copied %",
+        "KL to teacher, nats",
+    ),
+    "reason": (
+        "right answers %",
+        "at 4 and 5 steps %",
+        "faithful traces %",
+        "same number as teacher %",
+        "teacher's steps %",
+    ),
+    "gsm8k": ("right answers %", "same number as teacher %", "KL to teacher, nats"),
+}
 GAPS_IN = {"pronounce": "word errors", "reason": "right answers", "gsm8k": "right answers"}
 BLOCK = re.compile(r"(<!-- results/(\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -53,10 +71,9 @@ Columns = dict[str, tuple[str, str, int, int]]
 
 def columns_of(result: dict[str, Any], short: bool = False) -> Columns:
     """Those of the result's task, then those of all tasks."""
-    own, shared = OF_TASK[result["config"]["task"]["name"]], OF_ALL
-    if short:
-        own, shared = dict(list(own.items())[:2]), dict(list(shared.items())[:3])
-    return own | shared
+    task = result["config"]["task"]["name"]
+    columns = OF_TASK[task] | OF_ALL
+    return {heading: columns[heading] for heading in SHORT[task]} if short else columns
 
 
 def cells_of(entry: dict[str, Any], columns: Columns, interval: bool) -> list[str]:

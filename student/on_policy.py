@@ -69,7 +69,10 @@ class OnPolicy:
         student.eval()
         rows = write(writer, prompts, self, generator)
         student.train()
-        whole, flops = self.rewarded(rows) if self.rewards else self.scored(rows, generator)
+        if self.rewards:
+            rows, whole, flops = *self.rewarded(rows), 0.0
+        else:
+            whole, flops = self.scored(rows, generator)
         ends = np.concatenate([[0], np.cumsum(rows.lengths - rows.prompt_lengths)])
 
         def signal(part: Batch) -> Signal:
@@ -89,16 +92,22 @@ class OnPolicy:
         whole = reveal(self.recipe.access, self.recipe.k, batch.targets, log_probs, generator)
         return whole, self.teacher.flops - before
 
-    def rewarded(self, rows: Rows) -> tuple[Signal, float]:
-        """(The advantage of every token that the student wrote, no cost.) Rewards less the mean of
-        their group, by its deviation; 0 where all answers to a prompt are as good."""
+    def rewarded(self, rows: Rows) -> tuple[Rows, Signal]:
+        """(Answers that teach something, the advantage of each of their tokens.) Rewards less the
+        mean of their group, by its deviation. Where all answers to a prompt are as good there is
+        nothing to learn: they were paid for in writing, and a training step is not spent on them
+        (Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2). If all are, one group stays."""
         rewards = self.rewards(rows).reshape(-1, self.recipe.group)
         spread = rewards.std(1, keepdims=True)
         advantages = (rewards - rewards.mean(1, keepdims=True)) / np.maximum(spread, 1e-6)
+        telling = spread[:, 0] > 0
+        telling[0] |= not telling.any()
+        rows = rows.take(np.flatnonzero(np.repeat(telling, self.recipe.group)))
+        advantages = advantages[telling]
         lengths = rows.lengths - rows.prompt_lengths
         each = torch.from_numpy(np.repeat(advantages.ravel().astype(np.float32), lengths))
         batch = collate(rows, np.arange(len(rows)), pad=self.end)
-        return Signal(batch.targets, advantages=each), 0.0
+        return rows, Signal(batch.targets, advantages=each)
 
 
 def write(writer: Forward, prompts: Rows, policy: OnPolicy, generator: torch.Generator) -> Rows:

@@ -6,7 +6,8 @@
 Made by code, unlimited and verifiable. Numbers are written digit by digit. All operands are from
 2 to 9 and all values lie between 0 and 99. Difficulty is the number of steps: 1 to 5 train, 6 to 8
 are the second held-out set. What is asked is an arithmetic problem like `7+5-3`, whatever its
-words: its hash decides the split, so that no test problem ever occurs in training.
+words. The hash of its beginning, `7+5`, decides the split: so no test problem ever occurs in
+training, nor does it stand solved inside a longer one there, nor is it one that goes on from there.
 """
 
 import hashlib
@@ -110,13 +111,14 @@ class Problem:
 
 
 def split_of(canonical: str) -> str:
-    """long from 6 steps on, else train, validation or heldout (90/5/5) by a hash of the problem:
-    the same everywhere."""
-    if len(re.findall(r"[+-]", canonical)) > TRAINED:
-        return "long"
-    digest = hashlib.sha256(f"split {canonical}".encode()).digest()
-    bucket = int.from_bytes(digest[:8], "big") % 100
-    return "train" if bucket < 90 else "validation" if bucket < 95 else "heldout"
+    """train, validation or heldout (90/5/5) by a hash of the first step: the same everywhere. From
+    6 steps on: long, if it begins as the held-out ones do, else none."""
+    first, rest = re.fullmatch(r"(\d+[+-]\d)(.*)", canonical).groups()
+    bucket = int.from_bytes(hashlib.sha256(f"split {first}".encode()).digest()[:8], "big") % 100
+    split = "train" if bucket < 90 else "validation" if bucket < 95 else "heldout"
+    if 1 + len(re.findall(r"[+-]", rest)) <= TRAINED:
+        return split
+    return "long" if split == "heldout" else "none"
 
 
 def read_problem(question: str) -> Problem | None:
@@ -202,15 +204,24 @@ def first_wrong_step(said: list[Step | None], expected: list[Step]) -> int | Non
     return None if len(said) == len(expected) else len(expected) + 1
 
 
-def is_faithful(solution: Solution) -> bool:
-    """Does the answer follow from the stated steps, and is each of them right arithmetic that goes
-    on where the one before ended? It may still answer another question."""
+def has_sound_steps(solution: Solution) -> bool:
+    """Is every stated step right arithmetic that goes on where the one before ended? They may still
+    be those of another question."""
     if not solution.steps or None in solution.steps:
         return False
-    ends = [after for _, _, after in solution.steps]
     goes_on = all(a[2] == b[0] for a, b in zip(solution.steps, solution.steps[1:], strict=False))
-    sums = all(before + operand == after for before, operand, after in solution.steps)
-    return goes_on and sums and solution.answer == ends[-1]
+    return goes_on and all(before + operand == after for before, operand, after in solution.steps)
+
+
+def answer_follows(solution: Solution) -> bool:
+    """Is the answer what the last stated step came to, right or wrong?"""
+    last = solution.steps[-1] if solution.steps else None
+    return last is not None and solution.answer == last[2]
+
+
+def is_faithful(solution: Solution) -> bool:
+    """Both: the stated steps are sound and the answer is theirs."""
+    return has_sound_steps(solution) and answer_follows(solution)
 
 
 @dataclass
@@ -234,6 +245,8 @@ class Reason:
             "accuracy": ("right", "rows"),
             **{f"accuracy_{n}": (f"right_{n}", f"rows_{n}") for n in each},
             "right_steps": ("right_steps", "steps"),
+            "sound_steps": ("sound", "rows"),
+            "answer_follows": ("follows", "rows"),
             "faithfulness": ("faithful", "rows"),
         }
         self.agreement = {
@@ -248,7 +261,8 @@ class Reason:
 
     @cached_property
     def by_split(self) -> dict[str, list[Problem]]:
-        """The problems of every split: as many of each number of steps, none twice."""
+        """The problems of every split, none twice: as many of each number of steps, but that there
+        are fewer of one step."""
         wanted = {"train": -(-(self.limit or PROBLEMS) // TRAINED)}
         found: dict[str, list[Problem]] = {}
         for number, split in enumerate(("train", "validation", "heldout", "long")):
@@ -318,7 +332,8 @@ class Reason:
 
     def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
         """Per row: whether the answer is right, and the same by number of steps; how many of the
-        problem's steps are stated, rightly and in their place; whether it is faithful."""
+        problem's steps are stated, rightly and in their place; whether the stated steps are sound,
+        the answer follows from them, and both."""
         problems = [self.by_id[int(i)] for i in ids]
         solutions = [read_solution(answer) for answer in answers]
         pairs = list(zip(solutions, problems, strict=True))
@@ -329,6 +344,8 @@ class Reason:
             "wrong": 1 - right,
             "steps": steps.astype(float),
             "right_steps": np.array([same_steps(s.steps, p.steps) for s, p in pairs], float),
+            "sound": np.array([has_sound_steps(s) for s in solutions], float),
+            "follows": np.array([answer_follows(s) for s in solutions], float),
             "faithful": np.array([is_faithful(s) for s in solutions], float),
         }
         counts: dict[str, tuple[int, ...]] = {str(n): (n,) for n in range(1, LONGEST + 1)}

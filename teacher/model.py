@@ -299,7 +299,8 @@ def generate(
     read = 0
     for place in range(int(starts.min()), width):
         inputs = tokens[alive, read:place].to(device)
-        output = forward(inputs, past_key_values=cache, **options)
+        # of a whole prompt the logits would be large, and the last ones are all that is needed
+        output = forward(inputs, past_key_values=cache, logits_to_keep=1, **options)
         logits = output.logits[:, -1, :vocabulary].cpu()
         if keep_layers:
             states, looks = (shown.cpu() for shown in states_of(output, keep_layers))

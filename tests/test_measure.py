@@ -145,6 +145,18 @@ def test_no_difference_is_called_one_in_at_most_5_percent_of_simulated_runs(seed
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_arms_as_far_apart_as_the_margin_match_in_at_most_5_percent_of_simulated_runs(seeds):
+    generator, matches = np.random.default_rng(seeds), 0
+    with patch("gc.collect"):
+        for _ in range(500):
+            one = simulated(generator, seeds, 150, 0.03, 0.01)
+            equal = Comparison("a matches b", one.metric, 0.03, one.first, one.second)
+            matches += verdicts([equal])[0]["result"] == "matches"
+    assert matches / 500 <= 0.05
+
+
+@pytest.mark.slow
 def test_many_claims_without_a_difference_are_corrected():
     assert share_that_beats(0.0, 5, count=250, claims=4) <= 0.05
 

@@ -297,6 +297,7 @@ def test_generation_with_a_cache_counts_its_flops_exactly(task, teacher):
     with FlopCounterMode(display=False) as counter:
         generate(teacher, prompts, **options)
     for _ in range(2):  # the first call measures the shapes, the second looks them up
+        counted(torch.ones((1, 5), dtype=torch.long), use_cache=False)  # has more logits
         counted.flops = 0
         generate(counted, prompts, **options)
         assert counted.flops == counter.get_total_flops()

@@ -475,6 +475,18 @@ def test_a_file_that_cannot_grow_any_more_is_said_in_one_line_by_the_real_script
     assert not (tmp_path / "tiny" / "teacher").exists()
 
 
+def test_clocks_that_jump_change_nothing_but_the_times(tiny_run, tmp_path, monkeypatch):
+    draw, clock = random.Random(0), time.perf_counter
+
+    def jumping():
+        return clock() + draw.uniform(-1e6, 1e6)
+
+    monkeypatch.setattr(time, "perf_counter", jumping)
+    monkeypatch.setattr(time, "time", jumping)
+    assert train_tiny(tmp_path, *PART, "recipes={distilled: {access: logits}}") == 0
+    assert tensor_hashes(tmp_path / "tiny").items() <= tensor_hashes(tiny_run).items()
+
+
 def test_a_run_folder_may_be_moved(copy, tmp_path):
     moved = tmp_path / "elsewhere" / "renamed"
     moved.parent.mkdir()
