@@ -321,14 +321,18 @@ def how_it_thinks(
     judged: dict[str, list[Judged]],
     recipe: Recipe | None,
 ) -> dict[str, Any]:
-    """Of a task that reasons: test-time scaling of an arm's first seed on the first split."""
-    split, reference = next(iter(references.items()))
-    if not isinstance(reference.task, Reason):
+    """Of a task that reasons: test-time scaling of an arm's first seed on every split."""
+    if not all(isinstance(reference.task, Reason) for reference in references.values()):
         return {}
-    texts = judged[split][0].answers.texts
     thinks = recipe is None or recipe.traces != "none"  # teachers do
-    found = reasoning(model, reference.task, reference.rows, texts, thinks, seed=0)
-    return {"reasoning": found}
+    found = {
+        split: reasoning(
+            model, reference.task, reference.rows, judged[split][0].answers.texts, thinks, seed=0
+        )
+        for split, reference in references.items()
+    }
+    first, *others = found
+    return {"reasoning": found[first] | {split: found[split] for split in others}}
 
 
 def arms_of(config: Config) -> dict[str, list[int]]:

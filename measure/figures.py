@@ -182,20 +182,39 @@ def accuracy_by_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
 
 
 def thinking_longer(arms: dict[str, Any], colours: dict[str, str]) -> str:
-    """Right answers against tokens and FLOPs per problem: thinking longer, and more votes."""
-    figure, both = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axes, key in zip(both, ("tokens_per_problem", "flops_per_problem"), strict=True):
-        for arm, entry in arms.items():
-            for curve, style in (("thinking", "o-"), ("voting", "s--")):
-                points = entry["reasoning"][curve] or []
-                axes.plot(
-                    [p[key] for p in points], [100 * p["accuracy"] for p in points], style,
-                    ms=3, lw=1.2, color=colours[arm], label=arm if curve == "voting" else None,
-                )  # fmt: skip
-        axes.set(xscale="log", xlabel=key.replace("_", " ").replace("flops", "FLOPs"))
-    both[0].set_ylabel("right answers %")
-    both[1].legend(frameon=False, fontsize=8)
+    """Right answers against tokens and FLOPs per problem: thinking longer, and more votes; below on
+    problems longer than any in training."""
+    found = [{arm: entry["reasoning"] for arm, entry in arms.items()}]
+    found += [{arm: told["long"] for arm, told in found[0].items() if "long" in told}]
+    figure, grid = plt.subplots(2, 2, figsize=(11, 7.4), sharex="col", sharey="row")
+    keys = ("tokens_per_problem", "flops_per_problem")
+    for curves, row, what in zip(found, grid, ("1 to 5 steps", "6 to 8 steps"), strict=True):
+        for axes, key in zip(row, keys, strict=True):
+            for arm, told in curves.items():
+                for curve, style in (("thinking", "o-"), ("voting", "s--")):
+                    line(axes, told[curve] or [], key, style, colours[arm], arm)
+            axes.set(xscale="log", ylim=(-3, 103))
+        row[0].set_ylabel(f"right answers %, {what}")
+    for axes, key in zip(grid[1], keys, strict=True):
+        axes.set_xlabel(key.replace("_", " ").replace("flops", "FLOPs"))
+    handles, labels = grid[0][1].get_legend_handles_labels()
+    grid[0][1].legend(handles[1::2], labels[1::2], frameon=False, fontsize=8)  # each arm has two
     return picture(figure)
+
+
+def line(
+    axes: plt.Axes, points: list[dict[str, Any]], key: str, style: str, colour: str, arm: str
+) -> None:
+    """Of a curve of test-time scaling, with its intervals; empty where there are no points."""
+    y, ends = [100 * p["accuracy"] for p in points], [p["ci95"] for p in points]
+    error = [
+        [max(0.0, here - 100 * low) for here, (low, _) in zip(y, ends, strict=True)],
+        [max(0.0, 100 * high - here) for here, (_, high) in zip(y, ends, strict=True)],
+    ]
+    axes.errorbar(
+        [p[key] for p in points], y, yerr=error if points else None, fmt=style, ms=3, lw=1.2,
+        elinewidth=0.5, color=colour, label=arm,
+    )  # fmt: skip
 
 
 def first_wrong_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:

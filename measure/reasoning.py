@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from statsmodels.stats.proportion import proportion_confint
 
 from measure.cost import CountedForward
 from tasks.reason import Reason, first_wrong_step, read_solution
@@ -27,7 +28,7 @@ def asked_problems(rows: Rows) -> Rows:
     return rows.take(np.arange(count) * len(rows) // count)
 
 
-def thinking_curve(model: CountedForward, task: Reason, rows: Rows) -> list[dict[str, float]]:
+def thinking_curve(model: CountedForward, task: Reason, rows: Rows) -> list[dict[str, Any]]:
     """Accuracy when the trace is cut after so many tokens and an answer is forced
     (Muennighoff et al. 2025 (s1), arXiv 2501.19393, section 3)."""
     points = []
@@ -43,7 +44,7 @@ def thinking_curve(model: CountedForward, task: Reason, rows: Rows) -> list[dict
 
 def voting_curve(
     model: CountedForward, task: Reason, rows: Rows, seed: int
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Accuracy of the commonest answer among so many drawn ones (Wang et al. 2022,
     self-consistency, arXiv 2203.11171); an answer that is no number has no vote. Fewer votes than
     SAMPLES are averaged over as many groups as there are."""
@@ -72,10 +73,13 @@ def voting_curve(
 
 def point(
     amount: int, accuracy: float, tokens: float, flops: float, problems: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
+    """Of a curve; the interval is over problems alone (Wilson 1927)."""
+    right = round(accuracy * problems)
     return {
         "amount": amount,
         "accuracy": accuracy,
+        "ci95": list(map(float, proportion_confint(right, problems, method="wilson"))),
         "tokens_per_problem": tokens / problems,
         "flops_per_problem": flops / problems,
     }

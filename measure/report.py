@@ -175,7 +175,8 @@ def reasoning_figures(
         "Test-time scaling": (
             thinking_longer(thinking, colours),
             "Solid: the trace is cut after so many tokens and an answer is forced. Dashed: the "
-            "commonest of 1, 4, 16 and 64 drawn answers. First seed of every arm.",
+            "commonest of 1, 4, 16 and 64 drawn answers. First seed of every arm, 100 problems "
+            "each.",
         ),
         "Where traces go wrong": (
             first_wrong_steps(thinking, colours),

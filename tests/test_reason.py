@@ -324,6 +324,8 @@ def test_the_evaluation_says_how_its_models_think(run):
         assert [point["amount"] for point in voting] == list(VOTES)
         costs = [point["flops_per_problem"] for point in voting]
         assert costs[-1] == pytest.approx(SAMPLES * costs[0])
+        assert len(entry["reasoning"]["long"]["voting"]) == len(VOTES)
+        assert all(p["ci95"][0] <= p["accuracy"] <= p["ci95"][1] for p in voting)
     assert result["students"]["answers"]["reasoning"]["thinking"] is None
     thinking = result["controls"]["alone"]["reasoning"]["thinking"]
     assert [point["amount"] for point in thinking] == list(BUDGETS)
