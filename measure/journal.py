@@ -9,8 +9,11 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.runs import Run
+from student import chunked
+from student.objectives import cross_entropy
 from tasks.rows import Rows, collate
 from tasks.task import Task
+from teacher.signal import Signal
 
 VALIDATIONS = 10  # times that a model meets the validation rows, for its learning curve
 VALIDATION_ROWS = 1024
@@ -93,10 +96,13 @@ def validation_nll(model: nn.Module, task: Task, rows: Rows) -> float:
     total, positions = 0.0, 0
     for indices in np.array_split(chosen, -(-len(chosen) // 256)):
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
-        logits = model(batch.input_ids.to(model.device), use_cache=False).logits[batch.counted]
-        logits = logits[:, : len(task.tokenizer)]
-        targets = batch.targets.to(model.device)
-        total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        positions += len(targets)
+        signal, vocabulary = Signal(batch.targets).to(model.device), len(task.tokenizer)
+        if vocabulary >= chunked.LARGE:
+            losses = chunked.losses_in_chunks(model, batch, cross_entropy, signal, vocabulary)
+        else:
+            shown = model(batch.input_ids.to(model.device), use_cache=False)
+            losses = cross_entropy(shown.logits[batch.counted][:, :vocabulary], signal)
+        total += float(losses.sum())
+        positions += len(losses)
     model.train()
     return total / positions

@@ -10,10 +10,9 @@ from measure.fidelity import calibration_columns, compare, sum_by_row
 from measure.statistics import Metric, expected_calibration_error
 from tasks.rows import Rows, collate
 from tasks.task import Ratio
-from teacher.model import Forward, answers_of, device_of
+from teacher.model import KEPT, Forward, answers_of, device_of
 
 BATCH_ROWS = 512
-KEPT = 2**28  # numbers, 1 GB
 
 
 @dataclass
@@ -34,11 +33,10 @@ def free_running(forward: Forward, task: Any, rows: Rows) -> Answers:
         BATCH_ROWS,
         longest=task.longest_answer,
         end=task.tokenizer.eos_token_id,
-        keep_log_probs=True,
         vocabulary=len(task.tokenizer),
     ):
         texts[i] = task.render(answer.tokens.tolist())
-        log_probs[i] = float(answer.log_probs.gather(-1, answer.tokens[:, None]).sum())
+        log_probs[i] = answer.log_prob
     return Answers(texts, log_probs)
 
 

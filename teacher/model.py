@@ -229,23 +229,31 @@ def take_layers(student: nn.Module, teacher: nn.Module, layers: Sequence[int]) -
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote after one prompt: its n new tokens, end mark included, and, if asked for,
-    its own log-probabilities [n, V] there (nats at temperature 1, whatever the sampling
-    temperature), its states [P + n - 1, layers, W] after some layers, from the first token of the
-    prompt to the last but one of the row, and where it looked from there, attention
-    [P + n - 1, layers, P + n - 1]."""
+    """What a model wrote after one prompt: its n new tokens, end mark included, and how likely it
+    held them (nats at temperature 1, whatever the sampling temperature). If asked for, also all its
+    log-probabilities [n, V] there, its states [P + n - 1, layers, W] after some layers, from the
+    first token of the prompt to the last but one of the row, and where it looked from there,
+    attention [P + n - 1, layers, P + n - 1]."""
 
     tokens: Tensor
+    log_prob: float
     log_probs: Tensor | None = None
     hidden: Tensor | None = None
     attention: Tensor | None = None
 
 
+KEPT = 2**28  # numbers, 1 GB
+
+
 def answers_of(
     forward: Forward, rows: Rows, batch_rows: int = 512, **options: Any
 ) -> Iterator[tuple[int, Written]]:
-    """Let a model answer the prompts of all rows, in batches of nearly one prompt length; the
-    options are those of `generate`. Yields (place of the row, what was written)."""
+    """Let a model answer the prompts of all rows, in batches of nearly one prompt length, which are
+    smaller where a row needs much memory; the options are those of `generate`. Yields (place of the
+    row, what was written)."""
+    # Logits of one token and what is made of them, or of all tokens.
+    tokens = options["longest"] if options.get("keep_log_probs") else 16
+    batch_rows = min(batch_rows, max(1, KEPT // (tokens * (options.get("vocabulary") or 1))))
     order = np.argsort(rows.prompt_lengths, kind="stable")
     for places in np.array_split(order, -(-len(order) // batch_rows)):
         written = generate(forward, [rows.prompt(i) for i in places], **options)
@@ -291,6 +299,7 @@ def generate(
     alive = torch.arange(rows)
     answering = torch.full((rows,), separator is None)
     thinking = torch.full((rows,), budget is not None)
+    likely = torch.zeros(rows, dtype=torch.float64)
     log_probs: Tensor | None = None
     hidden: Tensor | None = None
     attention: Tensor | None = None
@@ -311,10 +320,11 @@ def generate(
             attention[alive, read:place, :, :place] = looks
         written = place - starts[alive]  # so many tokens
         writes = written >= 0
+        own = torch.log_softmax(logits[writes], dim=-1)
         if keep_log_probs:
             if log_probs is None:
                 log_probs = logits.new_empty((rows, longest, logits.shape[-1]))
-            log_probs[alive[writes], written[writes]] = torch.log_softmax(logits[writes], dim=-1)
+            log_probs[alive[writes], written[writes]] = own
         chosen = logits.argmax(-1)
         for drawn, heat in ((answering, temperature), (~answering, spelling_temperature)):
             drawn = drawn & writes
@@ -325,6 +335,7 @@ def generate(
             thinking = thinking & ~(writes & (chosen == closing))
             chosen[thinking & (written >= budget)] = closing
             thinking = thinking & (written < budget)
+        likely[alive[writes]] += own.gather(-1, chosen[writes, None])[:, 0].double()
         chosen = torch.where(writes, chosen, tokens[alive, place])
         tokens[alive, place] = chosen
         if separator is not None:
@@ -342,6 +353,7 @@ def generate(
     return [
         Written(
             tokens[row, start:stop],
+            float(likely[row]),
             None if log_probs is None else log_probs[row, : stop - start],
             None if hidden is None else hidden[row, : stop - 1],
             None if attention is None else attention[row, : stop - 1, :, : stop - 1],

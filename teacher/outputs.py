@@ -21,6 +21,7 @@ from teacher.shards import Record, check_binding, sha256_of_file, write_shard
 from teacher.signal import shows_states, states_of
 
 SHARD_ROWS = 8192
+SHARD_TOKENS = 2**19  # at most: what an interruption may cost
 BATCH_ROWS = 512
 RAREST_WORDS = 0.02  # a teacher that invents fewer well-formed words than this is given up
 
@@ -118,9 +119,10 @@ def make_outputs(
     else:
         write_json(provenance, {"binding": binding, "shards": None})
     count = recipe.transfer_rows or len(rows)
-    for number, start in enumerate(range(0, count, SHARD_ROWS)):
+    shard_rows = min(SHARD_ROWS, SHARD_TOKENS // task.longest_answer)
+    for number, start in enumerate(range(0, count, shard_rows)):
         file = folder / f"shard-{number:05d}.arrow"
-        size = min(SHARD_ROWS, count - start)
+        size = min(shard_rows, count - start)
         if number % processes == process and not file.exists():
             generator = torch.Generator().manual_seed(binding["seed"] * 1_000_003 + number)
             if recipe.prompts == "invented":

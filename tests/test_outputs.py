@@ -315,6 +315,8 @@ def test_prompts_of_all_lengths_are_answered_together_as_each_alone(task, teache
     for prompt, answer in zip(prompts, generate(teacher, prompts, **options), strict=True):
         (alone,) = generate(teacher, [prompt], **options)
         assert answer.tokens.tolist() == alone.tokens.tolist()
+        own = answer.log_probs.gather(-1, answer.tokens[:, None]).sum()
+        assert answer.log_prob == pytest.approx(float(own), rel=1e-5)
         for name in ("log_probs", "hidden", "attention"):
             torch.testing.assert_close(getattr(answer, name), getattr(alone, name))
     assert len({len(a.tokens) for a in generate(teacher, prompts, **options)}) > 1
