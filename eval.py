@@ -179,11 +179,11 @@ def judge(run: Run, config: Config, split: str) -> None:
 
 
 def update(run: Run, config: Config, others: list[Path]) -> None:
-    """Write results/<name>.json, with the bands of this run and of others that differ in seeds,
-    and the tables of the README."""
+    """Write results/<name>.json, with the bands of this run and of others that differ in seeds (run
+    folders, or results of them), and the tables of the README."""
     judged = [read_json(run.folder / "eval.json")]
     for folder in others:
-        judged.append(read_json(folder / "eval.json"))
+        judged.append(read_json(folder / "eval.json" if folder.is_dir() else folder))
         differing = other_configs(
             judged[-1]["config"], config, (*MACHINE, "seeds:", "teacher.seed:")
         )
