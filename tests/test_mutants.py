@@ -111,14 +111,14 @@ MUTANTS = {
     ),
     "a silent temperature": (
         "teacher/model.py",
-        "torch.softmax(logits[sampled] / heat, dim=-1)",
-        "torch.softmax(logits[sampled] / heat / 0.8, dim=-1)",
+        "torch.softmax(logits[drawn] / heat, dim=-1)",
+        "torch.softmax(logits[drawn] / heat / 0.8, dim=-1)",
         "test_outputs.py::test_sampling_follows_the_models_own_distribution",
     ),
     "a silent top-p": (
         "teacher/model.py",
-        "chances = torch.softmax(logits[sampled] / heat, dim=-1)",
-        "chances = torch.softmax(logits[sampled] / heat, dim=-1)\n"
+        "chances = torch.softmax(logits[drawn] / heat, dim=-1)",
+        "chances = torch.softmax(logits[drawn] / heat, dim=-1)\n"
         "                chances = chances * (chances > 0.05)",
         "test_outputs.py::test_sampling_follows_the_models_own_distribution",
     ),
@@ -143,7 +143,7 @@ MUTANTS = {
         "test_objectives.py::test_a_mix_is_the_weighted_sum_of_its_terms",
     ),
     "a gain that is a doubled loss scale": (
-        "configs/schema.py",
+        "configs/rules.py",
         "if abs(total - 1) > 1e-6:",
         "if abs(total - 1) > 10:",
         "test_scripts.py::test_a_config_that_cannot_work_is_refused_in_one_line",
@@ -168,8 +168,8 @@ MUTANTS = {
     ),
     "a validation loss that changes with what was trained": (
         "measure/journal.py",
-        'cross_entropy(logits, targets, reduction="sum")',
-        'cross_entropy(logits / 2, targets, reduction="sum")',
+        "cross_entropy(shown.logits[batch.counted][:, :vocabulary], signal)",
+        "cross_entropy(shown.logits[batch.counted][:, :vocabulary] / 2, signal)",
         "test_loop.py::test_the_validation_loss_is_that_of_the_answer_tokens_whatever_was_trained",
     ),
     "data repeated on resume": (
