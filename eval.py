@@ -56,7 +56,7 @@ from teacher.shards import Outputs
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 # Keys of a config that say how a machine runs it, not what is run.
-MACHINE = ("name:", "threads:", "workers:", "cost.", "checkpoint_seconds:")
+MACHINE = ("name:", "threads:", "workers:", "cost.", "checkpoint_")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -164,8 +164,10 @@ def judge(run: Run, config: Config, split: str) -> None:
             **environment(torch.get_num_threads()),
             "judging": judging_sha256(),
             "trained": run.manifest["environment"],
+            "earlier": run.manifest.get("earlier_environments", []),
         },
         "artifacts": artifacts_of(run),
+        "rows": {name: references[name].rows.digest() for name in splits},
     }
     if config.precision == "float64":
         result["trace"] = {stage: list(steps.values()) for stage, steps in losses_of(run).items()}
@@ -190,6 +192,9 @@ def update(run: Run, config: Config, others: list[Path]) -> None:
         if differing:
             raise LabError(f"{folder} is a run of another config: {differing[0]}")
     reference = {**judged[0], "bands": bands(judged)}
+    environment_then = judged[0]["environment"]
+    if environment_then["dirty"] or environment_then["trained"]["dirty"]:
+        print("made with code that is not committed: others cannot get what made this result")
     if reference["bands"] is None:
         print("fewer than 10 seeds: no bands written; name more runs with --bands")
     write_json(RESULTS / f"{config.name}.json", reference)

@@ -403,7 +403,7 @@ def fit(
     if main_process:
         shown = lab.validation if validation is None else validation
         journal = Journal(lab.run, stage, lab.task, shown, steps, step, done())
-    saved_at = watch.elapsed()
+    saved_at, saved_step = watch.elapsed(), step
     model.train()
     while (progress := done()) < 1:
         torch.manual_seed(seed_of_step(seed, step))  # for models with dropout
@@ -451,11 +451,14 @@ def fit(
         tokens = len(indices) * int(lengths.max())
         logged = journal.note(step, done(), learner, loss, norm, flops, tokens)
         # Only where a line of the log ends, so that a continued run logs what a whole one does.
-        due = watch.elapsed() - saved_at > lab.config.checkpoint_seconds
+        due = (
+            watch.elapsed() - saved_at > lab.config.checkpoint_seconds
+            or step - saved_step >= lab.config.checkpoint_steps
+        )
         if logged and due and done() < 1:
             cost = {**watch.read(flops), "writing_seconds": writing}
             checkpoint(checkpoints, step, model, optimizer, flops, cost)
-            saved_at = watch.elapsed()
+            saved_at, saved_step = watch.elapsed(), step
     if journal is None:
         return None
     journal.close()

@@ -119,7 +119,7 @@ class Run:
                 folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, width=100)
             )
         if not run.manifest["finished"]:
-            run.manifest["environment"] = environment
+            run.note_environment(environment)
             run.save()
         return run
 
@@ -165,6 +165,13 @@ class Run:
             print(f"{self.folder / stage} is gone: it is made again")
             del stages[stage]
             self.manifest["finished"] = None
+
+    def note_environment(self, here: dict[str, Any]) -> None:
+        """Where the run goes on. What it was before is kept if it made any stage in another one."""
+        before = self.manifest.get("environment")
+        if before and self.manifest["stages"] and differences(before, here):
+            self.manifest.setdefault("earlier_environments", []).append(before)
+        self.manifest["environment"] = here
 
     @contextmanager
     def locked(self) -> Iterator[None]:

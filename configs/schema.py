@@ -276,7 +276,9 @@ class Config(Section):
     verdicts: list[Verdict] = []
     compare: Compare | None = None
     cost: Cost = Cost()
+    # A checkpoint is written when either is over, where the next line of the log ends.
     checkpoint_seconds: float = Field(30.0, ge=0)
+    checkpoint_steps: int = Field(5_000, gt=0)
     log_every: int = Field(50, gt=0)
 
     def claims(self) -> list[Verdict]:

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from threading import Thread
+from threading import RLock, Thread
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from configs.schema import LabError
 
@@ -62,7 +63,8 @@ def return_freed_memory() -> None:
 
 
 def start_worker(threads: int, opened: Callable[..., None], arguments: tuple) -> None:
-    """It leaves Ctrl-C to its parent, and ends when that ends."""
+    """It leaves Ctrl-C to its parent, and ends when that ends, leaving nothing behind."""
+    tqdm.set_lock(RLock())  # its own would be a semaphore of the system
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

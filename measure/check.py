@@ -90,10 +90,10 @@ def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     return found
 
 
-def expected_tier(here: dict[str, Any], there: dict[str, Any], precision: str) -> tuple[str, str]:
-    """The tier to expect from two environments, and why."""
-    flat = [{**e, **e["packages"]} for e in (here, there)]
-    differing = [key for key in BITS if flat[0].get(key) != flat[1].get(key)]
+def expected_tier(environments: list[dict[str, Any]], precision: str) -> tuple[str, str]:
+    """The tier to expect from all the environments that two runs were trained in, and why."""
+    flat = [{**e, **e["packages"]} for e in environments]
+    differing = [key for key in BITS if any(e.get(key) != flat[0].get(key) for e in flat)]
     if not differing:
         return "A", "same code, torch, processor and threads"
     why = "another " + ", ".join(differing)
@@ -103,15 +103,20 @@ def expected_tier(here: dict[str, Any], there: dict[str, Any], precision: str) -
 def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[str]]:
     """(tier, four lines) of a run's result against the committed one of the same config."""
     precision = reference["config"].get("precision", "float32")
-    environments = (result["environment"]["trained"], reference["environment"]["trained"])
-    expected, why = expected_tier(*environments, precision)
+    environments = [
+        e
+        for one in (result["environment"], reference["environment"])
+        for e in (one["trained"], *one.get("earlier", []))
+    ]
+    expected, why = expected_tier(environments, precision)
     hashes = reference["artifacts"]
     same = [key for key, value in hashes.items() if result["artifacts"].get(key) == value]
     inside, outside = inside_bands(result, reference)
     parted = trace_parts(result.get("trace") or {}, reference.get("trace") or {})
     figures = metrics_of(result) == metrics_of(reference)
     data = all(key in same for key in ("rows", "tokenizer") if key in hashes)
-    if len(same) == len(hashes) == len(result["artifacts"]) and figures:
+    data &= result.get("rows") == reference.get("rows", result.get("rows"))
+    if len(same) == len(hashes) == len(result["artifacts"]) and figures and data:
         tier = "A"
     elif precision == "float64":
         tier = "B" if data and reference.get("trace") and not parted else "D"

@@ -26,6 +26,8 @@ PACKAGES = (
     "numpy",
     "pocketsphinx",
 )
+# What a commit must hold for a run to be made again.
+CODE = (":/*.py", ":/configs", ":/constraints.txt", ":/pyproject.toml")
 
 
 def environment(threads: int, workers: int = 1, processes: int = 1) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def environment(threads: int, workers: int = 1, processes: int = 1) -> dict[str,
         "processes": processes,
         "code": code_sha256(),
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 

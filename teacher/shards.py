@@ -134,6 +134,22 @@ def ragged(arrays: list[np.ndarray]) -> pa.LargeListArray:
     return pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(arrays)))
 
 
+def read_shard(file: Path) -> pa.Table:
+    """A shard, memory-mapped. LabError if it is none of ours, whatever its hash."""
+    try:
+        table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+        table.validate(full=True)
+        table.select(["id", "prompt_length", "tokens"])
+        if any(column.num_chunks != 1 or column.null_count for column in table.columns):
+            raise ValueError("a column is in pieces, or has gaps")
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise LabError(
+            f"{file} is no shard of outputs ({' '.join(str(error).split())[:100]}); delete "
+            f"{file.parent} and run train.py on the config again"
+        ) from None
+    return table
+
+
 def check_binding(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """LabError naming what differs, when outputs are not those that this training needs."""
     for key in dict.fromkeys([*expected, *found]):
@@ -172,7 +188,7 @@ class Outputs:
                     f"{file} is {'damaged' if file.exists() else 'missing'}; delete {folder} and "
                     "run train.py on the config again"
                 )
-            tables.append(pa.ipc.open_stream(pa.memory_map(str(file))).read_all())
+            tables.append(read_shard(file))
         if not tables:
             raise LabError(f"{folder} is not finished; run train.py on the config to go on")
         self.k = provenance["binding"].get("k")

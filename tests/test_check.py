@@ -166,9 +166,23 @@ def test_a_float64_trace_is_tier_b_to_1e_9():
     ],
 )
 def test_the_tier_to_expect_follows_from_the_environments(changed, tier, why):
-    assert expected_tier(environment(), environment(**changed), "float32") == (tier, why)
+    both = [environment(), environment(**changed)]
+    assert expected_tier(both, "float32") == (tier, why)
     if changed:
-        assert expected_tier(environment(), environment(**changed), "float64") == ("B", why)
+        assert expected_tier(both, "float64") == ("B", why)
+
+
+def test_a_run_that_was_begun_in_another_environment_is_not_expected_to_be_equal():
+    begun_elsewhere = reference()
+    begun_elsewhere["environment"]["earlier"] = [environment(threads=1)]
+    _, lines = check(result(), begun_elsewhere)
+    assert lines[0] == "expected  tier C: another threads"
+
+
+def test_judged_on_other_rows_is_different():
+    there = {**reference(), "rows": {"heldout": "r", "long": "l"}}
+    assert check({**result(), "rows": {"heldout": "r", "long": "l"}}, there)[0] == "A"
+    assert check({**result(), "rows": {"heldout": "r", "long": "other"}}, there)[0] == "D"
 
 
 # -- the commands ----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The task `gsm8k`: its files, its grader, and pretrained models from end to end."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,35 @@ def test_what_cannot_be_pretrained_is_refused_in_one_line(override, said, tmp_pa
     assert train.main([CONFIG, override, "--runs", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("what", ["pickled weights", "code of a model", "code of a tokenizer"])
+def test_pretrained_folders_run_no_code_of_theirs(what, folder, tmp_path, capsys):
+    model = Path(shutil.copytree(folder / "large", tmp_path / "model"))
+    (model / "evil.py").write_text("raise SystemExit('it ran')")
+    if what == "pickled weights":
+        (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    else:
+        file = model / ("config.json" if "model" in what else "tokenizer_config.json")
+        settings = json.loads(file.read_text("utf-8"))
+        classes = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+        settings |= {"model_type": "evil", "auto_map": classes}
+        if "tokenizer" in what:
+            settings |= {
+                "tokenizer_class": "Evil",
+                "auto_map": {"AutoTokenizer": ["evil.Evil"] * 2},
+            }
+        file.write_text(json.dumps(settings), "utf-8")
+    tokenizer = model if "tokenizer" in what else folder / "large"
+    overrides = [
+        f"task={{name: gsm8k, tokenizer: {tokenizer}, folder: {folder}}}",
+        f"teacher.model={{pretrained: {model}}}",
+    ]
+    assert train.main([CONFIG, *overrides, "--runs", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert str(model) in error
     assert len(error.splitlines()) == 1
 
 

@@ -116,6 +116,21 @@ def test_a_training_that_was_interrupted_goes_on_with_the_next_batch(lab, monkey
     assert parts[0]["flops"] == whole[0]["flops"]
 
 
+def test_checkpoints_are_written_by_step_too(lab, monkeypatch):
+    """For those whose clock is no measure, as on a machine that sleeps."""
+    config = lab.config.model_copy(update={"checkpoint_seconds": 1e9, "checkpoint_steps": 3})
+    saved = []
+    save = train.checkpoint
+
+    def noted(path, step, *rest):
+        saved.append(step)
+        save(path, step, *rest)
+
+    monkeypatch.setattr(train, "checkpoint", noted)
+    fit(dataclasses.replace(lab, config=config), steps=10)
+    assert saved == [3, 6, 9]
+
+
 def test_training_never_sees_the_held_out_words(lab, monkeypatch):
     asked = []
     rows = type(lab.task).rows

@@ -114,13 +114,15 @@ def test_verdicts(metric, first, second, threshold, result):
     assert verdict("a beats b", metric, threshold, *arms)["result"] == result
 
 
-def simulated(generator, seeds, rows, truth, between_seeds, between_rows=0.3):
-    """Two arms whose rows and seeds vary as those of real runs do; the first is better by truth."""
+def simulated(generator, seeds, rows, truth, between_seeds, between_rows=0.3, against=None):
+    """Two arms whose rows and seeds vary as those of real runs do; the first is better by truth.
+    The second may have another number of seeds; an arm of one seed is what that seed is."""
     row = between_rows * generator.standard_normal((1, rows))
     arms = []
-    for better in (truth, 0.0):
-        level = better + between_seeds * generator.standard_normal((seeds, 1))
-        noise = between_rows * generator.standard_normal((seeds, rows))
+    for better, count in ((truth, seeds), (0.0, against or seeds)):
+        luck = between_seeds if count > 1 else 0.0
+        level = better + luck * generator.standard_normal((count, 1))
+        noise = between_rows * generator.standard_normal((count, rows))
         values = 0.5 + row + level + noise
         arms.append(Metric(np.stack([values, np.ones_like(values)], axis=-1)))
     return Comparison("a beats b", "sequence_agreement", 0.0, *arms)
@@ -142,6 +144,19 @@ def share_that_beats(truth, seeds, count, claims=1, between_seeds=0.01):
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10])
 def test_no_difference_is_called_one_in_at_most_5_percent_of_simulated_runs(seeds):
     assert share_that_beats(0.0, seeds, count=1000) <= 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "against"), [(1, 1), (5, 1)])
+def test_where_one_seed_stands_for_an_arm_the_claim_is_about_that_seed(seeds, against):
+    """The interval knows rows, and the seeds of an arm that has several; the line says so."""
+    generator, beats = np.random.default_rng(seeds), 0
+    with patch("gc.collect"):
+        for _ in range(1000):
+            found = verdicts([simulated(generator, seeds, 150, 0.0, 0.01, against=against)])[0]
+            beats += found["result"] == "beats"
+    assert "over 1 seed" in verdict_line(found) or "against one" in verdict_line(found)
+    assert beats / 1000 <= 0.05
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The teacher's outputs on disk: what is stored is what the teacher said, for the right row."""
 
+import hashlib
 import json
 import random
 import subprocess
@@ -374,6 +375,30 @@ def test_no_corrupted_byte_ever_gives_a_wrong_row(count, make, tmp_path):
                 assert np.array_equal(array, expected)
         file.write_bytes(contents[file])
     assert len(refused) > 0.9 * count
+    assert max(len(line.splitlines()) for line in refused) == 1
+
+
+def test_a_shard_that_is_none_is_refused_whatever_its_hash(make, tmp_path):
+    """Made by another program, whose provenance agrees with it."""
+    make(FEW)
+    folder = tmp_path / name_of(FEW)
+    provenance = json.loads((folder / "provenance.json").read_text("utf-8"))
+    shard = folder / next(iter(provenance["shards"]))
+    whole, draw, refused = shard.read_bytes(), random.Random(0), []
+    forged = [b"", b"no arrow at all", whole[:100], whole[: len(whole) // 2]]
+    for _ in range(100):  # in the head of the file, where the schema and the lengths are
+        broken = bytearray(whole)
+        broken[draw.randrange(min(3000, len(whole)))] ^= 1 << draw.randrange(8)
+        forged.append(bytes(broken))
+    for content in forged:
+        shard.write_bytes(content)
+        provenance["shards"][shard.name] = hashlib.sha256(content).hexdigest()
+        (folder / "provenance.json").write_text(json.dumps(provenance))
+        try:
+            Outputs(folder)
+        except LabError as error:
+            refused.append(str(error))
+    assert len(refused) > 30
     assert max(len(line.splitlines()) for line in refused) == 1
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.reading import check_config, read_config, read_yaml
-from configs.schema import Config, LabError, Schedule, extremes, value_at
+from configs.schema import Config, LabError, Recipe, Schedule, extremes, value_at
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -89,6 +89,23 @@ def test_what_is_written_into_a_run_reads_back_as_the_same_config():
         config = read_config(file)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         assert check_config(read_yaml(text, "back"), "back") == config
+
+
+def test_a_config_of_an_older_version_still_reads():
+    """Results and runs hold `match_until`, which the terms now say themselves."""
+    weights = {"forward_kl": 0.1, "hidden_match": 0.6, "attention_match": 0.3}
+    old = Recipe(access="hidden", hidden_layers=[1], objective=weights, match_until=0.5)
+    faded = {"start": 0.6, "end": 0, "until": 0.5}
+    new = Recipe(
+        access="hidden",
+        hidden_layers=[1],
+        objective={
+            "forward_kl": 0.1,
+            "hidden_match": faded,
+            "attention_match": {**faded, "start": 0.3},
+        },
+    )
+    assert old == new
 
 
 def test_a_schedule_goes_straight_to_its_end_and_stays_there():

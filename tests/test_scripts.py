@@ -172,10 +172,15 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_run(
         again += 1
 
 
-@pytest.mark.slow
 def test_the_same_command_gives_the_same_run_twice(tiny_run, tmp_path):
-    assert train_tiny(tmp_path) == 0
-    assert judge.main([str(tmp_path / "tiny")]) == 0
+    """In a process of its own, where strings have other hashes."""
+    fresh = {**os.environ, "PYTHONHASHSEED": "7"}
+    for script, what in (
+        ("train.py", [TINY, "--runs", tmp_path]),
+        ("eval.py", [tmp_path / "tiny"]),
+    ):
+        command = [sys.executable, ROOT / script, *what]
+        subprocess.run(command, env=fresh, capture_output=True, check=True)
     assert tensor_hashes(tmp_path / "tiny") == tensor_hashes(tiny_run)
     first, second = (
         without_times(json.loads((folder / "eval.json").read_text("utf-8")))
@@ -184,39 +189,51 @@ def test_the_same_command_gives_the_same_run_twice(tiny_run, tmp_path):
     assert first == second
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
-def test_two_processes_train_what_one_does_and_go_on_on_one(precision, tolerance, tmp_path):
-    """The same global batch; killed on two processes, continued on one."""
-    arguments = [
-        str(ROOT / "configs" / "trace-float64.yaml"), f"precision={precision}", "teacher.epochs=2",
-        "students.budget=0.5", "checkpoint_seconds=0", "threads=1",
-    ]  # fmt: skip
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    launch += ["--num_processes", "2", str(ROOT / "train.py"), *arguments, "--runs"]
-    assert train.main([*arguments, "--runs", str(tmp_path / "one")]) == 0
-    killed = subprocess.Popen(
-        [*launch, str(tmp_path / "two")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    checkpoints = tmp_path / "two" / "trace-float64" / "checkpoints" / "teacher"
-    while killed.poll() is None and not list(checkpoints.glob("step-*0.*")):
+def kill_at_a_checkpoint(command: list[str], checkpoints: Path) -> None:
+    """kill -9 the command and all its processes once a checkpoint is there."""
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while started.poll() is None and not list(checkpoints.glob("step-*0.*")):
         time.sleep(0.05)
-    launcher = psutil.Process(killed.pid)  # its processes have sessions of their own
+    assert started.poll() is None, "it was over before it could be killed"
+    launcher = psutil.Process(started.pid)  # its processes have sessions of their own
     family = [launcher, *launcher.children(recursive=True)]
     for process in family:
         process.kill()
     psutil.wait_procs(family, timeout=10)
-    killed.wait()
-    assert list(checkpoints.glob("step-*"))
-    assert train.main([*arguments, "--runs", str(tmp_path / "two")]) == 0
-    assert subprocess.run([*launch, str(tmp_path / "both")], capture_output=True).returncode == 0
-    traces = [
-        losses_of(Run.finished(tmp_path / name / "trace-float64"))
-        for name in ("one", "two", "both")
-    ]
-    for trace in traces[1:]:
-        assert trace.keys() == traces[0].keys()
-        for stage, steps in traces[0].items():
+    started.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
+def test_many_processes_train_what_one_does_and_go_on_as_fewer_or_more(
+    precision, tolerance, tmp_path
+):
+    """The same global batch on 1, on 2, from 2 to 1 and from 1 to 3 processes."""
+    arguments = [
+        str(ROOT / "configs" / "trace-float64.yaml"), f"precision={precision}", "teacher.epochs=2",
+        "students.budget=0.5", "checkpoint_seconds=0", "threads=1",
+    ]  # fmt: skip
+    script = str(ROOT / "train.py")
+
+    def command(processes: int, runs: str) -> list[str]:
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
+        launch = [*launch, str(processes)] if processes > 1 else []
+        return [sys.executable, *launch, script, *arguments, "--runs", str(tmp_path / runs)]
+
+    for runs, begun, ended in (("one", 1, 1), ("two", 2, 2), ("fewer", 2, 1), ("more", 1, 3)):
+        if begun != ended:
+            checkpoints = tmp_path / runs / "trace-float64" / "checkpoints" / "teacher"
+            kill_at_a_checkpoint(command(begun, runs), checkpoints)
+            assert list(checkpoints.glob("step-*"))
+        done = subprocess.run(command(ended, runs), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    first, *others = (
+        losses_of(Run.finished(tmp_path / runs / "trace-float64"))
+        for runs in ("one", "two", "fewer", "more")
+    )
+    for trace in others:
+        assert trace.keys() == first.keys()
+        for stage, steps in first.items():
             assert trace[stage] == pytest.approx(steps, abs=tolerance)
 
 
@@ -457,22 +474,68 @@ def test_a_write_that_fails_says_so_in_one_line_and_loses_nothing(tmp_path, caps
     assert "file" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of a file")
-def test_a_file_that_cannot_grow_any_more_is_said_in_one_line_by_the_real_script(tmp_path):
-    """The operating system refuses the write, as it does on a full disk."""
+def with_files_of_at_most(limit: int, *command: str) -> str:
+    """What the command says in the end when the operating system refuses to write more bytes to a
+    file, as it does on a full disk; its exit code must be 2."""
     import resource
 
-    command = [sys.executable, str(ROOT / "train.py"), TINY, *PART, "--runs", str(tmp_path)]
-    limit = 20_000  # bytes: enough for the books, too little for the teacher
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False,
+        [sys.executable, *command], capture_output=True, text=True, check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
-    error = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of a file")
+@pytest.mark.parametrize(
+    ("limit", "stage", "overrides"),
+    [
+        (20_000, "teacher", ()),  # enough for the books, too little for a model
+        (20_000, "teacher", ("workers=2", "controls=[alone,twin]", "verdicts=[]")),
+        (100_000, "outputs/data-logits", ()),  # enough for models
+    ],
+)
+def test_a_file_that_cannot_grow_any_more_is_said_in_one_line_by_the_real_script(
+    limit, stage, overrides, tmp_path
+):
+    part = (*PART, *overrides, "recipes={distilled: {access: logits}}", "--runs", str(tmp_path))
+    error = with_files_of_at_most(limit, str(ROOT / "train.py"), TINY, *part)
     assert error.startswith("error: ")
     assert "the same command goes on" in error
-    assert not (tmp_path / "tiny" / "teacher").exists()
+    assert not (tmp_path / "tiny" / stage).exists() or not list(
+        (tmp_path / "tiny" / stage).glob("[!.]*.arrow")
+    )
+    assert train_tiny(tmp_path, *part[:-2]) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of a file")
+def test_an_evaluation_that_cannot_be_written_leaves_the_one_before(copy):
+    before = (copy / "eval.json").read_bytes()
+    error = with_files_of_at_most(8_000, str(ROOT / "eval.py"), str(copy))
+    assert error.startswith("error: ")
+    assert "the same command goes on" in error
+    assert (copy / "eval.json").read_bytes() == before
+
+
+def test_a_learning_rate_that_is_far_too_high_ends_in_one_line(tmp_path, capsys):
+    assert train_tiny(tmp_path, *PART, "teacher.training.learning_rate=1e30") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: teacher: ")
+    assert "lower learning_rate" in error
+    assert json.loads((tmp_path / "tiny/checkpoints/teacher/nonfinite.json").read_text())["rows"]
+
+
+def test_a_run_that_goes_on_elsewhere_says_where_it_was(copy):
+    """Or a check would expect equal bits from it."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["environment"]["cpu"] = "another"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(copy / "students" / "alone" / "seed-1")
+    assert train_tiny(copy.parent) == 0
+    found = Run.finished(copy).manifest
+    assert found["environment"]["cpu"] != "another"
+    assert [e["cpu"] for e in found["earlier_environments"]] == ["another"]
 
 
 def test_clocks_that_jump_change_nothing_but_the_times(tiny_run, tmp_path, monkeypatch):
