@@ -310,7 +310,7 @@ def train_student(lab: Lab, stage: str, name: str, recipe: Recipe, seed: int) ->
     settings = lab.config.students
     lineage = f"Student `{name}` from seed {seed} <- "
     if recipe.access != "none" or recipe.initial_layers:
-        lineage += f"teacher {teacher_sha256(lab, recipe)[:16]} <- "
+        lineage += f"teacher {teacher_sha256(lab, recipe, seed)[:16]} <- "
     whole_budget = 1e12 * (settings.tflops or 0.0)
     if settings.budget:
         whole_budget = settings.budget * lab.run.cost_of("teacher")["flops"]

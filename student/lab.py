@@ -72,10 +72,11 @@ def new_model(lab: Lab, settings: Model, seed: int) -> nn.Module:
 
 def new_student(lab: Lab, recipe: Recipe, lessons: Lessons, seed: int) -> nn.Module:
     """A student before its first step: the same weights per seed in all recipes of one shape, or
-    layers of its teacher; with projections if it is to match states."""
+    layers of its teacher, where that is a recipe those of its student of the same seed; with
+    projections if it is to match states."""
     model = new_model(lab, lab.config.model_of(recipe), seed)
     if recipe.initial_layers:
-        taught_by = stage_of_teacher(recipe.teachers[0], lab.config)
+        taught_by = stage_of_teacher(recipe.teachers[0], lab.config, seed)
         model = take_layers(model, load_model(lab.run.folder / taught_by), recipe.initial_layers)
     return Projected(model, lessons.width, seed) if match_of(recipe) else model
 
@@ -97,9 +98,11 @@ def teacher_of(lab: Lab, recipe: Recipe, counted: Counted) -> Forward:
     return models[0] if len(models) == 1 else Averaged(models, len(lab.task.tokenizer))
 
 
-def teacher_sha256(lab: Lab, recipe: Recipe) -> str:
+def teacher_sha256(lab: Lab, recipe: Recipe, seed: int | None = None) -> str:
+    """Of who teaches a recipe; with a seed, of who its student of that seed descends from."""
     stages = lab.run.manifest["stages"]
-    names = [stage_of_teacher(name, lab.config) for name in recipe.teachers]
+    paired = seed if recipe.initial_layers else None
+    names = [stage_of_teacher(name, lab.config, paired) for name in recipe.teachers]
     return "+".join(stages[name]["sha256"] for name in names)
 
 

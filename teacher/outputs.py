@@ -48,9 +48,11 @@ def needs_outputs(recipe: Recipe) -> bool:
     return recipe.access != "none" and recipe.sequences != "student"
 
 
-def stage_of_teacher(name: str, config: Config) -> str:
-    """`teacher`, `twin`, or the first student of a recipe that teaches others."""
-    return f"students/{name}/seed-{config.seeds[0]}" if name in config.recipes else name
+def stage_of_teacher(name: str, config: Config, seed: int | None = None) -> str:
+    """`teacher`, `twin`, or a recipe's first student, or its student of a seed."""
+    if name not in config.recipes:
+        return name
+    return f"students/{name}/seed-{config.seeds[0] if seed is None else seed}"
 
 
 def charged_stages(recipe: Recipe, config: Config, everything: bool = False) -> list[str]:

@@ -1,5 +1,6 @@
 """The task `reason`: problems, traces, rewards, and what thinking longer buys."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from configs.runs import Run
 from configs.schema import Model, Recipe
 from measure.cost import CountedForward
 from measure.reasoning import BUDGETS, SAMPLES, VOTES, commonest, first_wrong_steps
-from student.lab import lessons_of, open_lab
+from student.lab import lessons_of, new_model, new_student, open_lab
+from student.lessons import Lessons
 from student.objectives import policy_gradient
 from student.on_policy import OnPolicy, write
 from tasks.reason import (
@@ -30,7 +32,7 @@ from tasks.reason import (
     split_of,
 )
 from tasks.rows import collate
-from teacher.model import answers_of, build_model, initialise
+from teacher.model import answers_of, build_model, initialise, save_model
 from teacher.outputs import charged_stages
 from teacher.signal import Signal
 
@@ -310,6 +312,21 @@ def test_a_policy_starts_from_the_student_that_warmed_it_up_and_pays_for_it(run)
     )
     budget = config.students.budget * run.cost_of("teacher")["flops"]
     assert 0.85 * budget < spent <= budget
+
+
+def test_every_seed_of_a_policy_starts_from_its_own_student(run, tmp_path):
+    """Five that start from one would share its luck."""
+    config = run.config()
+    elsewhere = Run(tmp_path)
+    lab = dataclasses.replace(open_lab(config, run), run=elsewhere)
+    for seed in (0, 1):
+        model = new_model(lab, config.students.model, 10 + seed)
+        save_model(model, lab.task.tokenizer, tmp_path / f"students/warm/seed-{seed}", "a card")
+    grpo = config.recipes["grpo"]
+    for seed in (0, 1):
+        found = new_student(lab, grpo, Lessons(lab.rows), seed).state_dict()
+        expected = new_model(lab, config.students.model, 10 + seed).state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_evaluation_says_how_its_models_think(run):
