@@ -12,6 +12,7 @@ from configs.schema import (
     DIVERGENCES,
     FIDELITY,
     INSIDE,
+    LOWER_IS_BETTER,
     QUALITY,
     SPLITS,
     Config,
@@ -319,6 +320,16 @@ def to_claims(config: Config) -> Iterator[str]:
                     f"verdict {verdict.claim!r}: no student or control {name!r}"
                     f"{nearest(name, arms | {'teacher'})}"
                 )
+        if " keeps " in verdict.claim and not 0 < verdict.threshold <= 1:
+            yield (
+                f"verdict {verdict.claim!r}: threshold {verdict.threshold:g}, expected the share "
+                "that is to be kept, above 0 and at most 1"
+            )
+        if " keeps " in verdict.claim and verdict.metric.startswith(LOWER_IS_BETTER):
+            yield (
+                f"verdict {verdict.claim!r}: of {verdict.metric} less is better, nobody wants to "
+                "keep it; use matches or beats"
+            )
         if " matches " in verdict.claim and verdict.threshold <= 0:
             yield (
                 f"verdict {verdict.claim!r} needs a threshold above 0: two arms are never equal, "

@@ -41,6 +41,7 @@ FIDELITY = (
     "agreement_on_teacher_errors",
     "ece",
 )
+LOWER_IS_BETTER = ("word_error_rate", "phoneme_error_rate", "kl_", "nll_gap", "ece")
 METRICS = (*(metric for metrics in QUALITY.values() for metric in metrics), *FIDELITY)
 DIVERGENCES = (
     "forward_kl",
@@ -214,18 +215,20 @@ class Students(Section):
 
 
 class Verdict(Section):
-    claim: str  # "<name> beats <name>", or "<name> matches <name>"
+    claim: str  # "<name> beats <name>", "... matches ..." or "... keeps ..."
     metric: Literal[METRICS] = "sequence_agreement"
-    # In the metric's own unit. beats: the difference must lie above it; matches: within it.
+    # In the metric's own unit. beats: the difference must lie above it; matches: within it. keeps:
+    # the first must have at least this share of what the second has.
     threshold: float = 0.0
     split: Literal["heldout", "long"] = "heldout"
 
     @field_validator("claim")
     @classmethod
     def two_names(cls, value: str) -> str:
-        if not re.fullmatch(r"\S+ (beats|matches) \S+", value):
+        if not re.fullmatch(r"\S+ (beats|matches|keeps) \S+", value):
             raise ValueError(
-                f"claim {value!r} must read '<name> beats <name>' or '... matches ...'"
+                f"claim {value!r} must read '<name> beats <name>', '... matches ...' or "
+                "'... keeps ...'"
             )
         return value
 

@@ -16,6 +16,8 @@ from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
+from configs.schema import LOWER_IS_BETTER
+
 RESAMPLES = 2000
 
 
@@ -89,6 +91,10 @@ class Metric:
         over_both = np.take_along_axis(self.over_rows, chosen, axis=1).mean(axis=1)
         return over_rows + widening(seeds) * (over_both - over_rows)
 
+    def times(self, share: float) -> "Metric":
+        """A share of a ratio."""
+        return Metric(self.columns * np.array([share, 1.0]))
+
     def summary(self) -> dict:
         """{"mean", "ci95", "per_seed"}"""
         return {
@@ -141,9 +147,6 @@ def power_law(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float] | None
     return float(np.exp(log_a) * start**b), float(b), float(np.exp(log_c))
 
 
-LOWER_IS_BETTER = ("word_error_rate", "phoneme_error_rate", "kl_", "nll_gap", "ece")
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Two arms in one metric, oriented so that a positive difference is better for the first."""
@@ -163,21 +166,34 @@ class Comparison:
         return " matches " in self.claim
 
     @property
+    def keeps(self) -> bool:
+        return " keeps " in self.claim
+
+    @cached_property
+    def bar(self) -> Metric:
+        """What the first is held against: the second, or the share of it that is to be kept."""
+        return self.second.times(self.threshold) if self.keeps else self.second
+
+    @property
+    def margin(self) -> float:
+        return 0.0 if self.keeps else self.threshold
+
+    @property
     def paired(self) -> bool:
         return len(self.first.per_seed) == len(self.second.per_seed) > 1
 
     @property
     def difference(self) -> float:
-        return self.sign * (self.first.mean - self.second.mean)
+        return self.sign * (self.first.mean - self.bar.mean)
 
     @cached_property
     def by_seed(self) -> np.ndarray:
         """Differences seed by seed; one arm may have a single seed, as the twin has."""
-        return self.sign * (self.first.per_seed - self.second.per_seed)
+        return self.sign * (self.first.per_seed - self.bar.per_seed)
 
     @cached_property
     def resamples(self) -> np.ndarray:
-        return self.sign * (self.first.resamples - self.second.resamples)
+        return self.sign * (self.first.resamples - self.bar.resamples)
 
     @property
     def p_value(self) -> float:
@@ -189,7 +205,7 @@ class Comparison:
         freedom = max(len(self.first.per_seed), len(self.second.per_seed)) - 1
         tails = stats.t(freedom) if freedom else stats.norm()
         error = self.resamples.std() * stats.norm.ppf(0.975) / tails.ppf(0.975)
-        off = abs(self.difference - self.threshold)
+        off = abs(self.difference - self.margin)
         return float(2 * tails.sf(off / error)) if error > 0 else float(off == 0)
 
     @property
@@ -214,7 +230,7 @@ class Comparison:
         else:
             first, second = (
                 (m.columns[:, :, 0] / np.maximum(m.columns[:, :, 1], 1e-12)).mean(axis=0)
-                for m in (self.first, self.second)
+                for m in (self.first, self.bar)
             )
             values = first - second
         if not np.any(values):
@@ -233,7 +249,7 @@ class Comparison:
     def probability_of_improvement(self) -> float:
         """That a seed of the first beats a seed of the second, ties by halves (Agarwal et al.
         2021, arXiv 2108.13264, section 4.3)."""
-        first, second = self.sign * self.first.per_seed, self.sign * self.second.per_seed
+        first, second = self.sign * self.first.per_seed, self.sign * self.bar.per_seed
         wins = stats.mannwhitneyu(first, second, method="asymptotic").statistic
         return float(wins / (len(first) * len(second)))
 
@@ -244,10 +260,10 @@ class Comparison:
         """
         if not self.paired:
             return None
-        seeds, size = len(self.by_seed), abs(self.difference - self.threshold)
+        seeds, size = len(self.by_seed), abs(self.difference - self.margin)
         if self.equivalence:  # of the two margins, the nearer one is harder to show
             size = abs(self.threshold - abs(self.difference))
-        values = self.sign * (self.first.over_rows - self.second.over_rows)
+        values = self.sign * (self.first.over_rows - self.bar.over_rows)
         mean = values.mean(axis=1)
         # Rows vary in each seed by itself (and average out over seeds), and in all seeds alike.
         own = (values - mean[:, None]).var(axis=0).mean() * seeds / (seeds - 1)
@@ -269,7 +285,8 @@ def verdicts(comparisons: list[Comparison]) -> list[dict]:
 
     From the 95 % interval of the paired difference: all of it at or below the threshold does not
     beat; all of it above beats, if it is still significant at 5 % after Holm's correction for the
-    number of claims (Holm 1979); anything else is inconclusive. A claim that two arms match is an
+    number of claims (Holm 1979); anything else is inconclusive. A claim that an arm keeps a share
+    of another is that it beats that share of it. A claim that two arms match is an
     equivalence test: it holds if the difference lies within the margin at 5 %, fails if all of the
     95 % interval lies outside.
     """
@@ -283,19 +300,26 @@ def verdicts(comparisons: list[Comparison]) -> list[dict]:
 
 def verdict(comparison: Comparison, p_holm: float, claims: int) -> dict:
     low, high = interval(comparison.resamples)
-    margin, significant = comparison.threshold, p_holm <= 0.05
+    margin, significant = comparison.margin, p_holm <= 0.05
     if comparison.equivalence:
         outside = low > margin or high < -margin
         result = "matches" if significant else "does not match" if outside else "inconclusive"
     else:
         beats = low > margin and significant
-        result = "beats" if beats else "does not beat" if high <= margin else "inconclusive"
+        verb = "keep" if comparison.keeps else "beat"
+        result = f"{verb}s" if beats else f"does not {verb}" if high <= margin else "inconclusive"
+    kept = {}
+    if comparison.keeps:
+        first, second = comparison.first, comparison.second
+        shares = first.resamples / np.maximum(second.resamples, 1e-12)
+        kept = {"share": first.mean / max(second.mean, 1e-12), "share_ci95": interval(shares)}
     return {
         "claim": comparison.claim,
         "metric": comparison.metric,
         "result": result,
         "difference": comparison.difference,
         "ci95": [low, high],
+        **kept,
         "threshold": comparison.threshold,
         "seeds": len(comparison.first.per_seed),
         "against": len(comparison.second.per_seed),
@@ -319,12 +343,20 @@ def verdict_line(verdict: dict) -> str:
     )
     if verdict["seeds"] > 1 == verdict.get("against"):
         seeds += " against one"  # whose own luck the interval does not know
+    more = f" ({what_would_tell(verdict)})" if verdict["result"] == "inconclusive" else ""
+    if " keeps " in verdict["claim"]:
+        low, high = (100 * bound for bound in verdict["share_ci95"])
+        first, _, second = verdict["claim"].split()
+        return (
+            f"{first} keeps {100 * verdict['share']:.1f} % of the {in_words(verdict['metric'])} of "
+            f"{second} [{low:.1f}, {high:.1f}] {seeds}, {100 * verdict['threshold']:g} % needed: "
+            f"{verdict['result'].upper()}{more}"
+        )
     by, beyond = "by", ""
     if " matches " in verdict["claim"]:
         by, beyond = "to", f", margin {scale * verdict['threshold']:g}"
     elif verdict["threshold"]:
         beyond = f", more than {scale * verdict['threshold']:g} needed"
-    more = f" ({what_would_tell(verdict)})" if verdict["result"] == "inconclusive" else ""
     return (
         f"{verdict['claim']} {by} {scale * verdict['difference']:.{digits}f} {unit} "
         f"{in_words(verdict['metric'])} [{low:.{digits}f}, {high:.{digits}f}] {seeds}"

@@ -208,6 +208,24 @@ def test_a_match_is_an_equivalence_test_with_a_margin_and_not_a_large_p(truth, r
     assert "margin 5" in verdict_line(found)
 
 
+@pytest.mark.parametrize(
+    ("truth", "rows", "result"),
+    [(0.0, 4000, "keeps"), (-0.1, 4000, "does not keep"), (-0.02, 20, "inconclusive")],
+)
+def test_a_share_is_kept_if_the_arm_beats_that_share_of_the_other(truth, rows, result):
+    generator = np.random.default_rng(0)
+    arms = simulated(generator, 5, rows, truth, between_seeds=0.005)
+    claim = Comparison("a keeps b", "accuracy", 0.95, arms.first, arms.second)
+    found = verdicts([claim])[0]
+    assert found["result"] == result
+    assert found["share"] == pytest.approx(arms.first.mean / arms.second.mean)
+    assert found["share_ci95"][0] < found["share"] < found["share_ci95"][1]
+    assert found["difference"] == pytest.approx(arms.first.mean - 0.95 * arms.second.mean)
+    said = f"a keeps {100 * found['share']:.1f} % of the accuracy of b ["
+    assert verdict_line(found).startswith(said)
+    assert "95 % needed: " + result.upper() in verdict_line(found)
+
+
 def test_a_power_law_is_found_again_from_its_points():
     x = np.geomspace(1e3, 1e6, 7)
     noise = np.exp(0.01 * np.random.default_rng(0).standard_normal(7))

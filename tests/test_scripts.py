@@ -300,6 +300,14 @@ def test_the_report_is_one_file_that_needs_no_other(tiny_run):
             "input should be 'word_error_rate'",
         ),
         (["verdicts=[{claim: distilled matches alone}]"], "needs a threshold above 0"),
+        (
+            ["verdicts=[{claim: top keeps alone, metric: sequence_agreement, threshold: 95}]"],
+            "expected the share that is to be kept",
+        ),
+        (
+            ["verdicts=[{claim: top keeps alone, metric: word_error_rate, threshold: 0.9}]"],
+            "use matches or beats",
+        ),
         (["recipes.teacher={access: logits}"], "names the teacher or a control"),
         (["seeds=[-1]"], "seeds.0: found -1"),
         (["teacher.training.betas=[0.9, 1.0]"], "betas.1: found 1.0"),
