@@ -19,20 +19,45 @@ import matplotlib.pyplot as plt
 NAMES = {"flops": "FLOPs", "seconds": "time"}
 
 
+MANY = 12  # arms in one plot; more of them get a plot each
+
+
 def learning_curves(run: Run, colours: dict[str, str]) -> str:
-    figure, axes = plt.subplots(figsize=(7, 4))
-    curves: dict[str, list[tuple[float, float]]] = {}
+    """Validation loss against training FLOPs, a line per seed. Of many arms each has a plot of its
+    own, with the teacher and the first student in grey to compare."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for line in run.metrics():
         if "validation_nll" in line:
-            curves.setdefault(line["stage"], []).append((line["flops"], line["validation_nll"]))
-    labelled = set()
-    for stage, points in curves.items():
-        arm = stage.split("/")[1] if "/" in stage else stage
-        label = None if arm in labelled else arm
-        labelled.add(arm)
-        axes.plot(*zip(*points, strict=True), color=colours[arm], label=label, lw=1.4)
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss (nats)")
-    axes.legend(frameon=False)
+            stage = line["stage"]
+            arm = stage.split("/")[1] if "/" in stage else stage
+            points = curves.setdefault(arm, {}).setdefault(stage, [])
+            points.append((line["flops"], line["validation_nll"]))
+
+    def draw(axes: plt.Axes, arm: str, **style: Any) -> None:
+        for number, points in enumerate(curves.get(arm, {}).values()):
+            axes.plot(*zip(*points, strict=True), label=None if number else arm, **style)
+
+    if len(curves) <= MANY:
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for arm in curves:
+            draw(axes, arm, color=colours[arm], lw=1.4)
+        axes.set(xscale="log", yscale="log")
+        axes.set(xlabel="training FLOPs", ylabel="validation loss (nats)")
+        axes.legend(frameon=False)
+        return picture(figure)
+    columns, first = 5, next(arm for arm in curves if arm not in ("teacher", "twin"))
+    rows = -(-len(curves) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(11, 1.7 * rows), sharex=True, sharey=True)
+    for axes, arm in zip(grid.flat, curves, strict=False):
+        for other in ("teacher", first):
+            draw(axes, other, color="#bbb", lw=0.8)
+        draw(axes, arm, color="#1b6ca8", lw=1.2)
+        axes.set(xscale="log", yscale="log")
+        axes.set_title(arm, fontsize=8)
+    for axes in grid.flat[len(curves) :]:
+        axes.axis("off")
+    figure.supxlabel("training FLOPs", fontsize=9)
+    figure.supylabel("validation loss (nats)", fontsize=9)
     return picture(figure)
 
 
@@ -295,9 +320,10 @@ def strips(found: dict[str, list[float]], bands: dict[str, Any]) -> str:
 
 
 def reliability(first: dict[str, Judged], colours: dict[str, str]) -> str:
+    """Accuracy against confidence; of many arms the first ones alone."""
     figure, axes = plt.subplots(figsize=(5, 4.4))
     axes.plot([0, 1], [0, 1], color="#999", lw=1, ls="--")
-    for arm, judged in first.items():
+    for arm, judged in list(first.items())[:MANY]:
         count, confidence, hits = np.split(judged.columns["calibration"].sum(0), 3)
         filled = count > 0
         axes.plot(

@@ -104,7 +104,8 @@ def figures_of(
         "Learning curves": (
             learning_curves(run, colours),
             "Validation loss in nats per token while training, against the FLOPs spent. "
-            "One line per seed.",
+            "One line per seed; where every arm has a plot of its own, grey is the teacher and the "
+            "first student.",
         ),
     }
     if result["cost"]["fraction_of_teacher"]["flops"]:
