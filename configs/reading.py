@@ -49,7 +49,8 @@ def check_config(settings: dict, source: str) -> Config:
     try:
         config = Config.model_validate(settings)
     except ValidationError as error:
-        raise LabError(f"{source}: {explain(error.errors()[0])}") from None
+        said = explain(error.errors()[0])  # a key may hold anything, line ends of all kinds too
+        raise LabError(f"{source}: {' '.join(said.splitlines())}") from None
     for objection in objections(config):
         raise LabError(f"{source}: {objection}")
     return config

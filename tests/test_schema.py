@@ -91,6 +91,14 @@ def test_what_is_written_into_a_run_reads_back_as_the_same_config():
         assert check_config(read_yaml(text, "back"), "back") == config
 
 
+def test_a_key_with_a_line_end_in_it_is_refused_in_one_line():
+    settings = read_yaml(TINY.read_text("utf-8"), "tiny")
+    settings["recipes"]["written"]["objective"] = {"\x1e": ""}
+    with pytest.raises(LabError) as refused:
+        check_config(settings, "here")
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_a_config_of_an_older_version_still_reads():
     """Results and runs hold `match_until`, which the terms now say themselves."""
     weights = {"forward_kl": 0.1, "hidden_match": 0.6, "attention_match": 0.3}
