@@ -397,6 +397,7 @@ def costs(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any
             stage = f"outputs/{name_of(recipe)}"
             stored[arm] = {
                 "rows": run.manifest["stages"][stage]["rows"],
+                "different": run.manifest["stages"][stage].get("different"),
                 "bytes_per_token": run.cost_of(stage).get("bytes_per_token"),
             }
         before = charged_stages(recipe, config, everything=True)

@@ -239,7 +239,7 @@ def try_config(lab: Lab) -> None:
         if recipe.prompts == "train" and (recipe.transfer_rows or 0) > words:
             raise LabError(
                 f"recipes.{name}.transfer_rows: found {recipe.transfer_rows}, expected at most "
-                f"{words}, the training words; prompts: invented has no end"
+                f"{words}, the training words; prompts: extended has no end"
             )
 
 
@@ -293,12 +293,13 @@ def produce_outputs(lab: Lab, recipe: Recipe) -> None:
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return close_stage(lab, stage, None)
-    flops, tokens = finish_outputs(folder)
+    made = finish_outputs(folder)
     size = sum(file.stat().st_size for file in folder.glob("*.arrow"))
-    cost = {**watch.read(flops), "bytes": size, "bytes_per_token": size / tokens}
-    close_stage(lab, stage, (cost, {"sha256": sha256_of_outputs(folder), "rows": total}))
+    cost = {**watch.read(made.flops), "bytes": size, "bytes_per_token": size / made.tokens}
+    known = {"sha256": sha256_of_outputs(folder), "rows": total, "different": made.different}
+    close_stage(lab, stage, (cost, known))
     tqdm.write(
-        f"{stage:<34} {total} rows, {size / 2**20:.1f} MB, {size / tokens:.1f} bytes per token"
+        f"{stage:<34} {total} rows, {size / 2**20:.1f} MB, {size / made.tokens:.1f} bytes per token"
     )
 
 

@@ -162,7 +162,7 @@ def to_sequences(recipe: Recipe) -> Iterator[str]:
             "access text over sequences data is training on the data itself: nothing of the "
             "teacher is used; use sequences teacher, or access none for a control"
         )
-    if recipe.prompts == "invented" and sequences != "teacher":
+    if recipe.prompts != "train" and sequences != "teacher":
         yield "invented prompts have no data to answer them: use sequences teacher"
     scores = access in ("top_k", "sampled", "logits")
     if recipe.writes_itself and not (scores or recipe.rewarded):
@@ -223,12 +223,12 @@ def to_place(config: Config, recipe: Recipe) -> Iterator[str]:
     spells = config.teacher.training.prompt_weight > 0 and not {*recipe.teachers} & {
         *config.recipes
     }
-    if recipe.prompts == "invented" and not spells:
+    if recipe.prompts != "train" and not spells:
         yield (
             "prompts: only a teacher whose training.prompt_weight is above 0 has learned to invent "
             "words"
         )
-    if recipe.prompts == "invented" and config.task.name == "reason":
+    if recipe.prompts != "train" and config.task.name == "reason":
         yield (
             "prompts: problems that a teacher invented have no answer to be judged by: use prompts "
             "train"

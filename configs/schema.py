@@ -153,7 +153,9 @@ class Recipe(Section):
     on_policy: Scheduled = 0.0
     student_temperature: float = Field(1.0, ge=0)  # at which it writes them
     sampling_temperature: float = Field(0.0, ge=0)  # sequences teacher: 0 writes greedily
-    prompts: Literal["train", "invented"] = "train"  # sequences teacher: whose words it answers
+    # sequences teacher: whose words it answers. train: those of the data; invented: its own;
+    # extended: those of the data first, and past them its own.
+    prompts: Literal["train", "extended", "invented"] = "train"
     transfer_rows: int | None = Field(None, gt=0)  # how many rows the teacher answers; null: all
     # Who teaches: teacher, twin, or another recipe (its first student, an assistant whose cost is
     # charged). Several are averaged.

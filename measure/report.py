@@ -129,10 +129,11 @@ def figures_of(
     students = result["students"]
     words = alike(result, ("transfer_rows", "prompts"))
     if len(words) > 2:
-        amounts = {arm: result["cost"]["outputs_by_student"][arm]["rows"] for arm in words}
+        outputs = result["cost"]["outputs_by_student"]
+        amounts = {arm: outputs[arm].get("different") or outputs[arm]["rows"] for arm in words}
         things = "words" if result["config"]["task"]["name"] == "pronounce" else "problems"
         found[f"How many {things}"] = (
-            scaling(arms, amounts, f"{things} that the teacher answers", colours),
+            scaling(arms, amounts, f"different {things} that the teacher answers", colours),
             f"Students that differ only in how many {things} the teacher answered, trained equally "
             "long. Dashed: the power law that fits best.",
         )

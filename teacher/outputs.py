@@ -6,6 +6,8 @@ are bound to.
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +91,19 @@ def outputs_binding(
     }
 
 
+def known_rows(rows: Rows, recipe: Recipe) -> int:
+    """How many of the rows that a teacher answers ask what the data ask; the rest it invents."""
+    if recipe.prompts == "invented":
+        return 0
+    count = recipe.transfer_rows or len(rows)
+    return min(count, len(rows)) if recipe.prompts == "extended" else count
+
+
 def transfer_rows(
     rows: Rows, recipe: Recipe, start: int = 0, size: int | None = None
 ) -> np.ndarray:
     """Places of the rows that a teacher answers, drawn evenly: rows come in dictionary order."""
-    count = recipe.transfer_rows or len(rows)
+    count = known_rows(rows, recipe)
     size = count - start if size is None else size
     return np.arange(start, start + size) * len(rows) // count
 
@@ -120,27 +130,41 @@ def make_outputs(
         check_binding(folder, read_json(provenance)["binding"], binding)
     else:
         write_json(provenance, {"binding": binding, "shards": None})
-    count = recipe.transfer_rows or len(rows)
+    count, known = recipe.transfer_rows or len(rows), known_rows(rows, recipe)
+    answer = written if recipe.sequences == "teacher" else scored
+    taken: set[bytes] = set()
+    if 0 < known < count:
+        taken = {bytes_of(rows.prompt(i)) for i in range(len(rows))}
     shard_rows = min(SHARD_ROWS, SHARD_TOKENS // task.longest_answer)
     for number, start in enumerate(range(0, count, shard_rows)):
         file = folder / f"shard-{number:05d}.arrow"
         size = min(shard_rows, count - start)
         if number % processes == process and not file.exists():
             generator = torch.Generator().manual_seed(binding["seed"] * 1_000_003 + number)
-            if recipe.prompts == "invented":
-                records = invented(forward, task, size, recipe, generator, progress)
-            else:
-                picked = transfer_rows(rows, recipe, start, size)
-                answer = written if recipe.sequences == "teacher" else scored
-                records = answer(forward, task, rows.take(picked), recipe, generator, progress)
-            write_shard(file, records, recipe, forward, len(task.tokenizer), generator)
+            parts, asked = [], min(size, max(0, known - start))
+            if asked:
+                picked = rows.take(transfer_rows(rows, recipe, start, asked))
+                parts += [answer(forward, task, picked, recipe, generator, progress)]
+            if asked < size:
+                more = size - asked
+                parts += [invented(forward, task, more, recipe, generator, progress, taken)]
+            write_shard(file, chain(*parts), recipe, forward, len(task.tokenizer), generator)
 
 
-def finish_outputs(folder: Path) -> tuple[float, int]:
-    """Enter the hashes of all shards: the outputs can be read. Returns (FLOPs, tokens that
-    something was revealed for) of all shards, those of an interrupted part too, as each says."""
+@dataclass(frozen=True)
+class Made:
+    """What all shards hold together: FLOPs they took, those of an interrupted part too, as each
+    says; tokens that something was revealed for; rows with different prompts."""
+
+    flops: float
+    tokens: int
+    different: int
+
+
+def finish_outputs(folder: Path) -> Made:
+    """Enter the hashes of all shards: the outputs can be read."""
     provenance = folder / "provenance.json"
-    shards, flops, tokens = {}, 0.0, 0
+    shards, flops, tokens, ids = {}, 0.0, 0, []
     for file in sorted(folder.glob("shard-*.arrow")):
         shards[file.name] = sha256_of_file(file)
         try:
@@ -148,12 +172,13 @@ def finish_outputs(folder: Path) -> tuple[float, int]:
                 table = pa.ipc.open_stream(source).read_all()
             metadata = table.schema.metadata
             flops, tokens = flops + float(metadata[b"flops"]), tokens + int(metadata[b"tokens"])
+            ids.append(table["id"].to_numpy())
         except (pa.ArrowInvalid, TypeError, KeyError):
             raise LabError(
                 f"{file} is damaged; delete it and run train.py on the config again"
             ) from None
     write_json(provenance, {"binding": read_json(provenance)["binding"], "shards": shards})
-    return flops, tokens
+    return Made(flops, tokens, len(np.unique(np.concatenate(ids))))
 
 
 def sha256_of_outputs(folder: Path) -> str:
@@ -228,6 +253,10 @@ def written(
     yield from records
 
 
+def bytes_of(prompt: np.ndarray) -> bytes:
+    return prompt.astype(np.int32).tobytes()
+
+
 def invented(
     forward: Forward,
     task: Any,
@@ -235,10 +264,13 @@ def invented(
     recipe: Recipe,
     generator: torch.Generator,
     progress: Callable,
+    taken: set[bytes],
 ) -> Iterator[Record]:
-    """Prompts `invented`: the teacher writes whole rows, words of its own and their answers.
+    """Prompts that are not the data's: the teacher writes whole rows, words of its own and their
+    answers.
 
-    A word that is not well formed, or that belongs to a split which must stay unseen, is dropped.
+    A word that is not well formed, that belongs to a split which must stay unseen, or whose prompt
+    is `taken`, is dropped. It may be invented twice; then both rows have one id.
     """
     made, tried = 0, 0
     while made < count:
@@ -264,13 +296,13 @@ def invented(
         for written_row in rows:
             row = np.concatenate([[task.tokenizer.bos_token_id], written_row.tokens.numpy()])
             prompt_length = task.invented_prompt_length(row)
-            if prompt_length is None or made == count:
+            if prompt_length is None or made == count or bytes_of(row[:prompt_length]) in taken:
                 continue
             made += 1
             progress(1)
             log_probs = written_row.log_probs
             yield Record(
-                row_id(f"{task.name} {row.tolist()}"),
+                row_id(f"{task.name} {row[:prompt_length].tolist()}"),
                 row,
                 prompt_length,
                 None if log_probs is None else log_probs[prompt_length - 1 :],

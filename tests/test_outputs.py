@@ -246,6 +246,22 @@ def test_invented_words_are_well_formed_and_never_from_an_unseen_split(make, tas
         assert word not in task.words or split_of(word) == "train"
 
 
+def test_extended_prompts_are_those_of_the_data_and_past_them_invented_ones(
+    make, teacher, task, rows, tmp_path
+):
+    """The first rows ask what the data ask, in the middle of a shard too; no word comes again."""
+    count = len(rows) + 60
+    recipe = WRITTEN.model_copy(update={"prompts": "extended", "transfer_rows": count})
+    stored = make(recipe)
+    asked = [task.question(stored.rows, i) for i in range(count)]
+    assert asked[: len(rows)] == [task.question(rows, i) for i in range(len(rows))]
+    assert not {*asked[: len(rows)]} & {*asked[len(rows) :]}
+    different = finish_outputs(tmp_path / name_of(recipe)).different
+    assert different == len({*asked})
+    few = make(recipe.model_copy(update={"transfer_rows": 12}))
+    assert np.array_equal(few.rows.ids[np.arange(12)], make(FEW).rows.ids[np.arange(12)])
+
+
 def test_interrupted_outputs_go_on_at_the_missing_shard_and_cost_what_whole_ones_do(
     make, teacher, task, rows, tmp_path
 ):
@@ -260,7 +276,7 @@ def test_interrupted_outputs_go_on_at_the_missing_shard_and_cost_what_whole_ones
         counted = CountedForward(teacher)
         binding = outputs_binding(WRITTEN, "teacher-sha", "tokenizer-sha", rows, 0)
         make_outputs(folder, counted, task, rows, WRITTEN, binding)
-        flops, _ = finish_outputs(folder)
+        flops = finish_outputs(folder).flops
         assert {file.name: file.read_bytes() for file in folder.glob("*.arrow")} == before
         assert (counted.flops > 0) == bool(lost)
         assert counted.flops == pytest.approx(flops) or len(lost) < 4

@@ -343,7 +343,7 @@ def test_the_report_is_one_file_that_needs_no_other(tiny_run):
         (["teacher.training.prompt_weight=0"], "has learned to invent words"),
         (
             ["recipes.distilled.transfer_rows=600"],
-            "the training words; prompts: invented has no end",
+            "the training words; prompts: extended has no end",
         ),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
