@@ -37,6 +37,7 @@ from configs.schema import Config, LabError, Recipe, Verdict, nearest
 from measure.check import artifacts_of, bands, check, compare_runs, losses_of
 from measure.cost import CountedForward, Stopwatch
 from measure.judged import Judged, Reference, free_running
+from measure.laws import scaling_laws
 from measure.provenance import environment, environment_facts, judging_sha256
 from measure.reasoning import reasoning
 from measure.report import render_check, render_report
@@ -169,6 +170,7 @@ def judge(run: Run, config: Config, split: str) -> None:
         "artifacts": artifacts_of(run),
         "rows": {name: references[name].rows.digest() for name in splits},
     }
+    result["laws"] = scaling_laws(result)
     if config.precision == "float64":
         result["trace"] = {stage: list(steps.values()) for stage, steps in losses_of(run).items()}
     if split == "heldout":

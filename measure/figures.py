@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from typing import Any
 
 import matplotlib as mpl
@@ -11,7 +10,7 @@ import numpy as np
 from configs.runs import Run
 from measure.fidelity import ECE_BINS
 from measure.judged import Judged
-from measure.statistics import power_law
+from measure.laws import Law, alike
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -66,7 +65,7 @@ def fidelity_against_cost(
 ) -> str:
     """What each arm cost, its outputs included, in % of the teacher's training: of its FLOPs or its
     seconds. The front: nothing cheaper is as faithful. A twin costs as much as the teacher."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(7, max(4, 0.2 * len(arms))))
     shares = result["cost"]["fraction_of_teacher_by_student"]
     points = []
     for arm, entry in arms.items():
@@ -99,15 +98,22 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def spread_labels(axes: plt.Axes, points: list[tuple[float, float, str]]) -> None:
-    """Names beside points (y, x, name); those that lie together are spread upwards."""
-    below, reach = -np.inf, max(y for y, _, _ in points) or 1
-    for y, x, name in sorted(points):
-        below = max(y, below + 0.05 * reach)
+    """Names of points (y, x, name), in a column to the right in the order of y, with a line to
+    each. No two are nearer to each other than a line of text."""
+    points = sorted(points)
+    low, high = axes.get_ylim()
+    height = axes.figure.get_size_inches()[1]
+    line = 0.16 * (high - low) / height  # inches
+    places = np.array([y for y, _, _ in points])
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + line)
+    top = high - line * np.arange(len(places))[::-1]
+    for (y, x, name), place in zip(points, np.minimum(places, top), strict=True):
         axes.annotate(
-            name, (x, y), xytext=(x * 1.06, below), fontsize=7, va="center",
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#999"},
+            name, (x, y), xytext=(1.03, place), textcoords=axes.get_yaxis_transform(),
+            fontsize=7, va="center", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#999"},
         )  # fmt: skip
-    axes.set_ylim(top=max(axes.get_ylim()[1], below))
+    axes.set_ylim(low, high)
 
 
 def bytes_against_kl(result: dict[str, Any], arms: dict[str, Any], colours: dict[str, str]) -> str:
@@ -127,25 +133,25 @@ def bytes_against_kl(result: dict[str, Any], arms: dict[str, Any], colours: dict
     return picture(figure)
 
 
-def scaling(arms: dict[str, Any], x: dict[str, float], label: str, colours: dict[str, str]) -> str:
-    """KL to the teacher against how much of something there was, with a fitted power law."""
+def scaling(
+    arms: dict[str, Any], study: dict[str, Any], label: str, colours: dict[str, str]
+) -> str:
+    """KL to the teacher against how much of something there was, with the fitted law."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    values = []
-    for arm, amount in x.items():
+    points = []
+    for arm, x in study["x"].items():
         metric = arms[arm]["fidelity"]["kl_teacher_student"]
         y, (low, high) = metric["mean"], metric["ci95"]
-        axes.errorbar(
-            amount, y, yerr=[[y - low], [high - y]], fmt="o", color=colours[arm], capsize=3
-        )
-        values.append((amount, y))
-    amounts, kls = (np.asarray(column) for column in zip(*sorted(values), strict=True))
-    law = power_law(amounts, kls)
-    if law:
-        a, b, c = law
-        along = np.geomspace(amounts[0], amounts[-1], 100)
-        axes.plot(along, a * along**-b + c, color="#999", lw=1, ls="--", zorder=0)
-        axes.set_title(f"KL = {a:.3g} x^-{b:.2f} + {c:.3g}", fontsize=9)
+        axes.errorbar(x, y, yerr=[[y - low], [high - y]], fmt="o", color=colours[arm], capsize=3)
+        points.append((x, y, arm))
+    for x, y, arm in points:
+        axes.annotate(arm, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=7)
+    if study["law"]:
+        law, along = Law(*study["law"]), np.geomspace(min(points)[0], max(points)[0], 100)
+        axes.plot(along, law(along), color="#999", lw=1, ls="--", zorder=0)
+        axes.set_title(f"KL = {law}", fontsize=9)
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="KL to teacher, nats")
+    axes.margins(x=0.12)
     return picture(figure)
 
 
@@ -167,18 +173,6 @@ def agreement_by_temperature(
     axes.set_xticks(heats, labels=[f"{heat:g}" for heat in heats])
     axes.minorticks_off()
     return picture(figure)
-
-
-def alike(result: dict[str, Any], but_for: tuple[str, ...]) -> list[str]:
-    """The largest group of students whose recipes differ in these keys and in nothing else."""
-    groups: dict[str, list[str]] = {}
-    stored = result["cost"]["outputs_by_student"]
-    for arm, entry in result["students"].items():
-        if isinstance(entry["recipe"]["temperature"], dict) or arm not in stored:
-            continue  # one that changes on the way; nothing to count
-        rest = {key: value for key, value in entry["recipe"].items() if key not in but_for}
-        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(arm)
-    return max(groups.values(), key=len, default=[])
 
 
 STEPS = range(1, 9)  # of the problems of task reason; 6 and more are of the split `long`

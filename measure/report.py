@@ -17,7 +17,6 @@ from measure.check import metrics_of
 from measure.figures import (
     accuracy_by_steps,
     agreement_by_temperature,
-    alike,
     bytes_against_kl,
     fidelity_against_cost,
     first_wrong_steps,
@@ -30,6 +29,7 @@ from measure.figures import (
     where_traces_pay,
 )
 from measure.judged import Judged, Reference, completion_logits
+from measure.laws import alike
 from measure.tables import (
     Columns,
     arms_in,
@@ -126,24 +126,21 @@ def figures_of(
             agreement_by_temperature(result, arms, colours),
             "Students whose recipes differ only in temperature.",
         )
-    students = result["students"]
-    words = alike(result, ("transfer_rows", "prompts"))
-    if len(words) > 2:
-        outputs = result["cost"]["outputs_by_student"]
-        amounts = {arm: outputs[arm].get("different") or outputs[arm]["rows"] for arm in words}
-        things = "words" if result["config"]["task"]["name"] == "pronounce" else "problems"
+    things = "words" if result["config"]["task"]["name"] == "pronounce" else "problems"
+    laws = result["laws"]
+    if "words" in laws:
         found[f"How many {things}"] = (
-            scaling(arms, amounts, f"different {things} that the teacher answers", colours),
+            scaling(arms, laws["words"], f"different {things} that the teacher answers", colours),
             f"Students that differ only in how many {things} the teacher answered, trained equally "
-            "long. Dashed: the power law that fits best.",
+            "long. Dashed: the law that fits best, a power of their number and what no more of "
+            "them would mend.",
         )
-    sizes = alike(result, ("model",))
-    if len(sizes) > 2:
-        shares = {arm: students[arm]["params"] / result["teacher"]["params"] for arm in sizes}
+    if "size" in laws:
         found["How large a student"] = (
-            scaling(arms, shares, "parameters of the student, of the teacher's", colours),
-            "Students that differ only in size, at the same FLOPs. Dashed: the power law that fits "
-            "best; where the points leave it lies the capacity gap, or too few steps for the size.",
+            scaling(arms, laws["size"], "parameters of the student, of the teacher's", colours),
+            "Students that differ only in size, at the same FLOPs: small ones for many steps, "
+            "large ones for few. Dashed: the law that fits best, one power of the size that falls "
+            "(the capacity gap) and one that rises (too few steps).",
         )
     if "reasoning" in result["teacher"]:
         found |= reasoning_figures(result, arms, colours)

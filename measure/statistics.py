@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
@@ -118,33 +118,6 @@ def share_of_gap(low: Metric, student: Metric, high: Metric) -> dict:
         return {"share": None, "ci95": None, "gap": gap}
     resampled = (low.resamples - student.resamples) / gaps
     return {"share": (low.mean - student.mean) / gap, "ci95": interval(resampled), "gap": gap}
-
-
-def power_law(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float] | None:
-    """(a, b, c) of y = a x^-b + c, b and c not negative, by least squares of logarithms; None below
-    4 points. Hoffmann et al. 2022, arXiv 2203.15556, section 3.3, fit theirs so, but with a Huber
-    loss."""
-    if len(x) < 4:
-        return None
-    start, least = float(x.min()), float(y.min())
-
-    def apart(law: np.ndarray) -> np.ndarray:
-        log_a, b, log_c = law
-        return np.logaddexp(log_a - b * np.log(x / start), log_c) - np.log(y)
-
-    best = min(
-        (
-            optimize.least_squares(
-                apart,
-                (np.log(max(y.max() - share * least, 1e-9)), 0.5, np.log(share * least)),
-                bounds=([-np.inf, 0, -np.inf], [np.inf, 5, np.inf]),
-            )
-            for share in (0.1, 0.5, 0.9)
-        ),
-        key=lambda found: found.cost,
-    )
-    log_a, b, log_c = best.x
-    return float(np.exp(log_a) * start**b), float(b), float(np.exp(log_c))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from measure.laws import Law
 from measure.statistics import in_words, verdict_line
 
 # {heading: (group, metric, scale, digits)}; those in SHORT stand everywhere, the report has all
@@ -146,6 +147,8 @@ def facts_of(result: dict[str, Any]) -> list[str]:
     ]
     if compared_in(result):
         return [*facts, corrected(result)]
+    if result.get("laws"):
+        return [*facts, *(law_line(result, name, study) for name, study in result["laws"].items())]
     measured = GAPS_IN[result["config"]["task"]["name"]]
     for arm, shares in result["gaps"].items():
         for gap, share in shares.items():
@@ -163,6 +166,19 @@ def facts_of(result: dict[str, Any]) -> list[str]:
         if share is not None:
             facts.append(f"outputs + {arm} = {100 * share:.1f} % of the teacher's training FLOPs")
     return facts
+
+
+def law_line(result: dict[str, Any], name: str, study: dict[str, Any]) -> str:
+    """How the divergence depends on the number of words, or on the size of the student."""
+    best = min(
+        study["x"],
+        key=lambda arm: result["students"][arm]["fidelity"]["kl_teacher_student"]["mean"],
+    )
+    things = "words" if result["config"]["task"]["name"] == "pronounce" else "problems"
+    of = f"different {things}" if name == "words" else "the student's share of the parameters"
+    law = f"KL to teacher = {Law(*study['law'])} nats, x {of}" if study["law"] else f"over {of}"
+    turns = f"; least at {study['least_at']:.2g}" if study["least_at"] else ""
+    return f"{law}{turns}; of those tried, {best} is nearest to the teacher"
 
 
 def corrected(result: dict[str, Any]) -> str:

@@ -147,8 +147,11 @@ class Pronounce:
         ends = [self.tokenizer.eos_token_id]
         return Rows.build(
             table["id"][:],
-            [self.prompt(prompt.removesuffix(" =")) for prompt in table["prompt"]],
-            [[self.token_ids[p] for p in answer.split()] + ends for answer in table["completion"]],
+            [self.prompt(prompt.removesuffix(" =")) for prompt in table["prompt"][:]],
+            [
+                [self.token_ids[p] for p in answer.split()] + ends
+                for answer in table["completion"][:]
+            ],
         )
 
     def prompt(self, word: str) -> list[int]:

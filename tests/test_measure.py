@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from configs.reading import read_config
 from eval import other_configs
 from measure.fidelity import ECE_BINS, calibration_columns, compare, sum_by_row
+from measure.laws import Law, fit_law
 from measure.statistics import (
     Comparison,
     Metric,
     expected_calibration_error,
-    power_law,
     share_of_gap,
     verdict_line,
     verdicts,
@@ -226,12 +226,20 @@ def test_a_share_is_kept_if_the_arm_beats_that_share_of_the_other(truth, rows, r
     assert "95 % needed: " + result.upper() in verdict_line(found)
 
 
-def test_a_power_law_is_found_again_from_its_points():
+def test_a_law_is_found_again_from_its_points():
     x = np.geomspace(1e3, 1e6, 7)
     noise = np.exp(0.01 * np.random.default_rng(0).standard_normal(7))
-    a, b, c = power_law(x, (40 * x**-0.5 + 0.1) * noise)
-    assert (a, b, c) == pytest.approx((40, 0.5, 0.1), rel=0.15)
-    assert power_law(x[:3], x[:3]) is None  # three points fit any law
+    falling = fit_law(x, (40 * x**-0.5 + 0.1) * noise)
+    assert (falling.a, falling.b, falling.c) == pytest.approx((40, 0.5, 0.1), rel=0.15)
+    assert falling.d == 0
+    assert falling.least_at is None
+    sizes = x / 1e6
+    law = Law(0.002, 1.0, 0.3, 0.8)
+    turning = fit_law(sizes, law(sizes) * noise, turns=True)
+    assert turning.least_at == pytest.approx(law.least_at, rel=0.15)
+    assert law(np.array([0.5, 1, 2]) * law.least_at).argmin() == 1
+    assert fit_law(x[:3], x[:3]) is None  # three points fit any law
+    assert fit_law(x[:4], x[:4], turns=True) is None
 
 
 def test_statistics_hand_values():
