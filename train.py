@@ -469,6 +469,7 @@ def fit(
     cost = {**watch.read(flops), "steps": step}
     if lessons.on_policy:
         cost["writing_seconds"] = round(writing, 3)  # and scoring, live
+        cost["writing_share"] = round(writing / cost["seconds"], 3)
     return cost, {"sha256": sha256_of_model(folder), "params": size_of(model)}
 
 

@@ -58,6 +58,7 @@ SHORT = {
     ),
     "gsm8k": ("right answers %", "same number as teacher %", "KL to teacher, nats"),
 }
+OPINION = {"beats": "beats", "does not beat": "no", "inconclusive": "?"}  # in a cell of a table
 GAPS_IN = {"pronounce": "word errors", "reason": "right answers", "gsm8k": "right answers"}
 BLOCK = re.compile(r"(<!-- results/(\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -133,7 +134,7 @@ def more_cells(result: dict[str, Any], arm: str) -> list[str]:
             continue
         nats = metric.startswith(("kl_", "nll"))
         scale, digits = (1, 3) if nats else (100, 1)
-        cells.append(f"{scale * verdict['difference']:+.{digits}f} {verdict['result']}")
+        cells.append(f"{scale * verdict['difference']:+.{digits}f} {OPINION[verdict['result']]}")
     return cells
 
 
@@ -187,7 +188,10 @@ def corrected(result: dict[str, Any]) -> str:
     counts = [f"{results.count(kind)} {kind}" for kind in dict.fromkeys(results)]
     seeds = min(verdict["seeds"] for verdict in result["verdicts"])
     over = f"over {seeds} seeds" if seeds > 1 else "over 1 seed (the intervals are over rows alone)"
-    return f"{len(results)} comparisons {over}, corrected together after Holm: {', '.join(counts)}"
+    return (
+        f"{len(results)} comparisons {over}, corrected together after Holm: {', '.join(counts)} "
+        "(in the table: beats, no, ?)"
+    )
 
 
 def console_table(result: dict[str, Any]) -> Table:

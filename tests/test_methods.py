@@ -78,6 +78,8 @@ def test_the_ledger_says_what_writing_takes_and_what_a_token_weighs(run):
     for name in ("own", "mixed"):
         cost = run.cost_of(f"students/{name}/seed-0")
         assert 0 < cost["writing_seconds"] < cost["seconds"]
+        share = cost["writing_seconds"] / cost["seconds"]
+        assert cost["writing_share"] == pytest.approx(share, abs=2e-3)
     assert "writing_seconds" not in run.cost_of("students/plain/seed-0")
     bytes_per_token = {
         stage: run.cost_of(f"outputs/{stage}")["bytes_per_token"]
