@@ -458,11 +458,14 @@ def ask(run: Run, config: Config, questions: list[str]) -> None:
     models = {arm: open_model(run, stage_of(arm, config.seeds[0])) for arm in arms}
     for question in questions:
         rows = Rows.build([0], [task.prompt(question)], [[]])
+        said = {arm: free_running(model, task, rows) for arm, model in models.items()}
+        name = max(map(len, (*said, "right")))
+        text = min(100, max(len(answers.texts[0]) for answers in said.values()))
         print(question)
-        for arm, model in models.items():
-            said = free_running(model, task, rows)
-            print(f"  {arm:<12} {said.texts[0]:<40} p = {np.exp(said.log_probs[0]):.3f}")
-        print(f"  {'right':<12} {' | '.join(task.truths(question)) or '(not listed)'}")
+        for arm, answers in said.items():
+            chance = np.exp(answers.log_probs[0])
+            print(f"  {arm:<{name}}  {answers.texts[0]:<{text}}  p = {chance:.3f}")
+        print(f"  {'right':<{name}}  {' | '.join(task.truths(question)) or '(not listed)'}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from configs.schema import (
     value_at,
 )
 
+IN_NATS = ("kl_", "nll_gap")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -246,6 +247,12 @@ def to_place(config: Config, recipe: Recipe) -> Iterator[str]:
                 f"{key} {layers}: expected {shallow} layers, one for each of the student's, from 1 "
                 f"to the teacher's {deep}"
             )
+    whole = recipe.initial_layers == [*range(1, (deep or 0) + 1)] and shallow == deep
+    if whole and recipe.initial_layers and recipe.access != "none":
+        yield (
+            "initial_layers: with all layers of who teaches it the student is its teacher before "
+            "the first step; leave some away, or use access none to go on from there alone"
+        )
     aside = {"num_hidden_layers", "initializer_range"}
     if recipe.initial_layers and model.model_dump(exclude=aside) != taught_by.model_dump(
         exclude=aside
@@ -298,7 +305,7 @@ def to_claims(config: Config) -> Iterator[str]:
             f"metric {metric!r} is not one of task {config.task.name}{nearest(metric, graded)}; "
             f"there are {', '.join(graded)}"
         )
-    for verdict in config.verdicts:
+    for verdict in config.claims():
         told = SPLITS[config.task.name][verdict.split]
         if told is None:
             yield f"verdict {verdict.claim!r}: task {config.task.name} has no split {verdict.split}"
@@ -320,10 +327,15 @@ def to_claims(config: Config) -> Iterator[str]:
                     f"verdict {verdict.claim!r}: no student or control {name!r}"
                     f"{nearest(name, arms | {'teacher'})}"
                 )
-        if " keeps " in verdict.claim and not 0 < verdict.threshold <= 1:
+        if " keeps " in verdict.claim and not 0 < verdict.threshold < 1:
             yield (
                 f"verdict {verdict.claim!r}: threshold {verdict.threshold:g}, expected the share "
-                "that is to be kept, above 0 and at most 1"
+                "that is to be kept, above 0 and below 1"
+            )
+        if abs(verdict.threshold) >= 1 and not verdict.metric.startswith(IN_NATS):
+            yield (
+                f"verdict {verdict.claim!r}: threshold {verdict.threshold:g} of {verdict.metric}, "
+                f"a share; did you mean {verdict.threshold / 100:g}?"
             )
         if " keeps " in verdict.claim and verdict.metric.startswith(LOWER_IS_BETTER):
             yield (

@@ -32,8 +32,8 @@ def calibration_columns(logits: Tensor, targets: Tensor) -> Tensor:
     confidence and whether the likeliest token was right. Column sums give the ECE of any rows."""
     confidence, likeliest = torch.softmax(logits.double(), dim=-1).max(-1)
     which = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
-    columns = torch.zeros(len(targets), 3, ECE_BINS, dtype=torch.float64)
-    place = torch.arange(len(targets))
+    columns = logits.new_zeros((len(targets), 3, ECE_BINS), dtype=torch.float64)
+    place = torch.arange(len(targets), device=logits.device)
     columns[place, 0, which] = 1
     columns[place, 1, which] = confidence
     columns[place, 2, which] = (likeliest == targets).double()

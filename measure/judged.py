@@ -10,7 +10,7 @@ from measure.fidelity import calibration_columns, compare, sum_by_row
 from measure.statistics import Metric, expected_calibration_error
 from tasks.rows import Rows, collate
 from tasks.task import Ratio
-from teacher.model import KEPT, Forward, answers_of, device_of
+from teacher.model import KEPT, Forward, answers_of, device_of, rows_at_once
 
 BATCH_ROWS = 512
 
@@ -45,11 +45,12 @@ def completion_logits(
     forward: Forward, task: Any, rows: Rows, places: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Teacher-forced logits [M, V] and targets [M] at the completion positions of some rows, row
-    by row, and how many positions each has."""
+    by row, and how many positions each has; on the device of the model."""
     batch = collate(rows, places, task.tokenizer.pad_token_id)
-    logits = forward(batch.input_ids.to(device_of(forward)), use_cache=False).logits.cpu()
+    device = device_of(forward)
+    logits = forward(batch.input_ids.to(device), use_cache=False).logits[batch.counted.to(device)]
     positions = batch.counted.sum(1).tolist()
-    return logits[batch.counted][:, : len(task.tokenizer)], batch.targets, positions
+    return logits[:, : len(task.tokenizer)], batch.targets.to(device), positions
 
 
 @dataclass
@@ -67,8 +68,7 @@ class Reference:
     def __init__(self, teacher: Forward, task: Any, rows: Rows) -> None:
         self.teacher, self.task, self.rows = teacher, task, rows
         order = np.argsort(rows.lengths, kind="stable")
-        widest = int(rows.lengths.max()) * len(task.tokenizer)  # logits of one row
-        at_once = min(BATCH_ROWS, max(1, KEPT // widest))
+        at_once = rows_at_once(BATCH_ROWS, int(rows.lengths.max()), len(task.tokenizer))
         self.batches = np.array_split(order, -(-len(rows) // at_once))
         positions = int((rows.lengths - rows.prompt_lengths).sum())
         self.keeps = positions * len(task.tokenizer) <= KEPT
@@ -99,7 +99,7 @@ class Reference:
             columns = compare(teacher, logits, targets)
             columns["calibration"] = calibration_columns(logits, targets)
             for name, values in columns.items():
-                found = sum_by_row(values, positions).numpy()
+                found = sum_by_row(values.cpu(), positions).numpy()
                 whole = sums.setdefault(name, np.empty((len(self.rows), *found.shape[1:])))
                 whole[places] = found
         same = [a == b for a, b in zip(answers.texts, self.answers.texts, strict=True)]

@@ -67,12 +67,15 @@ def fit_law(x: np.ndarray, y: np.ndarray, turns: bool = False) -> Law | None:
 
 
 def alike(result: dict[str, Any], but_for: tuple[str, ...]) -> list[str]:
-    """The largest group of students whose recipes differ in these keys and in nothing else."""
+    """The largest group of students whose recipes differ in these keys and in nothing else, and
+    whose distributions were compared with the teacher's."""
     groups: dict[str, list[str]] = {}
     stored = result["cost"]["outputs_by_student"]
     for arm, entry in result["students"].items():
         if isinstance(entry["recipe"]["temperature"], dict) or arm not in stored:
             continue  # one that changes on the way; nothing to count
+        if "kl_teacher_student" not in entry["fidelity"]:
+            continue  # answers alone are no distributions over traces
         rest = {key: value for key, value in entry["recipe"].items() if key not in but_for}
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(arm)
     return max(groups.values(), key=len, default=[])

@@ -15,7 +15,7 @@ from tasks.reason import Reason, first_wrong_step, read_solution
 from tasks.rows import Rows
 from teacher.model import answers_of
 
-BUDGETS = (0, 4, 8, 12, 16, 24, 32, 48, 64)  # tokens of thinking, then an answer is forced
+BUDGETS = (0, 4, 8, 12, 16, 24, 32, 48, 64)  # tokens after <think>, then an answer is forced
 SAMPLES = 64  # answers to every problem, drawn at TEMPERATURE
 VOTES = (1, 4, 16, 64)
 TEMPERATURE = 1.0
@@ -34,7 +34,7 @@ def thinking_curve(model: CountedForward, task: Reason, rows: Rows) -> list[dict
     points = []
     for budget in BUDGETS:
         before, written, right = model.flops, 0, 0
-        options = {"budget": budget, "closing": task.closing}
+        options = {"budget": 1 + budget, "closing": task.closing}  # <think> itself is no thought
         for i, answer in answers_of(model, rows, **plain(task), **options):
             written += len(answer.tokens)
             right += said(task, answer.tokens) == truth(task, rows, i)

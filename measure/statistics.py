@@ -349,7 +349,7 @@ def what_would_tell(verdict: dict) -> str:
     if needed is None and verdict["seeds"] > 1 == verdict.get("against"):
         return "more seeds of the other would say how many are needed"
     if needed is None and verdict["seeds"] > 1:
-        return "more words would tell, more seeds would not"
+        return "more held-out rows would tell, more seeds would not"
     if needed is None:
         return "more seeds would say how many are needed"
     return f"{needed} seeds would tell a difference of this size in 80 % of cases"

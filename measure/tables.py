@@ -148,10 +148,14 @@ def facts_of(result: dict[str, Any]) -> list[str]:
     ]
     if compared_in(result):
         return [*facts, corrected(result)]
-    if result.get("laws"):
-        return [*facts, *(law_line(result, name, study) for name, study in result["laws"].items())]
+    laws = result.get("laws", {})
+    facts += [law_line(result, name, study) for name, study in laws.items()]
+    main = next(iter(result["students"]))
+    studied = {arm for study in laws.values() for arm in study["x"]} - {main}  # the law says it all
     measured = GAPS_IN[result["config"]["task"]["name"]]
     for arm, shares in result["gaps"].items():
+        if arm in studied:
+            continue
         for gap, share in shares.items():
             words = gap.replace("_", " ")
             if share["share"] is None:
@@ -164,7 +168,7 @@ def facts_of(result: dict[str, Any]) -> list[str]:
             )
     for arm in result["students"]:
         share = result["cost"]["fraction_of_teacher_by_student"][arm]["flops"]
-        if share is not None:
+        if share is not None and arm not in studied:
             facts.append(f"outputs + {arm} = {100 * share:.1f} % of the teacher's training FLOPs")
     return facts
 
@@ -184,6 +188,8 @@ def law_line(result: dict[str, Any], name: str, study: dict[str, Any]) -> str:
 
 def corrected(result: dict[str, Any]) -> str:
     """How many comparisons the table makes, and what came of them."""
+    if not result["verdicts"]:
+        return "no comparisons on this split"
     results = [verdict["result"] for verdict in result["verdicts"]]
     counts = [f"{results.count(kind)} {kind}" for kind in dict.fromkeys(results)]
     seeds = min(verdict["seeds"] for verdict in result["verdicts"])

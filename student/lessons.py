@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import brentq
 from torch import nn
 
+from configs.schema import LabError
 from tasks.rows import Batch, Rows
 from tasks.task import Task
 from teacher.signal import Inside, Signal
@@ -53,11 +54,18 @@ def scarce(rows: Rows, fraction: float) -> Rows:
 
 
 def answers_alone(rows: Rows, task: Task) -> Rows:
-    """The same rows without the reasoning before their answers."""
-    every = range(len(rows))
-    answers = [task.without_trace(rows.completion(i).tolist()) for i in every]
-    ids = rows.ids[np.arange(len(rows))].tolist()
-    return Rows.build(ids, [rows.prompt(i).tolist() for i in every], answers)
+    """The same rows without the reasoning before their answers, but for those that came to none.
+    LabError if none did."""
+    answers = [task.without_trace(rows.completion(i).tolist()) for i in range(len(rows))]
+    answered = [i for i, answer in enumerate(answers) if answer]
+    if not answered:
+        raise LabError(
+            "no row came to an answer, so that traces: none leaves nothing to learn from; use a "
+            "better teacher or more transfer_rows"
+        )
+    ids = rows.ids[np.asarray(answered)].tolist()
+    prompts = [rows.prompt(i).tolist() for i in answered]
+    return Rows.build(ids, prompts, [answers[i] for i in answered])
 
 
 def smoothed_labels(vocabulary: int, entropy: float) -> Callable[[Batch], Signal]:

@@ -22,7 +22,7 @@ from tasks.rows import Rows, row_id
 
 HUB = "openai/gsm8k"
 ASKS = "\nThink step by step. End with #### and the number."
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?<![\d)])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # the 3 of 10-3 is not -3
 VALIDATION = 5  # % of the training problems
 
 
@@ -54,10 +54,12 @@ def read_problems(folder: str | None, split: str) -> list[dict[str, str]]:
 
 
 def final_number(text: str) -> float | None:
-    """What a solution ends with: the number after the last ####, else the last one it names."""
+    """What a solution ends with: the last number on the line of the last ####, else the last one
+    it names."""
+    text = text.rstrip("# \n")
     _, marked, after = text.rpartition("####")
-    numbers = NUMBER.findall(after) if marked else NUMBER.findall(text)[-1:]
-    return float(numbers[0].replace(",", "")) if numbers else None
+    numbers = NUMBER.findall(after.strip().partition("\n")[0] if marked else text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Gsm8k:
     )
     headline: str = "accuracy"
     judged: tuple[str, ...] = ("heldout",)
-    longest_answer: int = 320  # tokens
+    longest_answer: int = 512  # tokens
     longest_row: int = 1024
 
     def __post_init__(self) -> None:
@@ -184,13 +186,16 @@ class Gsm8k:
         return np.array([self.is_right(rows, i) for i in range(len(rows))], float)
 
     def is_right(self, rows: Rows, i: int) -> bool:
-        said = final_number(self.render(rows.completion(i).tolist()))
-        return said == final_number(self.by_id[int(rows.ids[i])]["answer"])
+        """One that was cut off before its end is not, whatever it named last."""
+        completion = rows.completion(i).tolist()
+        said = final_number(self.render(completion))
+        ended = completion[-1] == self.tokenizer.eos_token_id
+        return ended and said == final_number(self.by_id[int(rows.ids[i])]["answer"])
 
     def without_trace(self, completion: list[int]) -> list[int]:
-        """`...#### 18` -> `#### 18`; as it is, if it has no such mark."""
-        _, marked, after = self.render(completion).rpartition("####")
-        if not marked:
-            return completion
-        ids = self.tokenizer(f"####{after}", add_special_tokens=False)["input_ids"]
+        """`...#### 18` or `... it is 18.` -> `#### 18`; nothing, if it names no number."""
+        number = final_number(self.render(completion))
+        if number is None:
+            return []
+        ids = self.tokenizer(f"#### {number:.15g}", add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id]

@@ -7,7 +7,8 @@ Made by code, unlimited and verifiable. Numbers are written digit by digit. All 
 2 to 9 and all values lie between 0 and 99. Difficulty is the number of steps: 1 to 5 train, 6 to 8
 are the second held-out set. What is asked is an arithmetic problem like `7+5-3`, whatever its
 words. The hash of its beginning, `7+5`, decides the split: so no test problem ever occurs in
-training, nor does it stand solved inside a longer one there, nor is it one that goes on from there.
+training, nor the beginning of one, nor one that goes on from there. The sums themselves do: a chain
+of one or two steps, now and then of three, stands somewhere in the middle of a training trace.
 """
 
 import hashlib
@@ -367,9 +368,9 @@ class Reason:
         }
 
     def without_trace(self, completion: list[int]) -> list[int]:
-        """`<think> ... </think> 9 </s>` -> `9 </s>`; as it is, if it holds no trace."""
-        place = completion.index(self.closing) + 1 if self.closing in completion else 0
-        return completion[place:]
+        """`<think> ... </think> 9 </s>` -> `9 </s>`; nothing, if its thinking has no end."""
+        place = completion.index(self.closing) if self.closing in completion else len(completion)
+        return completion[place + 1 :]
 
     def is_right(self, rows: Rows, i: int) -> bool:
         """Does row i end with the right answer?"""

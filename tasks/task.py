@@ -59,7 +59,7 @@ class Task(Protocol):
         """Does row i end with the right answer?"""
 
     def without_trace(self, completion: list[int]) -> list[int]:
-        """An answer without the reasoning before it."""
+        """An answer without the reasoning before it; empty if it came to none."""
 
     def agree(self, answers: list[str], teachers: list[str]) -> dict[str, np.ndarray]:
         """Columns [N]: how far they say what the teacher says, beyond being the same text."""

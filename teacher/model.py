@@ -245,6 +245,11 @@ class Written:
 KEPT = 2**28  # numbers, 1 GB
 
 
+def rows_at_once(most: int, tokens: int, vocabulary: int) -> int:
+    """How many rows of so many tokens may have all their logits at a time."""
+    return min(most, max(1, KEPT // (tokens * vocabulary)))
+
+
 def answers_of(
     forward: Forward, rows: Rows, batch_rows: int = 512, **options: Any
 ) -> Iterator[tuple[int, Written]]:
@@ -253,7 +258,7 @@ def answers_of(
     row, what was written)."""
     # Logits of one token and what is made of them, or of all tokens.
     tokens = options["longest"] if options.get("keep_log_probs") else 16
-    batch_rows = min(batch_rows, max(1, KEPT // (tokens * (options.get("vocabulary") or 1))))
+    batch_rows = rows_at_once(batch_rows, tokens, options.get("vocabulary") or 1)
     order = np.argsort(rows.prompt_lengths, kind="stable")
     for places in np.array_split(order, -(-len(order) // batch_rows)):
         written = generate(forward, [rows.prompt(i) for i in places], **options)

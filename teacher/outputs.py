@@ -18,8 +18,8 @@ import torch
 from configs.runs import read_json, write_json
 from configs.schema import Config, LabError, Recipe
 from tasks.rows import Rows, collate, row_id
-from teacher.model import Forward, answers_of, device_of, generate
-from teacher.shards import Record, check_binding, sha256_of_file, write_shard
+from teacher.model import Forward, answers_of, device_of, generate, rows_at_once
+from teacher.shards import Record, check_binding, revealed, sha256_of_file, write_shard
 from teacher.signal import shows_states, states_of
 
 SHARD_ROWS = 8192
@@ -148,7 +148,7 @@ def make_outputs(
             if asked < size:
                 more = size - asked
                 parts += [invented(forward, task, more, recipe, generator, progress, taken)]
-            write_shard(file, chain(*parts), recipe, forward, len(task.tokenizer), generator)
+            write_shard(file, chain(*parts), forward, len(task.tokenizer))
 
 
 @dataclass(frozen=True)
@@ -188,13 +188,19 @@ def sha256_of_outputs(folder: Path) -> str:
 
 
 def scored(
-    forward: Forward, task: Any, rows: Rows, recipe: Recipe, _: Any, progress: Callable
+    forward: Forward,
+    task: Any,
+    rows: Rows,
+    recipe: Recipe,
+    generator: torch.Generator,
+    progress: Callable,
 ) -> Iterator[Record]:
     """Sequences `data`: the teacher reads the data's own completions and says what it expected."""
     order = np.argsort(rows.lengths, kind="stable")
     records: list[Record | None] = [None] * len(rows)
     layers = recipe.hidden_layers
-    for indices in np.array_split(order, -(-len(rows) // BATCH_ROWS)):
+    at_once = rows_at_once(BATCH_ROWS, int(rows.lengths.max()), len(task.tokenizer))
+    for indices in np.array_split(order, -(-len(rows) // at_once)):
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
         with torch.no_grad():
             output = forward(batch.input_ids.to(device_of(forward)), **shows_states(layers))
@@ -210,9 +216,13 @@ def scored(
                 int(rows.ids[i]),
                 rows.row(i),
                 int(rows.prompt_lengths[i]),
-                log_probs[place],
-                hidden[place, :n] if layers else None,
-                attention[place, :n, ..., :n] if layers else None,
+                revealed(
+                    log_probs[place],
+                    recipe,
+                    generator,
+                    hidden[place, :n] if layers else None,
+                    attention[place, :n, ..., :n] if layers else None,
+                ),
             )
         progress(len(indices))
     yield from records
@@ -245,9 +255,7 @@ def written(
             int(rows.ids[i]),
             np.concatenate([rows.prompt(i), answer.tokens.numpy()]),
             int(rows.prompt_lengths[i]),
-            answer.log_probs,
-            answer.hidden,
-            answer.attention,
+            revealed(answer.log_probs, recipe, generator, answer.hidden, answer.attention),
         )
         progress(1)
     yield from records
@@ -301,11 +309,11 @@ def invented(
             made += 1
             progress(1)
             log_probs = written_row.log_probs
+            log_probs = None if log_probs is None else log_probs[prompt_length - 1 :]
+            states = written_row.hidden, written_row.attention
             yield Record(
                 row_id(f"{task.name} {row[:prompt_length].tolist()}"),
                 row,
                 prompt_length,
-                None if log_probs is None else log_probs[prompt_length - 1 :],
-                written_row.hidden,
-                written_row.attention,
+                revealed(log_probs, recipe, generator, *states),
             )

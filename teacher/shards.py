@@ -6,6 +6,7 @@ prompt, and what the access revealed, at the positions of the completion:
 log_probs   nats at temperature 1: of all outcomes (logits, hidden), of the k likeliest (top_k), of
             those that were drawn (sampled)
 indices     top_k, sampled: whose log-probabilities these are
+tail        top_k: that of all the rest together
 draws       sampled: how many outcomes a position has (they are k draws, most of them equal)
 counts      sampled: how often each of them was drawn
 hidden      hidden: the states after some layers, at all positions of the row but the last
@@ -19,6 +20,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +33,24 @@ from configs.runs import read_json
 from configs.schema import LabError, Recipe
 from tasks.rows import Batch, Chunks, Rows
 from teacher.model import Forward
-from teacher.signal import TINY, Inside, Signal
+from teacher.signal import TINY, Inside, Signal, tail_of
 
 HIDDEN_SAMPLE = 50_000  # positions that tell the mean and deviation of the states
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row and what the teacher revealed there: log_probs [completion, V], hidden
-    [row - 1, layers, W], attention [row - 1, layers, row - 1], or none of them."""
+    """One row and the columns of what the teacher revealed there, flat and packed: nothing wider is
+    kept until its shard is written."""
 
     id: int
     tokens: np.ndarray
     prompt_length: int
-    log_probs: Tensor | None
-    hidden: Tensor | None = None
-    attention: Tensor | None = None
+    columns: dict[str, np.ndarray]
 
 
-def write_shard(
-    file: Path,
-    records: Iterator[Record],
-    recipe: Recipe,
-    forward: Forward,
-    vocabulary: int,
-    generator: torch.Generator,
-) -> None:
-    """One shard: no more than the access of the recipe reveals, and what it cost a counted
-    teacher."""
+def write_shard(file: Path, records: Iterator[Record], forward: Forward, vocabulary: int) -> None:
+    """One shard, and what it cost a counted teacher."""
     before = getattr(forward, "flops", 0.0)
     ids, prompts, lists, tokens = [], [], {"tokens": []}, 0
     for record in records:
@@ -66,7 +58,7 @@ def write_shard(
         ids.append(record.id)
         prompts.append(record.prompt_length)
         lists["tokens"].append(narrow(record.tokens, vocabulary))
-        for name, values in revealed(record, recipe, vocabulary, generator).items():
+        for name, values in record.columns.items():
             lists.setdefault(name, []).append(values)
     columns = {"id": pa.array(ids, pa.int64()), "prompt_length": pa.array(prompts, pa.int32())}
     columns |= {name: ragged(arrays) for name, arrays in lists.items()}
@@ -81,32 +73,41 @@ def write_shard(
 
 
 def revealed(
-    record: Record, recipe: Recipe, vocabulary: int, generator: torch.Generator
+    log_probs: Tensor | None,
+    recipe: Recipe,
+    generator: torch.Generator,
+    hidden: Tensor | None = None,
+    attention: Tensor | None = None,
 ) -> dict[str, np.ndarray]:
-    """The columns of a row, flat, as the access and the number format of the recipe have them."""
+    """No more of a row than the access of the recipe reveals, as columns: from log_probs
+    [completion, V], hidden [row - 1, layers, W], attention [row - 1, layers, row - 1]."""
     number_format = getattr(torch, recipe.stored_as)
     if recipe.access == "text":
         return {}
+    vocabulary = log_probs.shape[-1]
     if recipe.access == "top_k":
-        top = record.log_probs.topk(recipe.k, dim=-1)
-        indices = narrow(top.indices.numpy().ravel(), vocabulary)
-        return {"log_probs": packed(top.values, number_format), "indices": indices}
+        top = log_probs.topk(recipe.k, dim=-1)
+        return {
+            "log_probs": packed(top.values, number_format),
+            "indices": narrow(top.indices.numpy().ravel(), vocabulary),
+            "tail": packed(tail_of(log_probs, top.indices), number_format),
+        }
     if recipe.access == "sampled":
-        chances = record.log_probs.exp()
+        chances = log_probs.exp()
         drawn = torch.multinomial(chances, recipe.k, replacement=True, generator=generator)
         place = torch.arange(len(drawn))[:, None].expand_as(drawn)
         keys, counts = torch.unique(place * vocabulary + drawn, return_counts=True)
         rows, indices = keys // vocabulary, keys % vocabulary
         return {
-            "log_probs": packed(record.log_probs[rows, indices], number_format),
+            "log_probs": packed(log_probs[rows, indices], number_format),
             "indices": narrow(indices.numpy(), vocabulary),
             "counts": narrow(counts.numpy(), recipe.k + 1),
             "draws": narrow(torch.bincount(rows, minlength=len(drawn)).numpy(), recipe.k + 1),
         }
-    columns = {"log_probs": packed(record.log_probs, number_format)}
+    columns = {"log_probs": packed(log_probs, number_format)}
     if recipe.access == "hidden":
-        columns["hidden"] = packed(record.hidden, number_format)
-        columns["attention"] = packed(record.attention, number_format)
+        columns["hidden"] = packed(hidden, number_format)
+        columns["attention"] = packed(attention, number_format)
     return columns
 
 
@@ -201,10 +202,17 @@ class Outputs:
             prompt_lengths=np.concatenate([table["prompt_length"].to_numpy() for table in tables]),
         )
         self.shard_starts = np.cumsum([0, *(len(table) for table in tables)])
-        names = ("log_probs", "indices", "draws", "counts", "hidden", "attention")
-        self.values, self.indices, self.draws, self.counts, self.hidden, self.attention = (
+        names = ("log_probs", "indices", "tail", "draws", "counts", "hidden", "attention")
+        columns = (
             [flat(table, name) for table in tables if name in table.column_names] for name in names
         )
+        self.values, self.indices, self.tail, self.draws, self.counts = islice(columns, 5)
+        self.hidden, self.attention = columns
+        if self.indices and not (self.tail or self.draws):
+            raise LabError(
+                f"{folder} does not say how likely all but the top {self.k} were, as an older "
+                "version made it; delete that folder and run train.py on the config again"
+            )
         if self.hidden:
             positions = int((self.rows.lengths - 1).sum())
             self.hidden_width = sum(len(v) for v, _ in self.hidden) // (positions * self.layers)
@@ -250,8 +258,8 @@ class Outputs:
             return Signal(batch.targets, log_probs.view(len(batch.targets), -1))
         indices = torch.from_numpy(self.pieces(self.indices, batch).astype(np.int64))
         if not self.draws:
-            shape = (len(batch.targets), self.k)
-            return Signal(batch.targets, log_probs.view(shape), indices.view(shape))
+            shape, tail = (len(batch.targets), self.k), numbers(self.pieces(self.tail, batch))
+            return Signal(batch.targets, log_probs.view(shape), indices.view(shape), tail=tail)
         draws = torch.from_numpy(self.pieces(self.draws, batch).astype(np.int64))
         counts = torch.from_numpy(self.pieces(self.counts, batch).astype(np.float32))
         filled = torch.arange(int(draws.max())) < draws[:, None]

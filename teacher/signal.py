@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-TINY = 1e-8  # probability below which the tail bucket is taken as this
+TINY = 1e-8
+NEVER = -69.0  # nats: less likely than 1e-30 is taken as this
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Signal:
     log_probs [M, V] for access `logits`, [M, k] for `top_k` and `sampled`, None for `text`; nats,
     temperature 1.
     indices [M, k]: the token ids of the k log-probabilities, None otherwise.
+    tail [M] for `top_k`: the log-probability of all the rest together.
     weights [M, k] for `sampled`: the share of the draws that each of the ids got; 0 fills up.
     advantages [M]: no teacher but a reward: by how much an answer that the student wrote was
     better than its others to the same prompt, at each of its tokens.
@@ -29,6 +31,7 @@ class Signal:
     indices: Tensor | None = None
     weights: Tensor | None = None
     advantages: Tensor | None = None
+    tail: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -66,8 +69,13 @@ class Signal:
             )
         if temperature != 1:
             raise ValueError("top-k signals cannot be softened: the tail's shape is unknown")
-        student = torch.log_softmax(student_logits, dim=-1).gather(-1, self.indices)
-        return with_tail(teacher), with_tail(student)
+        student = torch.log_softmax(student_logits, dim=-1)
+        rest = tail_of(student, self.indices)
+        teacher = torch.cat([teacher, self.tail.to(teacher.dtype)[:, None]], dim=-1)
+        return (
+            torch.log_softmax(teacher, dim=-1),  # what was stored is rounded
+            torch.cat([student.gather(-1, self.indices), rest[:, None]], dim=-1),
+        )
 
     def drawn(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(teacher, student) log-probabilities of the outcomes that were drawn, each [M, k]; not
@@ -85,7 +93,8 @@ def reveal(
     kept on disk. Access `sampled` draws k times from its distribution."""
     if access == "top_k":
         top = log_probs.topk(k, dim=-1)
-        return Signal(targets, top.values, top.indices)
+        tail = tail_of(log_probs, top.indices)
+        return Signal(targets, top.values, top.indices, tail=tail)
     if access == "sampled":
         drawn = torch.multinomial(log_probs.exp(), k, replacement=True, generator=generator)
         weights = torch.full(drawn.shape, 1 / k, dtype=log_probs.dtype)
@@ -93,10 +102,11 @@ def reveal(
     return Signal(targets, log_probs)
 
 
-def with_tail(log_probs: Tensor) -> Tensor:
-    """[M, k] -> [M, k + 1]: the rest of the probability mass as one more outcome."""
-    tail = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp_min(TINY)
-    return torch.cat([log_probs, tail.log()], dim=-1)
+def tail_of(log_probs: Tensor, indices: Tensor) -> Tensor:
+    """[M, V], [M, k] -> [M]: the log-probability of all outcomes but these. Summed over them, not
+    subtracted from 1: a small rest would be lost in the rounding."""
+    rest = log_probs.scatter(-1, indices, -torch.inf).logsumexp(-1)
+    return rest.clamp_min(NEVER)
 
 
 @dataclass(frozen=True)

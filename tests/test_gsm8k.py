@@ -15,6 +15,7 @@ from configs.runs import Run
 from configs.schema import LabError, Model
 from student.lessons import answers_alone
 from tasks.gsm8k import Gsm8k, final_number, read_problems
+from tasks.rows import Rows
 from teacher.model import build_model, initialise, save_model
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +67,14 @@ def test_a_solution_ends_with_its_number():
     assert final_number("#### -2.50 dollars") == -2.5
     assert final_number("it is 5, no, 18.") == 18
     assert final_number("no number") is None
-    assert final_number("7\n####") is None
+    assert final_number("7\n####") == 7
+    assert final_number("####") is None
+    assert final_number("#### 18 ####") == 18
+    assert final_number("#### 20 + 5 = 25") == 25
+    assert final_number("#### 10-3=7") == 7
+    assert final_number("The answer is (12)-3") == 3
+    assert final_number("#### .5") == 0.5
+    assert final_number("#### 18\nIs it 19?") == 18
 
 
 def test_problems_become_rows_and_are_graded_by_their_last_number(folder):
@@ -85,6 +93,12 @@ def test_problems_become_rows_and_are_graded_by_their_last_number(folder):
     alone = answers_alone(rows, task)
     assert task.render(alone.completion(4).tolist()) == "#### 251"
     assert all(task.is_right(alone, i) for i in range(30))
+    boxed = task.tokenizer("First, 2+3=5. So it is 5.")["input_ids"]
+    assert task.render(task.without_trace(boxed)) == "#### 5"  # no mark, and yet no trace
+    assert task.without_trace(task.tokenizer("I do not know")["input_ids"]) == []
+    ends = rows.completion(4).tolist()
+    unended = Rows.build([int(rows.ids[4])] * 2, [[1], [1]], [ends, ends[:-1]])
+    assert [task.is_right(unended, i) for i in (0, 1)] == [True, False]
 
 
 @real_files

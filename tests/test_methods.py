@@ -15,8 +15,9 @@ from configs.reading import read_config
 from configs.runs import Run
 from configs.schema import LabError, Recipe
 from measure.cost import CountedForward
-from measure.figures import alike, pareto_front
-from measure.tables import facts_of, more_cells, more_headings
+from measure.figures import pareto_front
+from measure.laws import alike
+from measure.tables import OPINION, facts_of, more_cells, more_headings
 from student.lab import open_lab, outputs_of, teacher_of
 from student.on_policy import OnPolicy
 from tasks.pronounce import Pronounce
@@ -106,7 +107,8 @@ def test_every_method_is_compared_with_the_same_two_and_corrected_for_all(run, c
     assert cells[0] == f"{100 * share:.1f}"
     assert share <= 0.6
     assert cells[1] == "-"  # nothing is stored of what is scored live
-    assert cells[2].split(maxsplit=1)[1] in ("beats", "does not beat", "inconclusive")
+    own = next(v for v in result["verdicts"] if v["claim"] == "own beats alone")
+    assert cells[2] == f"{100 * own['difference']:+.1f} {OPINION[own['result']]}"
     assert more_cells(result, "plain")[3] == "-"
     (fact,) = facts_of(result)
     assert fact.startswith(f"{len(claims)} comparisons over 1 seed (the intervals are over rows ")

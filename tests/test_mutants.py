@@ -93,8 +93,8 @@ MUTANTS = {
     ),
     "top-k without the tail": (
         "teacher/signal.py",
-        "return torch.cat([log_probs, tail.log()], dim=-1)",
-        "return log_probs",
+        "torch.cat([student.gather(-1, self.indices), rest[:, None]], dim=-1),\n        )",
+        "student.gather(-1, self.indices),\n        )",
         "test_objectives.py::test_top_k_with_a_tail_is_a_true_divergence_below_the_full_one",
     ),
     "a teacher in training mode": (

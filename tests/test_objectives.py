@@ -21,7 +21,7 @@ from student.objectives import (
     total_variation,
 )
 from student.recipe import objective_of
-from teacher.signal import Signal
+from teacher.signal import Signal, reveal
 
 KLS = [forward_kl, reverse_kl, generalised_jsd, skewed_forward_kl, skewed_reverse_kl]
 DIVERGENCES = [*KLS, adaptive_kl, total_variation]
@@ -33,9 +33,10 @@ def dense(logits: torch.Tensor, targets: torch.Tensor | None = None) -> Signal:
     return Signal(targets, torch.log_softmax(logits, -1))
 
 
-def top_k(logits: torch.Tensor, k: int) -> Signal:
-    top = torch.log_softmax(logits, -1).topk(k)
-    return Signal(torch.zeros(len(logits), dtype=torch.long), top.values, top.indices)
+def top_k(logits: torch.Tensor, k: int, stored_as: torch.dtype = torch.float64) -> Signal:
+    targets = torch.zeros(len(logits), dtype=torch.long)
+    live = reveal("top_k", k, targets, torch.log_softmax(logits, -1), torch.Generator())
+    return Signal(targets, live.log_probs.to(stored_as), live.indices, tail=live.tail.to(stored_as))
 
 
 def draw(generator, positions=7, outcomes=11):
@@ -174,6 +175,26 @@ def test_top_k_with_a_tail_is_a_true_divergence_below_the_full_one(divergence, s
     whole = divergence(student, dense(teacher))
     assert (part >= -1e-9).all()
     assert (part <= whole + 1e-6).all()
+
+
+@pytest.mark.parametrize("divergence", [*KLS, total_variation])
+@pytest.mark.parametrize("stored_as", [torch.float16, torch.bfloat16])
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), k=st.integers(1, 10), sure=st.sampled_from([1, 3, 10]))
+def test_top_k_as_it_is_stored_stays_one(divergence, stored_as, seed, k, sure):
+    """The rest is small where the teacher is sure: what is left of it in rounded numbers must not
+    decide. Divergences move by no more than the rounded log-probabilities themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher, student = sure * draw(generator), sure * draw(generator)
+    exact, stored = top_k(teacher, k), top_k(teacher, k, stored_as)
+    part, whole = divergence(student, stored), divergence(student, dense(teacher))
+    off = max(
+        float((a - b.double()).abs().max())
+        for a, b in ((exact.log_probs, stored.log_probs), (exact.tail, stored.tail))
+    )
+    assert (part >= -1e-9).all()
+    assert (part <= whole + 3 * off * (1 + whole) + 1e-6).all()
+    assert (divergence(teacher, stored) <= 2 * off + 1e-6).all()
 
 
 def test_top_k_of_all_outcomes_but_the_last_is_the_full_divergence(generator):
