@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +40,15 @@ from measure.cost import (
 )
 from measure.journal import Journal
 from measure.provenance import environment
-from student import chunked
+from student.hidden import student_of
 from student.lab import (
     Lab,
     binding_of,
+    goal_of,
     lessons_of,
     new_model,
     new_student,
     open_lab,
-    student_of,
     teacher_of,
     teacher_sha256,
     tokenizer_sha256,
@@ -64,7 +63,7 @@ from student.recipe import (
     recipes_of,
     waves_of,
 )
-from tasks.rows import Rows, batch_order, collate, weight_of
+from tasks.rows import Rows, batch_order, weight_of
 from teacher.model import (
     build_model,
     save_model,
@@ -376,7 +375,7 @@ def fit(
     model at <run>/<stage>; returns what the run enters in its books. Several processes share every
     step; the main one alone writes and returns.
     """
-    pad, vocabulary = lab.task.tokenizer.pad_token_id, len(lab.task.tokenizer)
+    goal = goal_of(lab, objective, match, training)
     accelerator, device = lab.accelerator, lab.accelerator.device
     processes, main_process = accelerator.num_processes, accelerator.is_main_process
     model.to(device)
@@ -417,23 +416,10 @@ def fit(
         # Every process takes its parts of the step; the denominators are those of the whole step.
         count = min(training.accumulation * processes, len(indices))
         own = np.array_split(indices, count)[accelerator.process_index :: processes]
-        total, positions = weight_of(now.rows, indices, training.prompt_weight)
-        looks = match is not None and progress < match.until
-        learner = model if looks else student_of(model)
+        whole = weight_of(now.rows, indices, training.prompt_weight)
         loss = torch.zeros((), dtype=student_of(model).dtype, device=device)
         for part in own:
-            part = collate(now.rows, part, pad, training.prompt_weight)
-            signal = now.signal(part).to(device)
-            goal = partial(objective, progress=progress)
-            if vocabulary >= chunked.LARGE and not looks:
-                losses = chunked.losses_in_chunks(learner, part, goal, signal, vocabulary)
-            else:
-                shown = learner(part.input_ids.to(device), use_cache=False)
-                losses = goal(shown.logits[part.counted][:, :vocabulary], signal)
-            part_loss = (losses * part.weights.to(device)).sum() / total
-            if looks:
-                misses = match(shown, part.positions, now.inside(part).to(device), progress)
-                part_loss = part_loss + misses.sum() / positions
+            part_loss = goal.loss(model, now, part, whole, progress)
             accelerator.backward(part_loss)
             loss += part_loss.detach()
         if processes > 1:
@@ -445,11 +431,13 @@ def fit(
         optimizer.zero_grad()
 
         lengths = now.rows.lengths_of(indices)
+        looks = goal.looks(progress)
         flops += now.flops + (costs if looks else plain_costs).of_batch(lengths)
         step += 1
         if journal is None:
             continue
         tokens = len(indices) * int(lengths.max())
+        learner = model if looks else student_of(model)
         logged = journal.note(step, done(), learner, loss, norm, flops, tokens)
         # Only where a line of the log ends, so that a continued run logs what a whole one does.
         due = (

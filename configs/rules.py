@@ -248,10 +248,10 @@ def to_place(config: Config, recipe: Recipe) -> Iterator[str]:
                 f"to the teacher's {deep}"
             )
     whole = recipe.initial_layers == [*range(1, (deep or 0) + 1)] and shallow == deep
-    if whole and recipe.initial_layers and recipe.access != "none":
+    if whole and recipe.writes_itself and recipe.access != "none":
         yield (
-            "initial_layers: with all layers of who teaches it the student is its teacher before "
-            "the first step; leave some away, or use access none to go on from there alone"
+            "initial_layers: with all layers of who teaches it the student writes what its teacher "
+            "would, and is scored by itself; leave some away, or let the student start from noise"
         )
     aside = {"num_hidden_layers", "initializer_range"}
     if recipe.initial_layers and model.model_dump(exclude=aside) != taught_by.model_dump(

@@ -61,6 +61,11 @@ class Projected(nn.Module):
         return Shown(output.logits, torch.stack(projected, dim=2), attention)
 
 
+def student_of(model: nn.Module) -> nn.Module:
+    """The model itself, without what only training needs."""
+    return model.student if isinstance(model, Projected) else model
+
+
 def hidden_match(projected: Tensor, inside: Inside) -> Tensor:
     """Mean squared error to the teacher's states: [P, layers, W] -> [P]. TinyBERT, equation 8;
     1 for a student that says the mean, as the dimensions revealed have variance 1.

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from configs.runs import Run
-from configs.schema import DIVERGENCES, Config, LabError, Model, Recipe
+from configs.schema import DIVERGENCES, Config, LabError, Model, Recipe, Training
 from student.hidden import Projected
 from student.lessons import Lessons, answers_alone, scarce, smoothed_labels
 from student.on_policy import OnPolicy
-from student.recipe import match_of
+from student.recipe import Match, Objective, match_of
+from student.step import Goal
 from tasks import load_task
 from tasks.rows import Rows
 from tasks.task import Task
@@ -81,9 +82,10 @@ def new_student(lab: Lab, recipe: Recipe, lessons: Lessons, seed: int) -> nn.Mod
     return Projected(model, lessons.width, seed) if match_of(recipe) else model
 
 
-def student_of(model: nn.Module) -> nn.Module:
-    """The model itself, without what only training needs."""
-    return model.student if isinstance(model, Projected) else model
+def goal_of(lab: Lab, objective: Objective, match: Match | None, training: Training) -> Goal:
+    """What a training in this lab minimises."""
+    tokenizer = lab.task.tokenizer
+    return Goal(objective, match, tokenizer.pad_token_id, len(tokenizer), training.prompt_weight)
 
 
 def teacher_of(lab: Lab, recipe: Recipe, counted: Counted) -> Forward:

@@ -30,9 +30,9 @@ MUTANTS = {
         "test_objectives.py::test_hand_values",
     ),
     "batchmean: divided by rows, not by tokens": (
-        "train.py",
-        "* part.weights.to(device)).sum() / total",
-        "* part.weights.to(device)).sum() / len(indices)",
+        "student/step.py",
+        "* batch.weights.to(model.device)).sum() / total",
+        "* batch.weights.to(model.device)).sum() / len(part)",
         "test_loop.py::test_the_first_loss_is_the_mean_per_counted_token",
     ),
     "missing T^2": (
@@ -48,23 +48,23 @@ MUTANTS = {
         "test_objectives.py::test_zero_loss_and_zero_gradient_when_student_equals_teacher",
     ),
     "loss divided by the token count twice": (
-        "train.py",
-        "* part.weights.to(device)).sum() / total",
-        "* part.weights.to(device)).sum() / total / total",
+        "student/step.py",
+        "* batch.weights.to(model.device)).sum() / total",
+        "* batch.weights.to(model.device)).sum() / total / total",
         "test_loop.py::test_the_first_loss_is_the_mean_per_counted_token",
     ),
     "gradients scaled by 1 / tokens after a mean": (
         "train.py",
         "        norm = accelerator.clip_grad_norm_(",
         "        for p in model.parameters():\n"
-        "            p.grad = None if p.grad is None else p.grad / total\n"
+        "            p.grad = None if p.grad is None else p.grad / whole[0]\n"
         "        norm = accelerator.clip_grad_norm_(",
         "test_loop.py::test_the_logged_norm_is_that_of_the_mean_loss",
     ),
     "accumulation with the mean of means": (
         "train.py",
-        "* part.weights.to(device)).sum() / total",
-        "* part.weights.to(device)).sum() / part.weights.sum() / count",
+        "goal.loss(model, now, part, whole, progress)",
+        "goal.loss(model, now, part, weight_of(now.rows, part, 0.0), progress) / count",
         "test_loop.py::test_the_loss_does_not_depend_on_accumulation",
     ),
     "stored outputs read by position": (
@@ -93,8 +93,8 @@ MUTANTS = {
     ),
     "top-k without the tail": (
         "teacher/signal.py",
-        "torch.cat([student.gather(-1, self.indices), rest[:, None]], dim=-1),\n        )",
-        "student.gather(-1, self.indices),\n        )",
+        "return rest.clamp_min(NEVER)",
+        "return torch.full_like(rest, NEVER)",
         "test_objectives.py::test_top_k_with_a_tail_is_a_true_divergence_below_the_full_one",
     ),
     "a teacher in training mode": (
