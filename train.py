@@ -409,9 +409,8 @@ def fit(
         torch.manual_seed(seed_of_step(seed, step))  # for models with dropout
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, progress * steps if budget else step, steps)
-        started = watch.elapsed()
         now = lessons.at(student_of(model), step, progress)
-        writing += watch.elapsed() - started
+        writing += now.writing_seconds
         indices = order(step) if now is lessons else np.arange(len(now.rows))
         # Every process takes its parts of the step; the denominators are those of the whole step.
         count = min(training.accumulation * processes, len(indices))
@@ -456,7 +455,7 @@ def fit(
     save_model(model, lab.task.tokenizer, folder, card(stage, model, lineage, step))
     cost = {**watch.read(flops), "steps": step}
     if lessons.on_policy:
-        cost["writing_seconds"] = round(writing, 3)  # and scoring, live
+        cost["writing_seconds"] = round(writing, 3)
         cost["writing_share"] = round(writing / cost["seconds"], 3)
     return cost, {"sha256": sha256_of_model(folder), "params": size_of(model)}
 

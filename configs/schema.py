@@ -287,15 +287,16 @@ class Config(Section):
     log_every: int = Field(50, gt=0)
 
     def claims(self) -> list[Verdict]:
-        """What the evaluation decides: the verdicts, then those of `compare`."""
+        """What the evaluation decides: the verdicts, then those of `compare`, of all recipes that
+        may spend the whole budget."""
         if self.compare is None:
             return self.verdicts
         compared = [
             Verdict(claim=f"{name} beats {other}", metric=metric)
             for metric in self.compare.metrics
             for other in self.compare.against
-            for name in self.recipes
-            if name != other
+            for name, recipe in self.recipes.items()
+            if name != other and recipe.budget_share == 1
         ]
         return [*self.verdicts, *compared]
 

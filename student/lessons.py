@@ -27,7 +27,7 @@ def text_signal(batch: Batch) -> Signal:
 class Lessons:
     """Rows and what is revealed at a batch of them. Without a teacher that is the text itself;
     with access `hidden`, its `inside` too, of width W. At the steps of `on_policy` the lessons are
-    others, made on the spot for so many `flops`."""
+    others, made on the spot for so many `flops`, of which the writing took so many seconds."""
 
     rows: Rows
     signal: Callable[[Batch], Signal] = text_signal
@@ -35,6 +35,7 @@ class Lessons:
     width: int = 0
     on_policy: "OnPolicy | None" = None
     flops: float = 0.0
+    writing_seconds: float = 0.0
 
     def at(self, student: nn.Module, step: int, progress: float) -> "Lessons":
         """The lessons of a step: these, or what the student just wrote."""

@@ -7,6 +7,7 @@ answer is as good as its reward is above that of the student's other answers to 
 Writing and scoring cost FLOPs, which are charged.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,10 +66,11 @@ class OnPolicy:
         prompts = self.rows.take(np.repeat(places, self.recipe.group) if self.rewards else places)
         bits = int(np.random.PCG64([self.seed, step, 1]).random_raw(1)[0]) >> 1
         generator = torch.Generator().manual_seed(bits)
-        writer = self.counted(student)
+        writer, started = self.counted(student), time.monotonic()
         student.eval()
         rows = write(writer, prompts, self, generator)
         student.train()
+        writing = time.monotonic() - started
         if self.rewards:
             rows, whole, flops = *self.rewarded(rows), 0.0
         else:
@@ -78,7 +80,7 @@ class OnPolicy:
         def signal(part: Batch) -> Signal:
             return Signal.joined([whole.part(ends[i], ends[i + 1]) for i in part.indices])
 
-        return Lessons(rows, signal, flops=writer.flops + flops)
+        return Lessons(rows, signal, flops=writer.flops + flops, writing_seconds=writing)
 
     def scored(self, rows: Rows, generator: torch.Generator) -> tuple[Signal, float]:
         """(The teacher's signal at every token that the student wrote, what it cost.)"""

@@ -13,18 +13,22 @@ import eval as judge
 import train
 from configs.reading import read_config
 from configs.runs import Run
-from configs.schema import LabError, Recipe
+from configs.schema import DIVERGENCES, LabError, Recipe
 from measure.cost import CountedForward
+from measure.expected import losses as expected_losses
 from measure.figures import pareto_front
 from measure.laws import alike
 from measure.tables import OPINION, facts_of, more_cells, more_headings
 from student.lab import open_lab, outputs_of, teacher_of
 from student.on_policy import OnPolicy
+from student.recipe import objective_of
+from student.step import Goal
 from tasks.pronounce import Pronounce
-from tasks.rows import collate
+from tasks.rows import collate, weight_of
 from teacher.model import Averaged, build_model, initialise, load_model, take_layers
 from teacher.outputs import charged_stages
 from teacher.shards import Outputs
+from teacher.signal import reveal
 
 pytestmark = pytest.mark.xdist_group("methods")  # one process trains the run of this file
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.yaml")
@@ -94,7 +98,8 @@ def test_the_ledger_says_what_writing_takes_and_what_a_token_weighs(run):
 def test_every_method_is_compared_with_the_same_two_and_corrected_for_all(run, capsys):
     result = json.loads((run.folder / "eval.json").read_text("utf-8"))
     claims = [verdict["claim"] for verdict in result["verdicts"]]
-    assert len(claims) == len(set(claims)) == 2 * len(RECIPES) - 1
+    assert len(claims) == len(set(claims)) == 2 * (len(RECIPES) - 1) - 1
+    assert "assistant beats alone" not in claims  # it had half the budget
     assert "own beats alone" in claims
     assert "own beats plain" in claims
     assert "plain beats plain" not in claims
@@ -289,6 +294,55 @@ def test_a_loss_of_another_scale_is_found(tiny_run, tmp_path, capsys):
     code, said = findings(copy, capsys)
     assert code == 1
     assert "[FAIL] top: first loss" in said
+
+
+def test_a_mean_of_means_is_found(tiny_run, capsys, monkeypatch):
+    """Planted: every part of a step is divided by its own weight."""
+    loss = Goal.loss
+
+    def of_its_own(self, model, now, part, whole, progress=0.0):
+        own = weight_of(now.rows, part, self.prompt_weight)
+        return loss(self, model, now, part, own, progress) * own[1] / whole[1]
+
+    monkeypatch.setattr(Goal, "loss", of_its_own)
+    code, said = findings(tiny_run, capsys)
+    assert code == 1
+    assert "[FAIL] gradients" in said
+
+
+def test_a_shuffled_teacher_that_helps_is_found(tiny_run, tmp_path, capsys):
+    """As much as the honest one: then it was not what the outputs say that taught."""
+    copy = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+    result = json.loads((copy / "eval.json").read_text("utf-8"))
+    metric = {"mean": 0.6, "ci95": [0.59, 0.61], "per_seed": [0.6, 0.6]}
+    for arm in (result["students"]["distilled"], result["controls"]["shuffled"]):
+        arm["fidelity"]["sequence_agreement"] = metric
+    (copy / "eval.json").write_text(json.dumps(result), "utf-8")
+    code, said = findings(copy, capsys)
+    assert code == 1
+    assert "[FAIL] shuffled: 60.0 % of the teacher's answers, against 60.0 % of distilled" in said
+
+
+@pytest.mark.parametrize(
+    ("access", "name"),
+    [
+        *(("logits", name) for name in ("cross_entropy", *DIVERGENCES)),
+        *(("top_k", name) for name in DIVERGENCES if name != "sorted_distance"),  # it sorts all
+        ("sampled", "forward_kl"),
+    ],
+)
+@pytest.mark.parametrize("squared", [True, False])
+def test_the_expected_loss_is_that_of_the_objective(name, access, squared, generator):
+    """Two ways to the same number: torch and logarithms there, NumPy and probabilities here."""
+    recipe = Recipe(
+        access=access, k=4, objective=name, temperature_squared=squared,
+        temperature=2.5 if access == "logits" else 1.0,
+    )  # fmt: skip
+    teacher, student = (3 * torch.randn(9, 12, generator=generator).double() for _ in range(2))
+    targets = torch.arange(9)
+    signal = reveal(access, 4, targets, teacher.log_softmax(-1), generator)
+    found = objective_of(recipe)(student, signal, 0.0)
+    np.testing.assert_allclose(expected_losses(recipe, student.numpy(), signal), found, rtol=1e-9)
 
 
 def test_interrupted_on_policy_training_goes_on_to_the_same_student(run, tmp_path, monkeypatch):

@@ -262,6 +262,25 @@ def test_extended_prompts_are_those_of_the_data_and_past_them_invented_ones(
     assert np.array_equal(few.rows.ids[np.arange(12)], make(FEW).rows.ids[np.arange(12)])
 
 
+@pytest.mark.parametrize("recipe", [SAMPLED, INVENTED], ids=["data", "invented"])
+def test_several_processes_share_the_shards_and_write_the_same_bytes(
+    recipe, make, teacher, task, rows, tmp_path
+):
+    make(recipe)
+    alone, shared = tmp_path / name_of(recipe), tmp_path / "shared"
+    binding = outputs_binding(recipe, "teacher-sha", "tokenizer-sha", rows, 0)
+    written = []
+    for process in (2, 0, 1):
+        make_outputs(shared, teacher, task, rows, recipe, binding, process=process, processes=3)
+        written.append(len(list(shared.glob("*.arrow"))))
+    finish_outputs(shared)
+    files = sorted(file.name for file in alone.iterdir())
+    assert files == sorted(file.name for file in shared.iterdir())
+    assert written[-1] == len(files) - 1 > written[0] >= 0
+    for name in files:
+        assert (alone / name).read_bytes() == (shared / name).read_bytes(), name
+
+
 def test_interrupted_outputs_go_on_at_the_missing_shard_and_cost_what_whole_ones_do(
     make, teacher, task, rows, tmp_path
 ):
