@@ -44,12 +44,12 @@ from measure.report import render_check, render_report
 from measure.selfcheck import selfcheck
 from measure.statistics import Comparison, Metric, share_of_gap, verdicts
 from measure.tables import console_table, facts_of, with_tables
-from student.lab import open_lab
+from student.lab import open_lab, teachers_task
 from student.recipe import recipes_of
 from tasks import load_task
 from tasks.reason import Reason
 from tasks.rows import Rows
-from tasks.task import Task
+from tasks.task import Task, in_words_of
 from teacher.model import load_model
 from teacher.outputs import charged_stages, name_of, needs_outputs, sha256_of_outputs
 from teacher.shards import Outputs
@@ -117,6 +117,7 @@ def judge(run: Run, config: Config, split: str) -> None:
     """The whole judging story: ask every model, compare with the teacher, charge, decide, tell."""
     watch = Stopwatch(config.cost, torch.get_num_threads())
     task = load_task(config.task)
+    own = teachers_task(config, run, task)
     if split == "heldout":  # counted before it is read: a killed evaluation has seen it too
         run.manifest["heldout_reads"] = run.manifest.get("heldout_reads", 0) + 1
         run.save()
@@ -124,11 +125,11 @@ def judge(run: Run, config: Config, split: str) -> None:
     arms = arms_of(config)
 
     teacher = CountedForward(open_model(run, "teacher"))
-    references = {name: Reference(teacher, task, task.rows(name)) for name in splits}
+    references = {name: Reference(teacher, task, task.rows(name), own) for name in splits}
     judged = {"teacher": {name: [references[name].judged] for name in splits}}
     sample = task.rows("validation")
     sample = sample.take(np.arange(min(512, len(sample))))
-    speed = {"teacher": measure_speed(teacher.model, task, sample)}
+    speed = {"teacher": measure_speed(teacher.model, own, in_words_of(own, task, sample))}
     thinks = {"teacher": how_it_thinks(teacher, references, judged["teacher"], None)}
     flops = teacher.flops
     for arm, seeds in arms.items():
@@ -288,7 +289,7 @@ def entry(
     }
     if arm == "teacher":  # fidelity to itself says nothing; its calibration does
         for groups in summaries.values():
-            groups["fidelity"] = {"ece": groups["fidelity"]["ece"]}
+            groups["fidelity"] = {k: m for k, m in groups["fidelity"].items() if k == "ece"}
     if recipe and recipe.traces == "none":  # what it was never taught to write says nothing
         for groups in summaries.values():
             for metrics_of_group in groups.values():
@@ -454,11 +455,15 @@ def tell(result: dict[str, Any], run: Run, task: Task) -> None:
 def ask(run: Run, config: Config, questions: list[str]) -> None:
     """What teacher, student and `alone` answer, with the probability they give the answer."""
     task = load_task(config.task)
+    own = teachers_task(config, run, task)
     arms = ["teacher", *config.recipes, *(c for c in config.controls if c == "alone")]
     models = {arm: open_model(run, stage_of(arm, config.seeds[0])) for arm in arms}
     for question in questions:
-        rows = Rows.build([0], [task.prompt(question)], [[]])
-        said = {arm: free_running(model, task, rows) for arm, model in models.items()}
+        said = {}
+        for arm, model in models.items():
+            words = own if arm == "teacher" else task
+            rows = Rows.build([0], [words.prompt(question)], [[]])
+            said[arm] = free_running(model, words, rows)
         name = max(map(len, (*said, "right")))
         text = min(100, max(len(answers.texts[0]) for answers in said.values()))
         print(question)

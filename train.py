@@ -51,7 +51,9 @@ from student.lab import (
     open_lab,
     teacher_of,
     teacher_sha256,
+    teachers_task,
     tokenizer_sha256,
+    try_vocabularies,
 )
 from student.lessons import Lessons, answers_alone
 from student.recipe import (
@@ -66,6 +68,7 @@ from student.recipe import (
 from tasks.rows import Rows, batch_order, weight_of
 from teacher.model import (
     build_model,
+    load_tokenizer,
     save_model,
     size_of,
 )
@@ -218,7 +221,8 @@ def adopt(lab: Lab, stage: str, model: torch.nn.Module, lineage: str) -> Closing
     """A model that nobody trained here: saved as it is, at no cost."""
     watch, folder = Stopwatch(lab.config.cost, torch.get_num_threads()), lab.run.folder / stage
     if lab.accelerator.is_main_process:
-        save_model(model, lab.task.tokenizer, folder, card(stage, model, lineage, 0))
+        tokenizer = load_tokenizer(lab.config.teacher.model.pretrained)
+        save_model(model, tokenizer, folder, card(stage, model, lineage, 0))
     lab.accelerator.wait_for_everyone()
     cost = {**watch.read(0), "steps": 0}
     return cost, {"sha256": sha256_of_model(folder), "params": size_of(model)}
@@ -227,6 +231,7 @@ def adopt(lab: Lab, stage: str, model: torch.nn.Module, lineage: str) -> Closing
 def try_config(lab: Lab) -> None:
     """What only the task or the models can tell of a config, before a run folder is made."""
     vocabulary, words = len(lab.task.tokenizer), len(lab.rows)
+    try_vocabularies(lab)
     try_model(lab, lab.config.teacher.model)
     for name, recipe in recipes_of(lab.config).items():
         try_model(lab, lab.config.model_of(recipe))
@@ -288,6 +293,7 @@ def produce_outputs(lab: Lab, recipe: Recipe) -> None:
             progress,
             accelerator.process_index,
             accelerator.num_processes,
+            teachers_task(lab.config, lab.run, lab.task, recipe.teachers),
         )
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:

@@ -1,7 +1,6 @@
 """Ask a model, teacher-forced and free-running, and compare what it says with the teacher."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ import torch
 from measure.fidelity import calibration_columns, compare, sum_by_row
 from measure.statistics import Metric, expected_calibration_error
 from tasks.rows import Rows, collate
-from tasks.task import Ratio
+from tasks.task import Ratio, Task, in_words_of
 from teacher.model import KEPT, Forward, answers_of, device_of, rows_at_once
 
 BATCH_ROWS = 512
@@ -23,7 +22,7 @@ class Answers:
     log_probs: np.ndarray
 
 
-def free_running(forward: Forward, task: Any, rows: Rows) -> Answers:
+def free_running(forward: Forward, task: Task, rows: Rows) -> Answers:
     """Greedy answers to every row's prompt."""
     texts: list[str] = [""] * len(rows)
     log_probs = np.zeros(len(rows))
@@ -42,7 +41,7 @@ def free_running(forward: Forward, task: Any, rows: Rows) -> Answers:
 
 @torch.no_grad()
 def completion_logits(
-    forward: Forward, task: Any, rows: Rows, places: np.ndarray
+    forward: Forward, task: Task, rows: Rows, places: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Teacher-forced logits [M, V] and targets [M] at the completion positions of some rows, row
     by row, and how many positions each has; on the device of the model."""
@@ -63,17 +62,19 @@ class Judged:
 
 class Reference:
     """The teacher on the rows of one split, compared with every student, batch by batch: its
-    logits are kept where they are few, and asked for again where they are not."""
+    logits are kept where they are few, and asked for again where they are not. A teacher with `own`
+    words for the task is compared by its answers alone."""
 
-    def __init__(self, teacher: Forward, task: Any, rows: Rows) -> None:
-        self.teacher, self.task, self.rows = teacher, task, rows
+    def __init__(self, teacher: Forward, task: Task, rows: Rows, own: Task | None = None) -> None:
+        self.teacher, self.task, self.rows, self.own = teacher, task, rows, own or task
+        self.by_token = self.own is task
         order = np.argsort(rows.lengths, kind="stable")
         at_once = rows_at_once(BATCH_ROWS, int(rows.lengths.max()), len(task.tokenizer))
         self.batches = np.array_split(order, -(-len(rows) // at_once))
         positions = int((rows.lengths - rows.prompt_lengths).sum())
         self.keeps = positions * len(task.tokenizer) <= KEPT
         self.kept: dict[int, torch.Tensor] = {}
-        self.answers = free_running(teacher, task, rows)
+        self.answers = free_running(teacher, self.own, in_words_of(self.own, task, rows))
         self.judged = self.compare(self.answers, teacher)
 
     def judge(self, model: Forward) -> Judged:
@@ -93,7 +94,7 @@ class Reference:
         """Columns: those of `compare`, `positions`, `calibration`, the task's, and whether the
         free-running answer is the teacher's own (`same`)."""
         sums: dict[str, np.ndarray] = {}
-        for number, places in enumerate(self.batches):
+        for number, places in enumerate(self.batches if self.by_token else []):
             teacher = self.teachers_logits(number)
             logits, targets, positions = completion_logits(model, self.task, self.rows, places)
             columns = compare(teacher, logits, targets)
@@ -119,8 +120,12 @@ class Reference:
             pairs = [np.stack([s.columns[top], s.columns[bottom]], axis=-1) for s in seeds]
             return Metric(np.stack(pairs))
 
-        calibration = np.stack([s.columns["calibration"] for s in seeds])
         per_token = ("kl_teacher_student", "kl_student_teacher", "top1_agreement", "nll_gap")
+        by_token = {}
+        if self.by_token:
+            calibration = np.stack([s.columns["calibration"] for s in seeds])
+            by_token = {name: ratio_of(name, "positions") for name in per_token}
+            by_token["ece"] = Metric(calibration, expected_calibration_error)
 
         def of_task(metrics: dict[str, Ratio]) -> dict[str, Metric]:
             """Those that these rows tell: no problem of 6 steps, no accuracy there."""
@@ -132,9 +137,8 @@ class Reference:
             "quality": of_task(self.task.quality),
             "fidelity": {
                 **of_task(self.task.agreement),
-                **{name: ratio_of(name, "positions") for name in per_token},
+                **by_token,
                 "sequence_agreement": ratio_of("same", "rows"),
                 "agreement_on_teacher_errors": ratio_of("copied", "errors"),
-                "ece": Metric(calibration, expected_calibration_error),
             },
         }

@@ -144,6 +144,8 @@ def figures_of(
         )
     if "reasoning" in result["teacher"]:
         found |= reasoning_figures(result, arms, colours)
+    if not all("calibration" in judged.columns for judged in first.values()):
+        return found  # a teacher with other tokens is known by its answers alone
     return found | {
         "Reliability": (
             reliability(first, colours),
@@ -224,6 +226,8 @@ def side_by_side(
 def dark_knowledge(reference: Reference) -> list[dict[str, Any]]:
     """What the teacher is least sure of, with its likeliest tokens at each position."""
     task, rows = reference.task, reference.rows
+    if not reference.by_token:
+        return []
     unsure = reference.judged.columns["entropy"] / reference.judged.columns["positions"]
     shown = []
     for i in np.argsort(unsure, kind="stable")[::-1][:SHOWN_WORDS]:

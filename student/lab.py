@@ -4,7 +4,7 @@ The training and the checks of a finished run open it alike, so that both mean t
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +40,12 @@ from teacher.outputs import (
     transfer_rows,
 )
 from teacher.shards import Outputs
-from teacher.vocabulary import same_vocabulary
+from teacher.vocabulary import differing_id, same_vocabulary
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+BY_TOKEN = ("kl_", "top1_agreement", "nll_gap", "ece")  # metrics
 
 Counted = Callable[[nn.Module], Forward]  # wraps a model so that its forward passes are counted
 
@@ -98,6 +100,50 @@ def teacher_of(lab: Lab, recipe: Recipe, counted: Counted) -> Forward:
     device = lab.accelerator.device if lab.accelerator else torch.device("cpu")
     models = [counted(load_model(folder).to(device)) for folder in folders]
     return models[0] if len(models) == 1 else Averaged(models, len(lab.task.tokenizer))
+
+
+def teachers_task(
+    config: Config, run: Run, task: Task, names: Sequence[str] = ("teacher",)
+) -> Task:
+    """The task in the words of who teaches: the same, but for a pretrained teacher that has
+    another tokenizer."""
+    if not config.teacher.model.pretrained or names[0] != "teacher":
+        return task
+    if differing_id(load_tokenizer(run.teacher), task.tokenizer) is None:
+        return task
+    return load_task(config.task.model_copy(update={"tokenizer": str(run.teacher)}))
+
+
+def try_vocabularies(lab: Lab) -> None:
+    """LabError if pretrained models have other tokens than they need, before a run folder is made.
+    A student must have those of the task; a teacher may have its own where nothing compares ids."""
+    config, ours = lab.config, lab.task.tokenizer
+    models = {"students.model": config.students.model}
+    models |= {f"recipes.{name}.model": r.model for name, r in config.recipes.items() if r.model}
+    for key, model in models.items():
+        if model.pretrained and differing_id(load_tokenizer(model.pretrained), ours) is not None:
+            raise LabError(
+                f"{key}.pretrained {model.pretrained!r} has other tokens than task "
+                f"{config.task.name}; the tokenizer of a task is that of its students"
+            )
+    if not config.teacher.model.pretrained:
+        return
+    theirs = load_tokenizer(config.teacher.model.pretrained)
+    if differing_id(theirs, ours) is None:
+        return
+    if config.task.name != "gsm8k" or config.teacher.epochs > 0:
+        same_vocabulary(theirs, ours, "to anything", "leave the teacher as it is, on task gsm8k")
+    for recipe in config.recipes.values():
+        compares = set(recipe.objective) - {"cross_entropy", "sorted_distance"}
+        reads = recipe.sequences != "teacher" or recipe.writes_itself
+        if recipe.access != "none" and (compares or reads):
+            same_vocabulary(theirs, ours, recipe.access)
+    for claim in config.claims():
+        if claim.metric.startswith(BY_TOKEN):
+            raise LabError(
+                f"verdict {claim.claim!r}: {claim.metric} compares token by token, and the teacher "
+                "has other tokens than its students; choose another metric"
+            )
 
 
 def teacher_sha256(lab: Lab, recipe: Recipe, seed: int | None = None) -> str:

@@ -124,7 +124,7 @@ class Gsm8k:
         problems = self.by_split[split]
         end = [self.tokenizer.eos_token_id]
         answers = [self.solution(problem) for problem in problems]
-        encoded = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
+        encoded = [self.encode_answer(answer) for answer in answers]
         for problem, answer in zip(problems, encoded, strict=True):
             if len(answer) >= self.longest_row // 2:
                 raise LabError(
@@ -156,6 +156,9 @@ class Gsm8k:
                 f"{self.longest_row - self.longest_answer}: {question[:40]!r}..."
             )
         return ids
+
+    def encode_answer(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def question(self, rows: Rows, i: int) -> str:
         return self.by_id[int(rows.ids[i])]["question"]
@@ -197,5 +200,4 @@ class Gsm8k:
         number = final_number(self.render(completion))
         if number is None:
             return []
-        ids = self.tokenizer(f"#### {number:.15g}", add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id]
+        return [*self.encode_answer(f"#### {number:.15g}"), self.tokenizer.eos_token_id]

@@ -48,6 +48,9 @@ class Task(Protocol):
     def render(self, tokens: np.ndarray | list[int]) -> str:
         """An answer as text, up to the end mark."""
 
+    def encode_answer(self, text: str) -> list[int]:
+        """The tokens of an answer, without an end mark. Tasks of pretrained models have this."""
+
     def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
         """Columns [N]: how good the answers to the rows of these ids are; `wrong` among them."""
 
@@ -63,3 +66,11 @@ class Task(Protocol):
 
     def agree(self, answers: list[str], teachers: list[str]) -> dict[str, np.ndarray]:
         """Columns [N]: how far they say what the teacher says, beyond being the same text."""
+
+
+def in_words_of(own: Task, task: Task, rows: Rows) -> Rows:
+    """The prompts of some rows as `own` has them: the same task with another tokenizer."""
+    if own is task:
+        return rows
+    prompts = [own.prompt(task.question(rows, i)) for i in range(len(rows))]
+    return Rows.build(rows.ids[np.arange(len(rows))].tolist(), prompts, [[] for _ in prompts])

@@ -170,15 +170,17 @@ def load_pretrained(name: str) -> nn.Module:
         ) from None
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that a model was saved with."""
+def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer that a model was saved with: of a folder of the run, or of a pretrained one."""
+    local = isinstance(place, Path)
+    todo = "delete that folder and run train.py on the config again"
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(place, local_files_only=local, trust_remote_code=False)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise LabError(
-            f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {reason}); "
-            "delete that folder and run train.py on the config again"
+            f"the tokenizer in {place} cannot be loaded ({type(error).__name__}: {reason}); "
+            f"{todo if local else 'expected a folder or a hub id with one'}"
         ) from None
 
 

@@ -7,6 +7,7 @@ are bound to.
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from configs.runs import read_json, write_json
 from configs.schema import Config, LabError, Recipe
 from tasks.rows import Rows, collate, row_id
+from tasks.task import Task, in_words_of
 from teacher.model import Forward, answers_of, device_of, generate, rows_at_once
 from teacher.shards import Record, check_binding, revealed, sha256_of_file, write_shard
 from teacher.signal import shows_states, states_of
@@ -118,8 +121,10 @@ def make_outputs(
     progress: Callable[[int], None] = lambda rows: None,
     process: int = 0,
     processes: int = 1,
+    own: Task | None = None,
 ) -> None:
-    """Write the teacher's outputs for `rows`, shard by shard; shards already there are kept.
+    """Write the teacher's outputs for `rows`, shard by shard; shards already there are kept. `own`:
+    the task in the teacher's words, where they are others than the student's.
 
     A killed run goes on at the first missing shard: what a shard holds depends on the rows, the
     seed and the shard's number alone. Several processes share the shards.
@@ -131,7 +136,7 @@ def make_outputs(
     else:
         write_json(provenance, {"binding": binding, "shards": None})
     count, known = recipe.transfer_rows or len(rows), known_rows(rows, recipe)
-    answer = written if recipe.sequences == "teacher" else scored
+    answer = partial(written, own=own or task) if recipe.sequences == "teacher" else scored
     taken: set[bytes] = set()
     if 0 < known < count:
         taken = {bytes_of(rows.prompt(i)) for i in range(len(rows))}
@@ -235,30 +240,48 @@ def written(
     recipe: Recipe,
     generator: torch.Generator,
     progress: Callable,
+    own: Task,
 ) -> Iterator[Record]:
     """Sequences `teacher`: it answers the rows' prompts, in batches of nearly one prompt length."""
     records: list[Record | None] = [None] * len(rows)
     answers = answers_of(
         forward,
-        rows,
+        in_words_of(own, task, rows),
         BATCH_ROWS,
-        longest=task.longest_answer,
-        end=task.tokenizer.eos_token_id,
+        longest=own.longest_answer,
+        end=own.tokenizer.eos_token_id,
         temperature=recipe.sampling_temperature,
         generator=generator,
         keep_log_probs=recipe.access != "text",
         keep_layers=recipe.hidden_layers,
-        vocabulary=len(task.tokenizer),
+        vocabulary=len(own.tokenizer),
     )
     for i, answer in answers:
+        tokens, log_probs = answer.tokens.numpy(), answer.log_probs
+        if own is not task:
+            tokens, log_probs = translated(own, task, tokens, log_probs)
         records[i] = Record(
             int(rows.ids[i]),
-            np.concatenate([rows.prompt(i), answer.tokens.numpy()]),
+            np.concatenate([rows.prompt(i), tokens]),
             int(rows.prompt_lengths[i]),
-            revealed(answer.log_probs, recipe, generator, answer.hidden, answer.attention),
+            revealed(log_probs, recipe, generator, answer.hidden, answer.attention),
         )
         progress(1)
     yield from records
+
+
+def translated(
+    own: Task, task: Task, tokens: np.ndarray, log_probs: Tensor | None
+) -> tuple[np.ndarray, Tensor | None]:
+    """An answer of n tokens of the teacher as the m tokens of the student, and log-probabilities
+    [m, V] of the teacher beside them: the i-th of its own beside the i-th, the last beside all that
+    follow (Boizard et al. 2024 (ULD), arXiv 2402.12030, section 3, cut the longer text off)."""
+    ids = task.encode_answer(own.render(tokens.tolist()))
+    if tokens[-1] == own.tokenizer.eos_token_id or not ids:
+        ids = [*ids, task.tokenizer.eos_token_id]
+    if log_probs is not None:
+        log_probs = log_probs[np.minimum(np.arange(len(ids)), len(log_probs) - 1)]
+    return np.asarray(ids, np.int64), log_probs
 
 
 def bytes_of(prompt: np.ndarray) -> bytes:

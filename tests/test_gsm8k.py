@@ -3,9 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,10 +15,12 @@ import eval as judge
 import train
 from configs.runs import Run
 from configs.schema import LabError, Model
+from student.lab import open_lab, outputs_of, teachers_task
 from student.lessons import answers_alone
 from tasks.gsm8k import Gsm8k, final_number, read_problems
-from tasks.rows import Rows
+from tasks.rows import Rows, collate
 from teacher.model import build_model, initialise, save_model
+from teacher.outputs import translated
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs" / "gsm8k.yaml")
@@ -38,28 +42,36 @@ def made_up(count):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """train.jsonl, test.jsonl, a byte-level BPE tokenizer and two models that know nothing."""
+    """train.jsonl, test.jsonl and three models that know nothing, one of other tokens."""
     place = tmp_path_factory.mktemp("gsm8k")
     problems = made_up(150)
     for split, part in (("train", problems[:120]), ("test", problems[120:])):
         lines = "".join(json.dumps(problem) + "\n" for problem in part)
         (place / f"{split}.jsonl").write_text(lines, "utf-8")
+    texts = [p["question"] + p["answer"] for p in problems]
+    tokenizer, other = trained_tokenizer(texts, 400), trained_tokenizer(texts, 300)
+    for name, width, tokens in (
+        ("large", 32, tokenizer), ("small", 16, tokenizer), ("stranger", 32, other)
+    ):  # fmt: skip
+        shape = Model(hidden_size=width, num_hidden_layers=1, num_attention_heads=2)
+        model = initialise(build_model(shape, tokens, 1024), 0)
+        save_model(model, tokens, place / name, "a model of a test")
+    return place
+
+
+def trained_tokenizer(texts, size):
+    """Byte-level BPE of so many tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["</s>"], show_progress=False,
+        vocab_size=size, special_tokens=["</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    bpe.train_from_iterator([p["question"] + p["answer"] for p in problems], trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="</s>", bos_token="</s>", pad_token="</s>"
     )
-    for name, width in (("large", 32), ("small", 16)):
-        shape = Model(hidden_size=width, num_hidden_layers=1, num_attention_heads=2)
-        model = initialise(build_model(shape, tokenizer, 1024), 0)
-        save_model(model, tokenizer, place / name, "a model of a test")
-    return place
 
 
 def test_a_solution_ends_with_its_number():
@@ -171,6 +183,114 @@ def test_what_cannot_be_pretrained_is_refused_in_one_line(override, said, tmp_pa
     error = capsys.readouterr().err.strip()
     assert said in error
     assert len(error.splitlines()) == 1
+
+
+def strangers(folder, *recipes):
+    return [
+        "name=strangers", "threads=1", "students.tflops=0.006", "controls=[alone]",
+        f"task={{name: gsm8k, tokenizer: {folder / 'small'}, folder: {folder}}}",
+        f"teacher.model={{pretrained: {folder / 'stranger'}}}",
+        f"students.model={{pretrained: {folder / 'small'}}}",
+        f"recipes={{{', '.join(recipes)}}}",
+        "verdicts=[{claim: text beats alone, metric: accuracy}]",
+    ]  # fmt: skip
+
+
+TEXT = (
+    "text: {access: text, sequences: teacher, objective: cross_entropy, transfer_rows: 12, "
+    "sampling_temperature: 1}"
+)
+SORTED = (
+    "sorted: {access: logits, sequences: teacher, transfer_rows: 12, "
+    "objective: {cross_entropy: 0.5, sorted_distance: 0.5}}"
+)
+
+
+def test_a_teacher_with_other_tokens_teaches_by_text_and_by_sorted_probabilities(
+    folder, tmp_path, capsys, monkeypatch
+):
+    """From the config to the report: what it writes is told in the student's tokens."""
+    monkeypatch.setattr(Gsm8k, "longest_answer", 10)
+    arguments = [CONFIG, *strangers(folder, TEXT, SORTED), "--runs", str(tmp_path)]
+    assert train.main(arguments) == 0
+    assert judge.main([str(tmp_path / "strangers")]) == 0
+    run = Run.finished(tmp_path / "strangers")
+    config = run.config()
+    lab = open_lab(config, run)
+    own = teachers_task(config, run, lab.task)
+    assert len(own.tokenizer) == 300 < len(lab.task.tokenizer) == 400
+    for name in ("text", "sorted"):
+        stored = outputs_of(lab, config.recipes[name])
+        told = [
+            lab.task.render(stored.rows.completion(i).tolist()) for i in range(len(stored.rows))
+        ]
+        assert any(told) or name == "sorted"  # the likeliest token may be the end
+        for i in range(12):
+            asked = lab.task.prompt(lab.task.question(stored.rows, i))
+            assert stored.rows.prompt(i).tolist() == asked
+    signal = stored.signal(collate(stored.rows, np.arange(12), 0))
+    assert signal.log_probs.shape == (len(signal.targets), 300)
+    sums = signal.log_probs.float().exp().sum(-1)
+    torch.testing.assert_close(sums, torch.ones(len(sums)), atol=1e-2, rtol=0)
+    result = json.loads((run.folder / "eval.json").read_text("utf-8"))
+    assert "kl_teacher_student" not in result["students"]["text"]["fidelity"]
+    assert {"sequence_agreement", "answer_agreement"} <= {*result["students"]["text"]["fidelity"]}
+    assert judge.main([str(run.folder), "--selfcheck"]) == 0
+    said = capsys.readouterr().out
+    assert "12 of 12 answers" in said or "2 of 2 answers written again alike" in said
+    assert judge.main([str(run.folder), "--ask", "How many?"]) == 0
+
+
+def test_outputs_of_other_tokens_are_those_of_the_teacher_one_beside_the_other():
+    class Words:
+        def __init__(self, size):
+            self.size = size
+            self.tokenizer = SimpleNamespace(eos_token_id=0)
+
+        def render(self, tokens):
+            return "".join(chr(96 + t) * self.size for t in tokens if t)
+
+        def encode_answer(self, text):
+            return [ord(text[i]) - 96 for i in range(0, len(text), self.size)]
+
+    own, task, log_probs = Words(2), Words(1), torch.arange(3.0)[:, None]
+    ids, beside = translated(own, task, np.array([5, 6, 0]), log_probs)
+    assert ids.tolist() == [5, 5, 6, 6, 0]
+    assert beside[:, 0].tolist() == [0, 1, 2, 2, 2]
+    ids, beside = translated(task, own, np.array([5, 5, 6, 6]), torch.arange(4.0)[:, None])
+    assert ids.tolist() == [5, 6]  # it was cut off: no end mark
+    assert beside[:, 0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["recipes.kl={access: logits, sequences: teacher}"], "What remains: access text, or"),
+        (["recipes.kl={access: top_k, sequences: teacher}"], "access top_k: the teacher's 300"),
+        (
+            ["recipes.kl={access: logits, sequences: student, objective: sorted_distance}"],
+            "What remains: access text, or",
+        ),
+        (["verdicts=[{claim: text beats alone, metric: ece}]"], "choose another metric"),
+        (["teacher.epochs=1", "students.tflops=null", "students.budget=1"], "as it is"),
+    ],
+)
+def test_what_other_tokens_cannot_teach_is_refused_in_one_line(
+    overrides, said, folder, tmp_path, capsys
+):
+    arguments = [CONFIG, *strangers(folder, TEXT), *overrides, "--runs", str(tmp_path)]
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "strangers" / "config.yaml").exists()
+
+
+def test_a_student_has_the_tokens_of_its_task(folder, tmp_path, capsys):
+    overrides = strangers(folder, TEXT)
+    overrides += [f"students.model={{pretrained: {folder / 'stranger'}}}"]
+    assert train.main([CONFIG, *overrides, "--runs", str(tmp_path)]) == 2
+    assert "that of its students" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["pickled weights", "code of a model", "code of a tokenizer"])
