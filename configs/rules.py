@@ -248,7 +248,7 @@ def to_place(config: Config, recipe: Recipe) -> Iterator[str]:
                 f"to the teacher's {deep}"
             )
     whole = recipe.initial_layers == [*range(1, (deep or 0) + 1)] and shallow == deep
-    if whole and recipe.writes_itself and recipe.access != "none":
+    if recipe.initial_layers and whole and recipe.writes_itself and recipe.access != "none":
         yield (
             "initial_layers: with all layers of who teaches it the student writes what its teacher "
             "would, and is scored by itself; leave some away, or let the student start from noise"

@@ -314,6 +314,7 @@ def test_pretrained_folders_run_no_code_of_theirs(what, folder, tmp_path, capsys
     overrides = [
         f"task={{name: gsm8k, tokenizer: {tokenizer}, folder: {folder}}}",
         f"teacher.model={{pretrained: {model}}}",
+        f"students.model={{pretrained: {folder / 'small'}}}",
     ]
     assert train.main([CONFIG, *overrides, "--runs", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip()

@@ -168,7 +168,9 @@ def test_on_policy_lessons_are_the_students_own_words_with_the_teachers_live_sig
     part = collate(lessons.rows, np.array([5, 2, 9]), pad=0)
     with torch.no_grad():
         live = torch.log_softmax(teacher(part.input_ids).logits[part.counted], -1)
-    torch.testing.assert_close(lessons.signal(part).log_probs, live, atol=1e-4, rtol=1e-4)
+    signal = lessons.signal(part)
+    torch.testing.assert_close(signal.log_probs, live, atol=1e-4, rtol=1e-4)
+    assert not signal.log_probs.requires_grad
 
 
 def test_several_teachers_are_the_mean_of_their_probabilities(tiny_run):

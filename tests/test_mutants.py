@@ -91,6 +91,38 @@ MUTANTS = {
         "positions = place < lengths.max() - 1",
         "test_rows.py::test_counted_positions_predict_the_completion_and_nothing_else",
     ),
+    "prompt tokens in the loss": (
+        "tasks/rows.py",
+        "answering = place >= rows.prompt_lengths[indices][:, None] - 1",
+        "answering = place >= 0",
+        "test_rows.py::test_counted_positions_predict_the_completion_and_nothing_else",
+    ),
+    "the end mark masked where it is the padding": (
+        "tasks/rows.py",
+        "counted = positions & (answering | (prompt_weight > 0))",
+        "counted = positions & (answering | (prompt_weight > 0))\n"
+        "    counted &= np.roll(input_ids, -1, axis=1) != pad",
+        "test_rows.py::test_the_end_mark_is_supervised_even_where_it_is_the_padding_token",
+    ),
+    "a student that is scored with gradients of its teacher": (
+        "student/on_policy.py",
+        "with torch.no_grad():\n            ids",
+        "if True:\n            ids",
+        "test_methods.py::test_on_policy_lessons_are_the_students_own_words_with_the_teachers_live_"
+        "signal",
+    ),
+    "the learning rate restarted on resume": (
+        "train.py",
+        "learning_rate(training, progress * steps if budget else step, steps)",
+        "learning_rate(training, progress * steps if budget else step * (not cost_before), steps)",
+        "test_loop.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
+    ),
+    "data skipped on resume": (
+        "configs/checkpoints.py",
+        'return meta["step"], meta["flops"], meta["cost"]',
+        'return meta["step"] + 1, meta["flops"], meta["cost"]',
+        "test_loop.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
+    ),
     "top-k without the tail": (
         "teacher/signal.py",
         "return rest.clamp_min(NEVER)",
@@ -124,15 +156,15 @@ MUTANTS = {
     ),
     "vocabularies cut to the same width": (
         "teacher/vocabulary.py",
-        "if theirs == ours:",
-        "if len(theirs) == len(ours):",
+        "return min((i for i in a.keys() | b.keys() if a.get(i) != b.get(i)), default=None)",
+        "return None if len(a) == len(b) else 0",
         "test_methods.py::test_ids_that_mean_other_tokens_are_refused_and_the_ways_that_remain_are_"
         "named",
     ),
     "the teacher's text tokenised again": (
         "teacher/outputs.py",
-        "np.concatenate([rows.prompt(i), answer.tokens.numpy()]),",
-        "np.concatenate([rows.prompt(i), task.tokenizer(task.render(answer.tokens.tolist()))"
+        "np.concatenate([rows.prompt(i), tokens]),",
+        "np.concatenate([rows.prompt(i), task.tokenizer(task.render(tokens.tolist()))"
         '["input_ids"]]),',
         "test_outputs.py::test_text_reveals_the_greedy_answers_and_nothing_more",
     ),
