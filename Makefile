@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo reproduce test test-all benchmark lint clean
+.PHONY: demo reproduce test mutants test-all benchmark lint clean
 
 demo: $(VENV)/.installed
 	$(RUN) train.py configs/quickstart.yaml
@@ -21,6 +21,10 @@ reproduce: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow"
+
+# The known bugs of distillation code, planted one by one: the tests must go red.
+mutants: $(VENV)/.installed-test
+	$(RUN) -m pytest -n 2 -m slow tests/test_mutants.py
 
 test-all: $(VENV)/.installed-test
 	$(RUN) -m pytest
