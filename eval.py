@@ -33,13 +33,13 @@ from configs.runs import (
     write_atomically,
     write_json,
 )
-from configs.schema import Config, LabError, Recipe, Verdict, nearest
+from configs.schema import SPLITS, Config, LabError, Recipe, Verdict, nearest
 from measure.check import artifacts_of, bands, check, compare_runs, losses_of
 from measure.cost import CountedForward, Stopwatch
 from measure.judged import Judged, Reference, free_running
 from measure.laws import scaling_laws
 from measure.provenance import environment, environment_facts, judging_sha256
-from measure.reasoning import reasoning
+from measure.reasoning import pairs_of_traces, reasoning
 from measure.report import render_check, render_report
 from measure.selfcheck import selfcheck
 from measure.statistics import Comparison, Metric, share_of_gap, verdicts
@@ -172,6 +172,8 @@ def judge(run: Run, config: Config, split: str) -> None:
         "rows": {name: references[name].rows.digest() for name in splits},
     }
     result["laws"] = scaling_laws(result)
+    if isinstance(task, Reason):
+        result["map"] = map_of_traces(config, metrics)
     if config.precision == "float64":
         result["trace"] = {stage: list(steps.values()) for stage, steps in losses_of(run).items()}
     if split == "heldout":
@@ -323,6 +325,23 @@ def comparison(claim: Verdict, metrics: dict[str, Any]) -> Comparison:
     )
 
 
+def map_of_traces(config: Config, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a task that reasons: where traces pay, a verdict for every pair of students and number of
+    steps, all corrected together."""
+    cells = [
+        Verdict(claim=f"{name} beats {other}", metric=f"accuracy_{steps}", split=split)
+        for name, other in pairs_of_traces(config.recipes)
+        for split, numbers in SPLITS["reason"].items()
+        if split in metrics["teacher"]
+        for steps in numbers
+    ]
+    found = verdicts([comparison(cell, metrics) for cell in cells])
+    return [
+        {**verdict, "split": cell.split, "steps": int(cell.metric[-1])}
+        for verdict, cell in zip(found, cells, strict=True)
+    ]
+
+
 def how_it_thinks(
     model: CountedForward,
     references: dict[str, Reference],
@@ -403,12 +422,14 @@ def costs(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any
                 "different": run.manifest["stages"][stage].get("different"),
                 "bytes_per_token": run.cost_of(stage).get("bytes_per_token"),
             }
-        before = charged_stages(recipe, config, everything=True)
-        stages = [stage_of(arm, config.seeds[0]), *before]
-        parts = [run.cost_of(stage) for stage in stages]
+        own = [run.cost_of(stage_of(arm, seed)) for seed in config.seeds]
+        before = [run.cost_of(s) for s in charged_stages(recipe, config, everything=True)]
         trained = teacher["steps"] > 0  # here; else nobody knows what it took
         fractions[arm] = {
-            key: sum(part[key] for part in parts) / teacher[key] if trained else None
+            key: (statistics.median(row[key] for row in own) + sum(row[key] for row in before))
+            / teacher[key]
+            if trained
+            else None
             for key in ("flops", "seconds", "joules")
         }
     main = next(iter(fractions))

@@ -11,6 +11,7 @@ from configs.runs import Run
 from measure.fidelity import ECE_BINS
 from measure.judged import Judged
 from measure.laws import Law, alike
+from measure.tables import OPINION
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -254,46 +255,30 @@ def first_wrong_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
     return picture(figure)
 
 
-def pairs_of_traces(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """(taught by traces, taught by answers alone): students of one shape and budget that a teacher
-    wrote as many rows for. The traces may come with soft targets, which answers alone cannot."""
-    students = {arm: entry["recipe"] for arm, entry in result["students"].items()}
-    alike = ("model", "budget_share", "transfer_rows", "teachers", "sequences")
-    return [
-        (arm, other)
-        for other, without in students.items()
-        if without.get("traces") == "none"
-        for arm, recipe in students.items()
-        if recipe["traces"] == "all" and all(recipe[key] == without[key] for key in alike)
-    ]
-
-
-def where_traces_pay(result: dict[str, Any], pairs: list[tuple[str, str]]) -> str:
+def where_traces_pay(result: dict[str, Any]) -> str:
     """A map: what traces gain over answers alone at equal FLOPs, in points of right answers, by
-    student and number of steps."""
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.45 * len(pairs)))
-    students, longest = result["students"], 5
-    shares = result["cost"]["fraction_of_teacher_by_student"]
-    gains = np.array(
-        [
-            [
-                100 * (students[a]["quality"][key]["mean"] - students[b]["quality"][key]["mean"])
-                for key in (f"accuracy_{n}" for n in range(1, longest + 1))
-            ]
-            for a, b in pairs
-        ]
-    )
+    pair of students and number of steps."""
+    students, shares = result["students"], result["cost"]["fraction_of_teacher_by_student"]
+    cells = {(cell["claim"], cell["steps"]): cell for cell in result["map"]}
+    claims = list(dict.fromkeys(cell["claim"] for cell in result["map"]))
+    gains = np.array([[100 * cells[claim, n]["difference"] for n in STEPS] for claim in claims])
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.45 * len(claims)))
     axes.imshow(gains, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
     for (row, column), gain in np.ndenumerate(gains):
-        axes.text(column, row, f"{gain:+.0f}", ha="center", va="center", fontsize=9)
-    labels = [
-        f"{arm}: {students[arm]['params'] / 1000:.0f} k, "
-        f"{100 * shares[arm]['flops']:.1f} % of the teacher's FLOPs"
-        for arm, _ in pairs
-    ]
-    axes.set_yticks(range(len(pairs)), labels=labels, fontsize=8)
-    axes.set_xticks(range(longest), labels=range(1, longest + 1))
-    axes.set_xlabel("steps of the problem")
+        opinion = OPINION[cells[claims[row], STEPS[column]]["result"]].replace("beats", "")
+        colour = "white" if abs(gain) > 60 else "black"
+        text = f"{gain:+.0f} {opinion}".strip()
+        axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+    labels = []
+    for claim in claims:
+        arm, _, other = claim.split()
+        cost = 100 * shares[arm]["flops"]
+        size = students[arm]["params"] / 1000
+        labels.append(f"{arm} over {other} ({size:.0f} k, {cost:.1f} %)")
+    axes.axvline(4.5, color="#555", lw=1)
+    axes.set_yticks(range(len(claims)), labels=labels, fontsize=8)
+    axes.set_xticks(range(len(STEPS)), labels=STEPS)
+    axes.set_xlabel("steps of the problem (right of the line: more than in training)")
     return picture(figure)
 
 

@@ -112,18 +112,28 @@ class Reference:
     def metrics(self, seeds: list[Judged]) -> dict[str, dict[str, Metric]]:
         """{"quality": …, "fidelity": …} of one arm, over its seeds."""
         wrong = self.judged.columns["wrong"]
+        units = self.task.units(self.rows.ids[np.arange(len(wrong))])
+
+        def of_units(values: np.ndarray) -> np.ndarray:
+            """[rows, ...] -> [units, ...]: intervals are over what was drawn by itself."""
+            if units is None:
+                return values
+            sums = np.zeros((units.max() + 1, *values.shape[1:]))
+            np.add.at(sums, units, values)
+            return sums
+
         for one in seeds:
             one.columns |= {"rows": np.ones(len(wrong)), "errors": wrong}
             one.columns["copied"] = one.columns["same"] * wrong
 
         def ratio_of(top: str, bottom: str) -> Metric:
             pairs = [np.stack([s.columns[top], s.columns[bottom]], axis=-1) for s in seeds]
-            return Metric(np.stack(pairs))
+            return Metric(np.stack([of_units(pair) for pair in pairs]))
 
         per_token = ("kl_teacher_student", "kl_student_teacher", "top1_agreement", "nll_gap")
         by_token = {}
         if self.by_token:
-            calibration = np.stack([s.columns["calibration"] for s in seeds])
+            calibration = np.stack([of_units(s.columns["calibration"]) for s in seeds])
             by_token = {name: ratio_of(name, "positions") for name in per_token}
             by_token["ece"] = Metric(calibration, expected_calibration_error)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from statsmodels.stats.proportion import proportion_confint
 
+from configs.schema import Recipe
 from measure.cost import CountedForward
 from tasks.reason import Reason, first_wrong_step, read_solution
 from tasks.rows import Rows
@@ -131,3 +132,28 @@ def reasoning(
         "thinking": thinking_curve(model, task, asked) if thinks else None,
         "voting": voting_curve(model, task, asked, seed),
     }
+
+
+# What may differ between two recipes of a pair: what the teacher's traces reveal, and how a student
+# is held to it.
+OF_TRACES = {
+    "traces", "access", "k", "stored_as", "hidden_layers", "objective", "temperature",
+    "temperature_squared", "beta", "skew", "head", "sampling_temperature",
+}  # fmt: skip
+
+
+def pairs_of_traces(recipes: dict[str, Recipe]) -> list[tuple[str, str]]:
+    """(taught by traces, taught by answers alone): students of one shape and budget that a teacher
+    answered as many problems for. The traces may come with soft targets, which answers alone cannot
+    have."""
+
+    def rest(recipe: Recipe) -> dict[str, Any]:
+        return recipe.model_dump(exclude=OF_TRACES)
+
+    return [
+        (name, other)
+        for other, without in recipes.items()
+        if without.traces == "none"
+        for name, recipe in recipes.items()
+        if recipe.traces != "none" and rest(recipe) == rest(without)
+    ]

@@ -21,7 +21,6 @@ from measure.figures import (
     fidelity_against_cost,
     first_wrong_steps,
     learning_curves,
-    pairs_of_traces,
     reliability,
     scaling,
     strips,
@@ -100,10 +99,12 @@ def figures_of(
 ) -> dict[str, tuple[str, str]]:
     """{title: (figure, caption)}, those that have something to show."""
     compared = result["config"].get("compare") is not None
+    answers = [arm for arm, e in result["students"].items() if e["recipe"]["traces"] == "none"]
+    alone = f" Of {', '.join(answers)} over the answers alone." if answers else ""
     found = {
         "Learning curves": (
             learning_curves(run, colours),
-            "Validation loss in nats per token while training, against the FLOPs spent. "
+            f"Validation loss in nats per token while training, against the FLOPs spent.{alone} "
             "One line per seed; where every arm has a plot of its own, grey is the teacher and the "
             "first student.",
         ),
@@ -113,7 +114,8 @@ def figures_of(
             fidelity_against_cost(result, arms, colours, "seconds" if compared else "flops"),
             "How often a student gives the teacher's very own answer, against what it cost, its "
             "outputs included. All students and controls have the same budget of FLOPs by design"
-            f"{but_for_some(result)}. Dashed: nothing cheaper is as faithful.",
+            f"{but_for_some(result)}. Dashed: nothing cheaper is as faithful."
+            + (" Time: the median seed, on a machine that did other work too." if compared else ""),
         )
     if len(alike(result, ("access", "k", "stored_as"))) > 2:
         found["Bytes against fidelity"] = (
@@ -184,12 +186,14 @@ def reasoning_figures(
             "The rest has no wrong step. First seed of every arm.",
         ),
     }
-    pairs = pairs_of_traces(result)
-    if pairs:
+    if result["map"]:
         found["Where traces pay"] = (
-            where_traces_pay(result, pairs),
+            where_traces_pay(result),
             "Points of right answers that a student taught by traces is ahead of one taught by "
-            "answers alone (blue; red: behind), same student, same FLOPs.",
+            "answers alone (blue; red: behind): same size (in thousands of parameters), same FLOPs "
+            "(in % of the teacher's). no: it does not beat it; ?: inconclusive; else it beats it, "
+            "all cells corrected together. Chains of one or two steps also stand in the middle of "
+            "training traces, which answers alone never show.",
         )
     return found
 

@@ -148,6 +148,8 @@ def facts_of(result: dict[str, Any]) -> list[str]:
     ]
     if compared_in(result):
         return [*facts, corrected(result)]
+    facts += where_traces_pay(result.get("map", []))
+    facts += accuracies_by_steps(result)
     laws = result.get("laws", {})
     facts += [law_line(result, name, study) for name, study in laws.items()]
     main = next(iter(result["students"]))
@@ -171,6 +173,40 @@ def facts_of(result: dict[str, Any]) -> list[str]:
         if share is not None and arm not in studied:
             facts.append(f"outputs + {arm} = {100 * share:.1f} % of the teacher's training FLOPs")
     return facts
+
+
+def where_traces_pay(cells: list[dict[str, Any]]) -> list[str]:
+    """A line for every pair of students in the map: at which numbers of steps traces pay."""
+    lines = []
+    for claim in dict.fromkeys(cell["claim"] for cell in cells):
+        found = {"beats": "BEATS", "inconclusive": "INCONCLUSIVE", "does not beat": "DOES NOT BEAT"}
+        parts = []
+        for result, words in found.items():
+            steps = [c["steps"] for c in cells if c["claim"] == claim and c["result"] == result]
+            if steps:
+                parts.append(f"{words} at {', '.join(map(str, steps))}")
+        lines.append(f"{claim} by number of steps ({len(cells)} claims): {'; '.join(parts)}")
+    return lines
+
+
+def accuracies_by_steps(result: dict[str, Any]) -> list[str]:
+    """Of a task that reasons, a line per arm: right answers in %, beyond the bar at more steps than
+    in training."""
+    if result["config"]["task"]["name"] != "reason":
+        return []
+    lines = []
+    for arm, entry in arms_in(result).items():
+        splits = entry, entry.get("long", {})
+        told = [
+            "  ".join(
+                f"{100 * split['quality'][key]['mean']:.0f}"
+                for key in (f"accuracy_{n}" for n in range(1, 9))
+                if key in split.get("quality", {})
+            )
+            for split in splits
+        ]
+        lines.append(f"{arm}: right answers % at 1, 2, ... steps: {' | '.join(filter(None, told))}")
+    return lines
 
 
 def law_line(result: dict[str, Any], name: str, study: dict[str, Any]) -> str:

@@ -160,6 +160,9 @@ class Gsm8k:
     def encode_answer(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def units(self, ids: np.ndarray) -> None:
+        return None
+
     def question(self, rows: Rows, i: int) -> str:
         return self.by_id[int(rows.ids[i])]["question"]
 

@@ -179,6 +179,9 @@ class Pronounce:
         unseen = split_of(word) == "long" or (word in self.words and split_of(word) != "train")
         return None if unseen or not (known and letters and phonemes) else end + 1
 
+    def units(self, ids: np.ndarray) -> None:
+        return None
+
     def question(self, row: Rows, i: int) -> str:
         """The word that row i asks about."""
         return "".join(self.tokens[t] for t in row.prompt(i)[1:-1])

@@ -111,10 +111,16 @@ class Problem:
         return str(self.values[-1])
 
 
+def first_of(canonical: str) -> str:
+    """`7+5-3` -> `7+5`"""
+    return re.match(r"\d+[+-]\d", canonical)[0]
+
+
 def split_of(canonical: str) -> str:
     """train, validation or heldout (90/5/5) by a hash of the first step: the same everywhere. From
     6 steps on: long, if it begins as the held-out ones do, else none."""
-    first, rest = re.fullmatch(r"(\d+[+-]\d)(.*)", canonical).groups()
+    first = first_of(canonical)
+    rest = canonical.removeprefix(first)
     bucket = int.from_bytes(hashlib.sha256(f"split {first}".encode()).digest()[:8], "big") % 100
     split = "train" if bucket < 90 else "validation" if bucket < 95 else "heldout"
     if 1 + len(re.findall(r"[+-]", rest)) <= TRAINED:
@@ -315,6 +321,11 @@ class Reason:
         if not 2 <= len(ids) <= longest:
             raise LabError(f"the question has {len(ids) - 1} words, expected 1 to {longest - 1}")
         return ids
+
+    def units(self, ids: np.ndarray) -> np.ndarray:
+        """Problems that begin alike, which is what the split was drawn by."""
+        firsts = [first_of(self.by_id[int(i)].canonical) for i in ids]
+        return np.unique(firsts, return_inverse=True)[1]
 
     def question(self, rows: Rows, i: int) -> str:
         return self.by_id[int(rows.ids[i])].question

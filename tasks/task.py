@@ -48,6 +48,10 @@ class Task(Protocol):
     def render(self, tokens: np.ndarray | list[int]) -> str:
         """An answer as text, up to the end mark."""
 
+    def units(self, ids: np.ndarray) -> np.ndarray | None:
+        """[N]: which rows are alike, as a number; they are drawn together where intervals are made.
+        None: every row stands for itself."""
+
     def encode_answer(self, text: str) -> list[int]:
         """The tokens of an answer, without an end mark. Tasks of pretrained models have this."""
 

@@ -15,7 +15,10 @@ import train
 from configs.runs import Run
 from configs.schema import Model, Recipe
 from measure.cost import CountedForward
+from measure.judged import Reference
 from measure.reasoning import BUDGETS, SAMPLES, VOTES, commonest, first_wrong_steps
+from measure.statistics import Metric
+from measure.tables import facts_of
 from student.lab import lessons_of, new_model, new_student, open_lab
 from student.lessons import Lessons
 from student.objectives import policy_gradient
@@ -23,6 +26,7 @@ from student.on_policy import OnPolicy, write
 from tasks.reason import (
     Reason,
     answer_follows,
+    first_of,
     first_wrong_step,
     has_sound_steps,
     is_faithful,
@@ -355,6 +359,47 @@ def test_the_evaluation_says_how_its_models_think(run):
     assert all(0 <= point["accuracy"] <= 1 <= point["tokens_per_problem"] for point in thinking)
     (verdict,) = result["verdicts"]
     assert verdict["claim"] == "traces beats answers"
+    assert "words" not in result["laws"]
+
+
+def test_the_map_has_a_verdict_for_every_pair_and_number_of_steps(run):
+    """Corrected together; who else than traces differs from answers alone is no pair."""
+    result = json.loads((run.folder / "eval.json").read_text("utf-8"))
+    pairs = {"traces beats answers", "right beats answers", "logits beats answers"}
+    cells = {(cell["claim"], cell["split"], cell["steps"]) for cell in result["map"]}
+    assert len(result["map"]) == 3 * 8
+    assert cells == {
+        (claim, "long" if steps > 5 else "heldout", steps)
+        for claim in pairs
+        for steps in range(1, 9)
+    }
+    cell = next(c for c in result["map"] if c["steps"] == 7 and "logits" in c["claim"])
+    arms = [
+        result["students"][arm]["long"]["quality"]["accuracy_7"] for arm in ("logits", "answers")
+    ]
+    assert cell["difference"] == pytest.approx(arms[0]["mean"] - arms[1]["mean"])
+    told = facts_of(result)
+    assert sum(" by number of steps (24 claims): " in fact for fact in told) == 3
+    line = next(fact for fact in told if fact.startswith("alone: right answers % at 1, 2, ... "))
+    assert line.count("|") == 1
+    assert any("of the teacher's training FLOPs" in fact for fact in told)
+
+
+def test_problems_that_begin_alike_are_drawn_together(task):
+    """Else 200 problems that are right or wrong together would count as 200."""
+    rows = task.rows("heldout")
+    units = task.units(rows.ids)
+    firsts = [first_of(task.by_id[int(i)].canonical) for i in rows.ids]
+    assert len({*units.tolist()}) == len({*firsts}) < len(rows)
+    model = small_model(task).eval()
+    reference = Reference(model, task, rows)
+    judged = reference.judge(model)
+    judged.columns["right"] = (units < units.max() / 2).astype(float)
+    (clustered,) = (reference.metrics([judged])["quality"]["accuracy"],)
+    alone = Metric(np.stack([judged.columns["right"], np.ones(len(rows))], -1)[None])
+    assert clustered.mean == pytest.approx(alone.mean)
+    width = {name: np.ptp(m.summary()["ci95"]) for name, m in (("c", clustered), ("a", alone))}
+    assert width["c"] > 1.3 * width["a"]
 
 
 def test_the_report_shows_how_its_models_think(run):
@@ -372,6 +417,8 @@ def test_ask_prints_thinking_and_answer(run, capsys):
     assert "<think> 7+5=12;12-3=9 </think> 9" in said
     for arm in ("teacher", "traces", "answers", "grpo"):
         assert f"  {arm} " in said
+    places = {line.index("  p = ") for line in said.splitlines() if "  p = " in line}
+    assert len(places) == 1  # a column, however long the answers are
     assert judge.main([str(run.folder), "--ask", "A dog eats 3 pens. How many?"]) == 2
     assert "'dog' is not in the vocabulary" in capsys.readouterr().err
 
@@ -398,6 +445,18 @@ def test_a_sound_run_of_reasoning_says_so(run, capsys):
         (
             ["verdicts=[{claim: traces beats answers, metric: accuracy_4_5, split: long}]"],
             "split long has problems of 6 to 8 steps",
+        ),
+        (["compare={against: [alone], metrics: [accuracy_7]}"], "has problems of 1 to 5 steps"),
+        (
+            ["verdicts=[{claim: traces beats answers, metric: accuracy, threshold: 30}]"],
+            "a share; did you mean 0.3?",
+        ),
+        (
+            [
+                "recipes.own={access: logits, sequences: student, teachers: [warm], "
+                "initial_layers: [1]}"
+            ],
+            "is scored by itself",
         ),
         (["task={name: pronounce}", "verdicts=[]"], "need a task that reasons"),
         (["verdicts=[{claim: traces beats answers, metric: word_error_rate}]"], "is not one of"),
