@@ -53,7 +53,7 @@ DIVERGENCES = (
     "total_variation",
     "sorted_distance",
 )
-INSIDE = ("hidden_match", "attention_match")
+INSIDE = ("hidden_match", "attention_match", "relation_match")
 CONTROLS = ("alone", "scarce", "shuffled", "smoothed", "twin")
 
 
@@ -198,6 +198,11 @@ class Recipe(Section):
     def rewarded(self) -> bool:
         """Does it learn from rewards, with no text and no teacher?"""
         return "policy_gradient" in self.objective
+
+    @property
+    def relations(self) -> bool:
+        """Does the teacher reveal the relations of its values?"""
+        return "relation_match" in self.objective
 
     @property
     def writes_itself(self) -> bool:

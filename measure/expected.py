@@ -7,7 +7,7 @@ import torch
 from scipy.special import log_softmax, rel_entr
 from torch import nn
 
-from configs.schema import Recipe, value_at
+from configs.schema import INSIDE, Recipe, value_at
 from student.hidden import FLOOR
 from student.lessons import Lessons
 from tasks.rows import collate
@@ -79,7 +79,7 @@ def losses(recipe: Recipe, logits: np.ndarray, signal: Signal) -> np.ndarray:
             term = said
         elif name == "policy_gradient":
             term = signal.advantages.double().numpy() * said
-        elif name in ("hidden_match", "attention_match"):
+        elif name in INSIDE:
             continue
         elif signal.weights is not None:
             drawn = np.take_along_axis(log_softmax(logits, -1), signal.indices.numpy(), -1)
@@ -104,7 +104,7 @@ def first_loss(
     """The loss of the first step over some rows. Rows of one length go through the model together,
     so that nothing is padded; which logits answer for which token is counted out here."""
     rows, total, weights, inside, positions = lessons.rows, 0.0, 0.0, 0.0, 0
-    inner = {name: value_at(recipe.objective.get(name, 0.0), 0.0) for name in INNER}
+    inner = {name: value_at(recipe.objective.get(name, 0.0), 0.0) for name in INSIDE}
     lengths = rows.lengths_of(indices)
     for length in np.unique(lengths):
         part = indices[lengths == length]
@@ -132,11 +132,11 @@ def first_loss(
             apart = shown.projected[:, :-1].flatten(0, 1).double() - teacher.hidden.double()
             looks = shown.attention[:, :-1].flatten(0, 1).double().numpy() + FLOOR
             there = teacher.attention.double().numpy()
-            missed = (there * np.log((there + FLOOR) / looks)).sum(-1).mean(-1).sum()
+            missed = (there * np.log((there + FLOOR) / looks)).sum(-1)  # [P, maps]
+            layers = teacher.hidden.shape[1]
+            looked, related = missed[:, :layers].mean(-1).sum(), missed[:, layers:].sum() / layers
             inside += inner["hidden_match"] * float((apart**2).mean((1, 2)).sum())
-            inside += inner["attention_match"] * float(missed)
+            inside += inner["attention_match"] * float(looked)
+            inside += inner["relation_match"] * float(related)
             positions += len(part) * (int(length) - 1)
     return total / weights + (inside / positions if positions else 0.0)
-
-
-INNER = ("hidden_match", "attention_match")

@@ -80,7 +80,8 @@ def stored_outputs_equal_live_ones(lab: Lab, recipe: Recipe, outputs: Outputs) -
     own = teachers_task(lab.config, lab.run, lab.task, recipe.teachers)
     if recipe.access == "text" or own is not lab.task:
         return text_is_the_teachers(lab, recipe, outputs, name)
-    output = teacher(batch.input_ids, use_cache=False, **shows_states(recipe.hidden_layers))
+    options = {"use_cache": False} | shows_states(recipe.hidden_layers, recipe.relations)
+    output = teacher(batch.input_ids, **options)
     logits = output.logits[batch.counted]
     live = torch.log_softmax(logits[:, : len(lab.task.tokenizer)], -1)
     signal, layers = outputs.signal(batch), recipe.hidden_layers
@@ -98,7 +99,9 @@ def stored_outputs_equal_live_ones(lab: Lab, recipe: Recipe, outputs: Outputs) -
         }
     if layers:
         inside = outputs.inside(batch)
-        states, looks = (each[batch.positions] for each in states_of(output, layers))
+        states, looks = (
+            each[batch.positions] for each in states_of(output, layers, recipe.relations)
+        )
         pairs["deviations of the states"] = outputs.standardise(states), inside.hidden
         pairs["of the attention"] = looks, inside.attention
     coarse, found = 2.0**-8 if recipe.stored_as == "bfloat16" else 2.0**-10, {}

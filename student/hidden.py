@@ -1,4 +1,5 @@
-"""Learning from what goes on inside the teacher: its states, and where it looks.
+"""Learning from what goes on inside the teacher: its states, where it looks, and which of the
+values it finds there are alike.
 
 The student is narrower, so its states are compared through learned projections, which training
 throws away (Romero et al. 2014, FitNets, arXiv 1412.6550, section 2.2; Jiao et al. 2019, TinyBERT,
@@ -20,7 +21,8 @@ FLOOR = 1e-4
 @dataclass
 class Shown:
     """What a student under training shows: logits [B, L, V], projected [B, L, layers, W],
-    attention [B, L, layers, L], the mean of the heads."""
+    attention [B, L, layers, L], the mean of the heads; the relations of its values behind it, if
+    they are to be matched."""
 
     logits: Tensor
     projected: Tensor
@@ -30,9 +32,9 @@ class Shown:
 class Projected(nn.Module):
     """A student whose states after each of its layers are projected to the teacher's width W."""
 
-    def __init__(self, student: nn.Module, width: int, seed: int) -> None:
+    def __init__(self, student: nn.Module, width: int, seed: int, relations: bool = False) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.relations = student, relations
         inner = student.config.hidden_size
         generator = np.random.Generator(np.random.PCG64([seed, width]))
         self.projections = nn.ModuleList()
@@ -55,8 +57,9 @@ class Projected(nn.Module):
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Shown:
         layers = range(1, len(self.projections) + 1)
-        output = self.student(input_ids, use_cache=use_cache, **shows_states(layers))
-        states, attention = states_of(output, layers)
+        options = {"use_cache": use_cache} | shows_states(layers, self.relations)
+        output = self.student(input_ids, **options)
+        states, attention = states_of(output, layers, self.relations)
         projected = [layer(states[:, :, i]) for i, layer in enumerate(self.projections)]
         return Shown(output.logits, torch.stack(projected, dim=2), attention)
 
@@ -79,6 +82,17 @@ def attention_match(attention: Tensor, inside: Inside) -> Tensor:
     mean of the heads: which head looks where is an accident, and to copy it head by head made the
     student of `pronounce` worse. FLOOR keeps the logarithm finite where a probability is 0.
     """
-    teacher = inside.attention
-    ratio = (teacher + FLOOR).log() - (attention + FLOOR).log()
+    layers = inside.hidden.shape[1]
+    return divergence_of_maps(attention[:, :layers], inside.attention[:, :layers])
+
+
+def relation_match(attention: Tensor, inside: Inside) -> Tensor:
+    """The same between the relations of their values, which follow the attention: MiniLM,
+    equation 8."""
+    layers = inside.hidden.shape[1]
+    return divergence_of_maps(attention[:, layers:], inside.attention[:, layers:])
+
+
+def divergence_of_maps(student: Tensor, teacher: Tensor) -> Tensor:
+    ratio = (teacher + FLOOR).log() - (student + FLOOR).log()
     return (teacher * ratio).sum(-1).mean(-1)

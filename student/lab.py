@@ -81,7 +81,9 @@ def new_student(lab: Lab, recipe: Recipe, lessons: Lessons, seed: int) -> nn.Mod
     if recipe.initial_layers:
         taught_by = stage_of_teacher(recipe.teachers[0], lab.config, seed)
         model = take_layers(model, load_model(lab.run.folder / taught_by), recipe.initial_layers)
-    return Projected(model, lessons.width, seed) if match_of(recipe) else model
+    if not match_of(recipe):
+        return model
+    return Projected(model, lessons.width, seed, recipe.relations)
 
 
 def goal_of(lab: Lab, objective: Objective, match: Match | None, training: Training) -> Goal:

@@ -7,9 +7,9 @@ from functools import partial
 
 from torch import Tensor
 
-from configs.schema import Config, Recipe, Schedule, Scheduled, value_at
+from configs.schema import INSIDE, Config, Recipe, Schedule, Scheduled, value_at
 from student import objectives
-from student.hidden import Shown, attention_match, hidden_match
+from student.hidden import Shown, attention_match, hidden_match, relation_match
 from teacher.signal import Inside, Signal
 
 # (student_logits [M, V], signal, progress of the training from 0 to 1) -> [M] nats
@@ -67,13 +67,14 @@ class Match:
 
     hidden: Scheduled
     attention: Scheduled
+    relation: Scheduled = 0.0
 
     @property
     def until(self) -> float:
         """The progress from which on all weights are 0."""
         fades = [
             weight.until if isinstance(weight, Schedule) and weight.end == 0 else 1.0
-            for weight in (self.hidden, self.attention)
+            for weight in (self.hidden, self.attention, self.relation)
             if weight
         ]
         return max(fades)
@@ -88,12 +89,17 @@ class Match:
         """(what a student shows, positions [B, L], what the teacher revealed) -> [P]."""
         states = hidden_match(shown.projected[positions], inside)
         looks = attention_match(shown.attention[positions], inside)
-        return value_at(self.hidden, progress) * states + value_at(self.attention, progress) * looks
+        missed = value_at(self.hidden, progress) * states
+        missed = missed + value_at(self.attention, progress) * looks
+        if self.relation:
+            relations = relation_match(shown.attention[positions], inside)
+            missed = missed + value_at(self.relation, progress) * relations
+        return missed
 
 
 def match_of(recipe: Recipe) -> Match | None:
     """The terms of a recipe that look inside, None for a recipe without any."""
-    weights = [recipe.objective.get(name, 0.0) for name in ("hidden_match", "attention_match")]
+    weights = [recipe.objective.get(name, 0.0) for name in INSIDE]
     return Match(*weights) if any(weights) else None
 
 

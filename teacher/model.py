@@ -235,7 +235,7 @@ class Written:
     held them (nats at temperature 1, whatever the sampling temperature). If asked for, also all its
     log-probabilities [n, V] there, its states [P + n - 1, layers, W] after some layers, from the
     first token of the prompt to the last but one of the row, and where it looked from there,
-    attention [P + n - 1, layers, P + n - 1]."""
+    attention [P + n - 1, layers, P + n - 1] (see `states_of`)."""
 
     tokens: Tensor
     log_prob: float
@@ -280,6 +280,7 @@ def generate(
     spelling_temperature: float = 1.0,
     keep_log_probs: bool = False,
     keep_layers: Sequence[int] = (),
+    keep_relations: bool = False,
     vocabulary: int | None = None,
     budget: int | None = None,
     closing: int | None = None,
@@ -311,7 +312,7 @@ def generate(
     hidden: Tensor | None = None
     attention: Tensor | None = None
     cache, device = DynamicCache(), device_of(forward)
-    options = {"use_cache": True} | shows_states(keep_layers)
+    options = {"use_cache": True} | shows_states(keep_layers, keep_relations)
     read = 0
     for place in range(int(starts.min()), width):
         inputs = tokens[alive, read:place].to(device)
@@ -319,10 +320,11 @@ def generate(
         output = forward(inputs, past_key_values=cache, logits_to_keep=1, **options)
         logits = output.logits[:, -1, :vocabulary].cpu()
         if keep_layers:
-            states, looks = (shown.cpu() for shown in states_of(output, keep_layers))
+            told = states_of(output, keep_layers, keep_relations)
+            states, looks = (shown.cpu() for shown in told)
             if hidden is None:
                 hidden = states.new_empty((rows, width - 1, *states.shape[2:]))
-                attention = states.new_zeros((rows, width - 1, len(keep_layers), width - 1))
+                attention = states.new_zeros((rows, width - 1, looks.shape[2], width - 1))
             hidden[alive, read:place] = states
             attention[alive, read:place, :, :place] = looks
         written = place - starts[alive]  # so many tokens

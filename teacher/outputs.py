@@ -37,6 +37,7 @@ def name_of(recipe: Recipe) -> str:
     access = {"top_k": f"top_{recipe.k}", "sampled": f"sampled_{recipe.k}"}
     parts = [*teachers, recipe.sequences, access.get(recipe.access, recipe.access)]
     parts += map(str, recipe.hidden_layers)
+    parts += ["relations"] if recipe.relations else []
     if recipe.stored_as != "float16":
         parts.append(recipe.stored_as)
     if recipe.sequences == "teacher":
@@ -86,6 +87,7 @@ def outputs_binding(
         "k": recipe.k if recipe.access in ("top_k", "sampled") else None,
         "stored_as": recipe.stored_as,
         "hidden_layers": list(recipe.hidden_layers),
+        **({"relations": True} if recipe.relations else {}),
         "sequences": recipe.sequences,
         "prompts": recipe.prompts,
         "transfer_rows": recipe.transfer_rows,
@@ -208,12 +210,16 @@ def scored(
     for indices in np.array_split(order, -(-len(rows) // at_once)):
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
         with torch.no_grad():
-            output = forward(batch.input_ids.to(device_of(forward)), **shows_states(layers))
+            output = forward(
+                batch.input_ids.to(device_of(forward)), **shows_states(layers, recipe.relations)
+            )
         logits = output.logits.cpu()[batch.counted][:, : len(task.tokenizer)]  # no padding of it
         log_probs = torch.log_softmax(logits, -1)
         log_probs = log_probs.split(batch.counted.sum(1).tolist())
         hidden, attention = (
-            (shown.cpu() for shown in states_of(output, layers)) if layers else (None, None)
+            (shown.cpu() for shown in states_of(output, layers, recipe.relations))
+            if layers
+            else (None, None)
         )
         for place, i in enumerate(indices):
             n = rows.lengths[i] - 1
@@ -254,6 +260,7 @@ def written(
         generator=generator,
         keep_log_probs=recipe.access != "text",
         keep_layers=recipe.hidden_layers,
+        keep_relations=recipe.relations,
         vocabulary=len(own.tokenizer),
     )
     for i, answer in answers:
@@ -322,6 +329,7 @@ def invented(
             separator=task.separator,
             keep_log_probs=recipe.access != "text",
             keep_layers=recipe.hidden_layers,
+            keep_relations=recipe.relations,
             vocabulary=len(task.tokenizer),
         )
         for written_row in rows:

@@ -10,7 +10,7 @@ tail        top_k: that of all the rest together
 draws       sampled: how many outcomes a position has (they are k draws, most of them equal)
 counts      sampled: how often each of them was drawn
 hidden      hidden: the states after some layers, at all positions of the row but the last
-attention   hidden: where it looked from there
+attention   hidden: where it looked from there; then, if asked for, the relations of its values
 
 Numbers are float16 or bfloat16, token ids and counts as narrow as they can be. Reading is
 memory-mapped: a student touches only its batch.
@@ -194,6 +194,7 @@ class Outputs:
             raise LabError(f"{folder} is not finished; run train.py on the config to go on")
         self.k = provenance["binding"].get("k")
         self.layers = len(provenance["binding"].get("hidden_layers", []))
+        self.maps = self.layers * (2 if provenance["binding"].get("relations") else 1)
         tokens = [flat(table, "tokens") for table in tables]
         self.rows = Rows.build_flat(
             ids=Chunks([table["id"].chunk(0).to_numpy() for table in tables]),
@@ -275,7 +276,7 @@ class Outputs:
         """States and attention at all positions of a batch of `rows` (access `hidden`)."""
         positions = int(batch.positions.sum())
         states = numbers(self.pieces(self.hidden, batch)).view(positions, self.layers, -1)
-        attention = padded(self.slices(self.attention, batch), batch.positions, self.layers)
+        attention = padded(self.slices(self.attention, batch), batch.positions, self.maps)
         return Inside(self.standardise(states), attention)
 
     def slices(self, shards: list[tuple[np.ndarray, np.ndarray]], batch: Batch) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +118,8 @@ class Inside:
     hidden [P, layers, W]: the teacher's states after some of its layers, every dimension with mean
     0 and variance 1 over the outputs.
     attention [P, layers, K]: where it looked from there, in the same layers, the mean of its
-    heads: a distribution over the K positions of the text, 0 to the right.
+    heads: a distribution over the K positions of the text, 0 to the right. Where the relations of
+    its values are revealed too, they follow: [P, 2 layers, K], see `relation_of`.
     """
 
     hidden: Tensor
@@ -127,14 +129,30 @@ class Inside:
         return Inside(self.hidden.to(device), self.attention.to(device))
 
 
-def shows_states(layers: Sequence[int]) -> dict[str, bool]:
+def shows_states(layers: Sequence[int], relations: bool = False) -> dict[str, bool]:
     """The options of a forward pass that `states_of` reads."""
-    return {"output_hidden_states": bool(layers), "output_attentions": bool(layers)}
+    cache = {"use_cache": True} if relations else {}
+    return {"output_hidden_states": bool(layers), "output_attentions": bool(layers), **cache}
 
 
-def states_of(output: object, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+def states_of(output: Any, layers: Sequence[int], relations: bool = False) -> tuple[Tensor, Tensor]:
     """(states [B, L, layers, W], attention [B, L, layers, K]) from a forward pass that was asked
-    for output_hidden_states and output_attentions. Layers count from 1."""
+    for them by `shows_states`. Layers count from 1. With `relations` those of the values follow the
+    attention: [B, L, 2 layers, K]."""
     hidden = torch.stack([output.hidden_states[layer] for layer in layers], dim=2)
-    heads_mean = [output.attentions[layer - 1].mean(1) for layer in layers]
-    return hidden, torch.stack(heads_mean, dim=2)
+    maps = [output.attentions[layer - 1].mean(1) for layer in layers]
+    if relations:
+        cache, new = output.past_key_values, hidden.shape[1]
+        maps += [relation_of(cache.layers[layer - 1].values, new) for layer in layers]
+    return hidden, torch.stack(maps, dim=2)
+
+
+def relation_of(values: Tensor, new: int) -> Tensor:
+    """How alike the values of the last `new` positions are to those up to them, values [B, heads,
+    K, D] -> [B, new, K]: softmax(V V^T / sqrt(D)), the mean over heads. Wang et al. 2020 (MiniLM),
+    arXiv 2002.10957, equation 7, but to the left alone, as a causal model is asked token by token.
+    """
+    alike = values[:, :, -new:] @ values.transpose(-1, -2) / values.shape[-1] ** 0.5
+    there = values.shape[2]
+    later = torch.ones(new, there, dtype=torch.bool, device=values.device).triu(there - new + 1)
+    return alike.masked_fill(later, -torch.inf).softmax(-1).mean(1)

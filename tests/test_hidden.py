@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Model, Recipe, value_at
 from measure.cost import TrainingFlops, affordable_steps
-from student.hidden import Projected, attention_match, hidden_match
+from student.hidden import Projected, attention_match, hidden_match, relation_match
 from student.recipe import match_of, objective_of
 from tasks.pronounce import Pronounce
 from teacher.model import build_model, initialise
-from teacher.signal import Inside, Signal
+from teacher.signal import Inside, Signal, relation_of
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,41 @@ def test_attention_hand_value():
     found = attention_match(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]), inside)
     expected = (0.75 * math.log(1.5) + 0.25 * math.log(0.5) + math.log(2)) / 2
     torch.testing.assert_close(found, torch.tensor([expected]), atol=1e-3, rtol=0)
+
+
+def test_relation_hand_value():
+    """Three positions, one head of two dimensions, the last two of them new: each is compared with
+    those up to it, itself included."""
+    values = torch.tensor([[[[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]]])
+    found = relation_of(values, new=2)[0]
+    heat = 2**0.5
+    second = torch.softmax(torch.tensor([0.0, 4.0]) / heat, -1)
+    third = torch.softmax(torch.tensor([1.0, 2.0, 2.0]) / heat, -1)
+    torch.testing.assert_close(found, torch.stack([torch.cat([second, torch.zeros(1)]), third]))
+
+
+def test_relations_are_matched_beside_attention_and_neither_sees_the_other():
+    states, own = torch.zeros(1, 1, 4), torch.tensor([[[0.5, 0.5], [0.9, 0.1]]])
+    teacher = Inside(states, torch.tensor([[[0.75, 0.25], [0.9, 0.1]]]))
+    assert relation_match(own, teacher).tolist() == [0.0]
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    torch.testing.assert_close(
+        attention_match(own, teacher), torch.tensor([expected]), atol=1e-3, rtol=0
+    )
+
+
+def test_relations_are_shown_and_carry_a_gradient(student, generator):
+    ids = torch.randint(1, 70, (3, 9), generator=generator)
+    shown = Projected(student, width=24, seed=0, relations=True)(ids)
+    plain = Projected(student, width=24, seed=0)(ids)
+    torch.testing.assert_close(shown.logits, plain.logits)
+    torch.testing.assert_close(shown.attention[:, :, :2], plain.attention)
+    relations = shown.attention[:, :, 2:]
+    torch.testing.assert_close(relations.sum(-1), torch.ones(3, 9, 2))
+    assert not relations[:, 3, :, 4:].any()
+    values = student.model.layers[1].self_attn.v_proj.weight
+    (gradient,) = torch.autograd.grad(relations[:, :, 1].square().sum(), values)
+    assert gradient.any()
 
 
 def test_projections_change_nothing_that_the_student_says(student, generator):

@@ -44,6 +44,12 @@ RECIPES = {
     "assistant": {"access": "logits", "model": MODEL | {"hidden_size": 24}, "budget_share": 0.5},
     "assisted": {"access": "sampled", "k": 6, "teachers": ["assistant"]},
     "averaged": {"access": "logits", "teachers": ["teacher", "twin"]},
+    "related": {
+        "access": "hidden",
+        "hidden_layers": [1],
+        "sequences": "teacher",
+        "objective": {"forward_kl": 0.7, "hidden_match": 0.1, "relation_match": 0.2},
+    },
     "born_again": {"access": "logits", "model": MODEL, "initial_layers": [1]},
 }
 OVERRIDES = (
@@ -263,11 +269,11 @@ def test_a_sound_run_says_so(run, tiny_run, capsys):
 
 
 def test_outputs_read_by_position_are_found(run, capsys, monkeypatch):
-    """Planted: each row gets the outputs of the first row of its length."""
+    """Planted: each row gets the outputs of the first row of its lengths."""
     slices = Outputs.slices
 
     def by_position(self, shards, batch):
-        lengths = (self.rows.lengths - self.rows.prompt_lengths).tolist()
+        lengths = [*zip(self.rows.lengths, self.rows.prompt_lengths, strict=True)]
         first = [lengths.index(lengths[i]) for i in batch.indices]
         return slices(self, shards, replace(batch, indices=np.array(first)))
 

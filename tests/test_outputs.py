@@ -19,7 +19,7 @@ from teacher import outputs as outputs_module
 from teacher.model import generate, load_model
 from teacher.outputs import finish_outputs, make_outputs, name_of, outputs_binding
 from teacher.shards import Outputs
-from teacher.signal import shows_states
+from teacher.signal import relation_of, shows_states
 
 DATA = Recipe(access="logits", sequences="data")
 WRITTEN = Recipe(access="logits", sequences="teacher")
@@ -41,6 +41,11 @@ HIDDEN_DATA, HIDDEN_WRITTEN, HIDDEN_INVENTED = (
         {"sequences": "teacher"},
         {"sequences": "teacher", "prompts": "invented", "transfer_rows": 40},
     )
+)
+RELATED = {"objective": {"forward_kl": 0.5, "relation_match": 0.5}}
+RELATED_DATA, RELATED_WRITTEN, RELATED_INVENTED = (
+    Recipe(**recipe.model_dump(exclude={"objective"}), **RELATED)
+    for recipe in (HIDDEN_DATA, HIDDEN_WRITTEN, HIDDEN_INVENTED)
 )
 
 
@@ -97,7 +102,11 @@ def test_stored_outputs_equal_live_ones_whatever_the_order_of_the_rows(
         )
 
 
-@pytest.mark.parametrize("recipe", [HIDDEN_DATA, HIDDEN_WRITTEN, HIDDEN_INVENTED], ids=name_of)
+@pytest.mark.parametrize(
+    "recipe",
+    [HIDDEN_DATA, HIDDEN_WRITTEN, HIDDEN_INVENTED, RELATED_DATA, RELATED_WRITTEN, RELATED_INVENTED],
+    ids=name_of,
+)
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_stored_states_equal_live_ones_at_every_position_that_a_token_follows(
     recipe, shuffled, make, teacher, generator
@@ -110,20 +119,24 @@ def test_stored_states_equal_live_ones_at_every_position_that_a_token_follows(
         sources = stored.source[indices]
         batch_there = collate(honest.rows, sources, pad=0)
         with torch.no_grad():
-            output = teacher(batch_there.input_ids, **shows_states([1]))
+            output = teacher(batch_there.input_ids, **shows_states([1], relations=True))
         states = output.hidden_states[1][batch_there.positions]
         looks = output.attentions[0].mean(1)[batch_there.positions]
+        values = output.past_key_values.layers[0].values
+        related = relation_of(values, values.shape[2])[batch_there.positions]
+        maps = [looks, looks, related, related] if recipe.relations else [looks, looks]
         found = stored.inside(batch).hidden
         assert found.shape == (int(batch.positions.sum()), 2, stored.hidden_width)
         for layer in range(2):
             live = honest.standardise(states[:, None].expand(-1, 2, -1))[:, layer]
             torch.testing.assert_close(found[:, layer], live, atol=2e-2, rtol=2e-3)
-            attention = stored.inside(batch).attention[:, layer]
-            width = min(attention.shape[-1], looks.shape[-1])  # what is cut off lies to the right
-            torch.testing.assert_close(
-                attention[..., :width], looks[..., :width], atol=1e-3, rtol=1e-3
-            )
-            assert not attention[..., width:].any()
+        attention = stored.inside(batch).attention
+        assert attention.shape[1] == len(maps)
+        for place, there in enumerate(maps):
+            here = attention[:, place]
+            width = min(here.shape[-1], there.shape[-1])  # what is cut off lies to the right
+            torch.testing.assert_close(here[:, :width], there[:, :width], atol=1e-3, rtol=1e-3)
+            assert not here[:, width:].any()
         everything = honest.inside(collate(honest.rows, np.arange(len(honest.rows)), pad=0)).hidden
         torch.testing.assert_close(everything.mean(0), torch.zeros(2, 32), atol=1e-3, rtol=0)
         torch.testing.assert_close(everything.std(0), torch.ones(2, 32), atol=1e-3, rtol=0)
