@@ -412,7 +412,7 @@ def fit(
     saved_at, saved_step = watch.elapsed(), step
     model.train()
     while (progress := done()) < 1:
-        torch.manual_seed(seed_of_step(seed, step))  # for models with dropout
+        seed_everything(seed_of_step(seed, step), device)  # for models with dropout
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, progress * steps if budget else step, steps)
         now = lessons.at(student_of(model), step, progress)
@@ -469,6 +469,14 @@ def fit(
 def seed_of_step(seed: int, step: int) -> int:
     """All randomness of a step is a function of (seed, step): a checkpoint holds no generator."""
     return int(np.random.PCG64([seed, step, 2]).random_raw(1)[0]) >> 1
+
+
+def seed_everything(seed: int, device: torch.device) -> None:
+    """What torch draws on this device; torch.manual_seed asks every kind of device, which takes a
+    twentieth of a small step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def sum_over_processes(
