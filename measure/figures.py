@@ -300,7 +300,7 @@ def strips(found: dict[str, list[float]], bands: dict[str, Any]) -> str:
 
 def reliability(first: dict[str, Judged], colours: dict[str, str]) -> str:
     """Accuracy against confidence; of many arms the first ones alone."""
-    figure, axes = plt.subplots(figsize=(5, 4.4))
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
     axes.plot([0, 1], [0, 1], color="#999", lw=1, ls="--")
     for arm, judged in list(first.items())[:MANY]:
         count, confidence, hits = np.split(judged.columns["calibration"].sum(0), 3)
@@ -315,7 +315,7 @@ def reliability(first: dict[str, Judged], colours: dict[str, str]) -> str:
             label=arm,
         )
     axes.set(xlabel=f"confidence ({ECE_BINS} bins)", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return picture(figure)
 
 
