@@ -6,7 +6,7 @@ made chunk by chunk, and made again when the gradient needs them (Chen et al. 20
 arXiv 1604.06174).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class InChunks(torch.autograd.Function):
         return of_states, of_weight, of_bias, None, None, None
 
 
-def chunks_of(signal: Signal, count: int, positions: int):  # noqa: ANN201
+def chunks_of(signal: Signal, count: int, positions: int) -> Iterator[tuple[int, int, Signal]]:
     """(start, stop, the signal there) of so many positions at a time."""
     for start in range(0, count, positions):
         stop = min(count, start + positions)

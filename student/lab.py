@@ -98,7 +98,7 @@ def teacher_of(lab: Lab, recipe: Recipe, counted: Counted) -> Forward:
     compared = set(recipe.objective) & set(DIVERGENCES) - {"sorted_distance"}
     if compared:
         for folder in folders:
-            same_vocabulary(load_tokenizer(folder), lab.task.tokenizer, recipe.access)
+            same_vocabulary(load_tokenizer(folder), lab.task.tokenizer, f"access {recipe.access}")
     device = lab.accelerator.device if lab.accelerator else torch.device("cpu")
     models = [counted(load_model(folder).to(device)) for folder in folders]
     return models[0] if len(models) == 1 else Averaged(models, len(lab.task.tokenizer))
@@ -134,12 +134,14 @@ def try_vocabularies(lab: Lab) -> None:
     if differing_id(theirs, ours) is None:
         return
     if config.task.name != "gsm8k" or config.teacher.epochs > 0:
-        same_vocabulary(theirs, ours, "to anything", "leave the teacher as it is, on task gsm8k")
+        same_vocabulary(
+            theirs, ours, "teacher.model.pretrained", "leave it as it is (epochs 0), on task gsm8k"
+        )
     for recipe in config.recipes.values():
         compares = set(recipe.objective) - {"cross_entropy", "sorted_distance"}
         reads = recipe.sequences != "teacher" or recipe.writes_itself
         if recipe.access != "none" and (compares or reads):
-            same_vocabulary(theirs, ours, recipe.access)
+            same_vocabulary(theirs, ours, f"access {recipe.access}")
     for claim in config.claims():
         if claim.metric.startswith(BY_TOKEN):
             raise LabError(

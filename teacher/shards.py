@@ -33,8 +33,9 @@ from configs.runs import read_json
 from configs.schema import LabError, Recipe
 from tasks.rows import Batch, Chunks, Rows
 from teacher.model import Forward
-from teacher.signal import TINY, Inside, Signal, tail_of
+from teacher.signal import Inside, Signal, tail_of
 
+TINY = 1e-8  # deviation that a dimension of the states has at least
 HIDDEN_SAMPLE = 50_000  # positions that tell the mean and deviation of the states
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TINY = 1e-8
 NEVER = -69.0  # nats: less likely than 1e-30 is taken as this
 
 

@@ -14,13 +14,14 @@ def differing_id(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase)
 def same_vocabulary(
     teacher: PreTrainedTokenizerBase,
     student: PreTrainedTokenizerBase,
-    access: str,
+    what: str,
     remains: str = "access text, or objective sorted_distance, which compares no ids, both over "
     "sequences teacher",
 ) -> None:
-    """LabError if the tokenizers differ in any id. How wide the models are does not matter: rows
-    beyond the vocabulary are padding and are left out. To cut two vocabularies to one width would
-    compare tokens that mean different things, and the loss would look plausible.
+    """LabError, beginning with `what`, if the tokenizers differ in any id. How wide the models are
+    does not matter: rows beyond the vocabulary are padding and are left out. To cut two
+    vocabularies to one width would compare tokens that mean different things, and the loss would
+    look plausible.
     """
     differing = differing_id(teacher, student)
     if differing is None:
@@ -30,6 +31,6 @@ def same_vocabulary(
         for each in (teacher, student)
     )
     raise LabError(
-        f"access {access}: the teacher's {len(teacher)} tokens are not the student's "
+        f"{what}: the teacher's {len(teacher)} tokens are not the student's "
         f"{len(student)}: id {differing} is {there!r} there, {here!r} here. What remains: {remains}"
     )

@@ -237,7 +237,7 @@ def test_a_teacher_with_other_tokens_teaches_by_text_and_by_sorted_probabilities
     assert {"sequence_agreement", "answer_agreement"} <= {*result["students"]["text"]["fidelity"]}
     assert judge.main([str(run.folder), "--selfcheck"]) == 0
     said = capsys.readouterr().out
-    assert "12 of 12 answers" in said or "2 of 2 answers written again alike" in said
+    assert "12 of 12 answers written again alike" in said
     assert judge.main([str(run.folder), "--ask", "How many?"]) == 0
 
 
