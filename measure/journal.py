@@ -16,7 +16,8 @@ from tasks.task import Task
 from teacher.signal import Signal
 
 VALIDATIONS = 10  # times that a model meets the validation rows, for its learning curve
-VALIDATION_ROWS = 1024
+VALIDATION_ROWS = 512
+VALIDATION_BATCH = 64  # as fast per row as a training step; larger ones leave the cache
 
 
 class Journal:
@@ -94,7 +95,7 @@ def validation_nll(model: nn.Module, task: Task, rows: Rows) -> float:
     chosen = np.argsort(rows.ids)[:VALIDATION_ROWS]
     chosen = chosen[np.argsort(rows.lengths[chosen], kind="stable")]
     total, positions = 0.0, 0
-    for indices in np.array_split(chosen, -(-len(chosen) // 256)):
+    for indices in np.array_split(chosen, -(-len(chosen) // VALIDATION_BATCH)):
         batch = collate(rows, indices, task.tokenizer.pad_token_id)
         signal, vocabulary = Signal(batch.targets).to(model.device), len(task.tokenizer)
         if vocabulary >= chunked.LARGE:
