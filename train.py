@@ -408,7 +408,8 @@ def fit(
     journal = None
     if main_process:
         shown = lab.validation if validation is None else validation
-        journal = Journal(lab.run, stage, lab.task, shown, steps, step, done())
+        told = None if budget else steps
+        journal = Journal(lab.run, stage, lab.task, shown, told, step, done())
     saved_at, saved_step = watch.elapsed(), step
     model.train()
     while (progress := done()) < 1:

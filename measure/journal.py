@@ -29,7 +29,7 @@ class Journal:
         stage: str,
         task: Task,
         validation: Rows,
-        steps: int,
+        steps: int | None,  # None: a budget ends it, whatever the steps
         first: int,
         progress: float,
     ) -> None:
@@ -68,9 +68,8 @@ class Journal:
         loss = float(torch.stack(self.losses).mean())
         speed = self.tokens / (time.perf_counter() - self.started)
         line = {"loss": loss, "grad_norm": float(norm), "flops": flops, "tokens_per_s": speed}
-        text = (
-            f"{self.stage:<26} step {step:>6}/{self.steps:<6} loss {loss:8.4f} {speed:>8.0f} tok/s"
-        )
+        end = f"/{self.steps:<6}" if self.steps else f" {progress:>6.1%}"
+        text = f"{self.stage:<26} step {step:>6}{end} loss {loss:8.4f} {speed:>8.0f} tok/s"
         if validations_by(progress) > self.validations:
             line["validation_nll"] = validation_nll(model, self.task, self.validation)
             text += f"  validation {line['validation_nll']:.4f}"
