@@ -68,7 +68,7 @@ class Journal:
         loss = float(torch.stack(self.losses).mean())
         speed = self.tokens / (time.perf_counter() - self.started)
         line = {"loss": loss, "grad_norm": float(norm), "flops": flops, "tokens_per_s": speed}
-        end = f"/{self.steps:<6}" if self.steps else f" {progress:>6.1%}"
+        end = f"/{self.steps:<6}" if self.steps else f" {min(1.0, progress):>6.1%}"
         text = f"{self.stage:<26} step {step:>6}{end} loss {loss:8.4f} {speed:>8.0f} tok/s"
         if validations_by(progress) > self.validations:
             line["validation_nll"] = validation_nll(model, self.task, self.validation)
