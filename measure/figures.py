@@ -176,12 +176,14 @@ def agreement_by_temperature(
     return picture(figure)
 
 
+# A legend beside the lines, which those of many arms would hide.
+BESIDE = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
 STEPS = range(1, 9)  # of the problems of task reason; 6 and more are of the split `long`
 
 
 def accuracy_by_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
     """Right answers by number of steps; beyond 5 no model has trained."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(8.2, 4.4))
     for arm, entry in arms.items():
         quality = entry.get("long", {}).get("quality", {}) | entry["quality"]
         found = {n: quality[f"accuracy_{n}"] for n in STEPS if f"accuracy_{n}" in quality}
@@ -197,7 +199,7 @@ def accuracy_by_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
         )  # fmt: skip
     axes.axvspan(5.5, 8.3, color="#999", alpha=0.12, lw=0)
     axes.set(xlabel="steps of the problem (grey: more than in training)", ylabel="right answers %")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**BESIDE)
     return picture(figure)
 
 
@@ -218,7 +220,7 @@ def thinking_longer(arms: dict[str, Any], colours: dict[str, str]) -> str:
     for axes, key in zip(grid[1], keys, strict=True):
         axes.set_xlabel(key.replace("_", " ").replace("flops", "FLOPs"))
     handles, labels = grid[0][1].get_legend_handles_labels()
-    grid[0][1].legend(handles[1::2], labels[1::2], frameon=False, fontsize=8)  # each arm has two
+    grid[0][1].legend(handles[1::2], labels[1::2], **BESIDE)  # each arm has two
     return picture(figure)
 
 
@@ -239,7 +241,7 @@ def line(
 
 def first_wrong_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
     """Of the problems of 5 steps: at which step a trace first goes wrong, in %."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(8.2, 4.4))
     shown = {
         arm: entry["reasoning"]["first_wrong_step"]["5"]
         for arm, entry in arms.items()
@@ -251,7 +253,7 @@ def first_wrong_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
         axes.bar(at, 100 * np.array(counts[1:]) / sum(counts), width, color=colours[arm], label=arm)
     axes.set_xticks(range(1, 7), labels=[*"12345", "one too many"])
     axes.set(xlabel="first wrong step", ylabel="% of the problems of 5 steps")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**BESIDE)
     return picture(figure)
 
 
@@ -274,7 +276,8 @@ def where_traces_pay(result: dict[str, Any]) -> str:
         arm, _, other = claim.split()
         cost = 100 * shares[arm]["flops"]
         size = students[arm]["params"] / 1000
-        labels.append(f"{arm} over {other} ({size:.0f} k, {cost:.1f} %)")
+        rows = result["cost"]["outputs_by_student"][arm]["rows"]
+        labels.append(f"{arm} over {other} ({size:.0f} k, {rows:,}, {cost:.1f} %)")
     axes.axvline(4.5, color="#555", lw=1)
     axes.set_yticks(range(len(claims)), labels=labels, fontsize=8)
     axes.set_xticks(range(len(STEPS)), labels=STEPS)
@@ -315,7 +318,7 @@ def reliability(first: dict[str, Judged], colours: dict[str, str]) -> str:
             label=arm,
         )
     axes.set(xlabel=f"confidence ({ECE_BINS} bins)", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    axes.legend(**BESIDE)
     return picture(figure)
 
 

@@ -155,24 +155,27 @@ def facts_of(result: dict[str, Any]) -> list[str]:
     main = next(iter(result["students"]))
     studied = {arm for study in laws.values() for arm in study["x"]} - {main}  # the law says it all
     measured = GAPS_IN[result["config"]["task"]["name"]]
+    closed: dict[str, list[str]] = {}  # what is said of a gap or a cost, of whom
     for arm, shares in result["gaps"].items():
-        if arm in studied:
-            continue
-        for gap, share in shares.items():
-            words = gap.replace("_", " ")
-            if share["share"] is None:
-                facts.append(f"{arm}: there is no gap {words} in {measured} to close")
-                continue
-            low, high = (100 * bound for bound in share["ci95"])
-            facts.append(
-                f"{arm} closes {100 * share['share']:.0f} % [{low:.0f}, {high:.0f}] of the gap "
-                f"{words} in {measured}"
-            )
+        for gap, share in shares.items() if arm not in studied else ():
+            words = f"gap {gap.replace('_', ' ')} in {measured}"
+            said = f"{{}}: there is no {words} to close"
+            if share["share"] is not None:
+                low, high = (100 * bound for bound in share["ci95"])
+                part = f"{100 * share['share']:.0f} % [{low:.0f}, {high:.0f}]"
+                said = f"{{}} closes {part} of the {words}"
+            closed.setdefault(said, []).append(arm)
     for arm in result["students"]:
         share = result["cost"]["fraction_of_teacher_by_student"][arm]["flops"]
         if share is not None and arm not in studied:
-            facts.append(f"outputs + {arm} = {100 * share:.1f} % of the teacher's training FLOPs")
-    return facts
+            said = f"outputs + {{}} = {100 * share:.1f} % of the teacher's training FLOPs"
+            closed.setdefault(said, []).append(arm)
+    return facts + [said.format(in_short(arms)) for said, arms in closed.items()]
+
+
+def in_short(arms: list[str]) -> str:
+    """Those that the same is said of."""
+    return arms[0] if len(arms) == 1 else f"each of {len(arms)} students ({', '.join(arms)})"
 
 
 def where_traces_pay(cells: list[dict[str, Any]]) -> list[str]:
