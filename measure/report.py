@@ -190,10 +190,10 @@ def reasoning_figures(
         found["Where traces pay"] = (
             where_traces_pay(result),
             "Points of right answers that a student taught by traces is ahead of one taught by "
-            "answers alone (blue; red: behind): same size (in thousands of parameters), same problems "
-            "(how many), same FLOPs (in % of the teacher's). no: it does not beat it; ?: inconclusive; else it beats it, "
-            "all cells corrected together. Chains of one or two steps also stand in the middle of "
-            "training traces, which answers alone never show.",
+            "answers alone (blue; red: behind): same size (in thousands of parameters), same "
+            "problems (how many), same FLOPs (in % of the teacher's). no: it does not beat it; ?: "
+            "inconclusive; else it beats it, all cells corrected together. Chains of one or two "
+            "steps also stand in the middle of training traces, which answers alone never show.",
         )
     return found
 
