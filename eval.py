@@ -456,7 +456,9 @@ def gaps(config: Config, headline: str, metrics: dict[str, Any]) -> dict[str, An
     levels = {arm: found["quality"][headline] for arm, found in metrics.items()}
     return {
         arm: {
-            f"{control}_to_teacher": share_of_gap(levels[control], levels[arm], levels["teacher"])
+            f"{control}_to_teacher": share_of_gap(
+                headline, levels[control], levels[arm], levels["teacher"]
+            )
             for control in ("scarce", "alone")
             if control in config.controls
         }

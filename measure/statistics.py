@@ -109,12 +109,13 @@ def interval(resamples: np.ndarray) -> list[float]:
     return [float(bound) for bound in np.percentile(resamples, [2.5, 97.5])]
 
 
-def share_of_gap(low: Metric, student: Metric, high: Metric) -> dict:
+def share_of_gap(metric: str, low: Metric, student: Metric, high: Metric) -> dict:
     """How much of the way from `low` to `high` the student went: 0 none, 1 all; null where there
-    is no gap to close."""
+    is no gap to close, as `high` is not better beyond doubt."""
+    sign = 1 if metric.startswith(LOWER_IS_BETTER) else -1
     gap = low.mean - high.mean
     gaps = low.resamples - high.resamples
-    if gap == 0 or (gaps == 0).any():
+    if sign * gap <= 0 or (sign * gaps <= 0).any():
         return {"share": None, "ci95": None, "gap": gap}
     resampled = (low.resamples - student.resamples) / gaps
     return {"share": (low.mean - student.mean) / gap, "ci95": interval(resampled), "gap": gap}

@@ -270,10 +270,17 @@ def test_the_verdict_line_says_it_in_words():
 
 def test_share_of_gap():
     metrics = [Metric(np.full((1, 100, 2), [value, 1.0])) for value in (0.6, 0.4, 0.3)]
-    found = share_of_gap(*metrics)
+    found = share_of_gap("word_error_rate", *metrics)
     assert found["share"] == pytest.approx(2 / 3)
     assert found["ci95"] == pytest.approx([2 / 3, 2 / 3])
-    assert share_of_gap(metrics[0], metrics[1], metrics[0])["share"] is None
+    low, student, high = metrics
+    assert share_of_gap("word_error_rate", low, student, low)["share"] is None
+
+
+def test_no_gap_to_close_where_the_control_is_better_than_the_teacher():
+    levels = [Metric(np.full((1, 100, 2), [value, 1.0])) for value in (1.0, 0.98, 0.97)]
+    assert share_of_gap("accuracy", *levels)["share"] is None
+    assert share_of_gap("accuracy", *levels[::-1])["share"] == pytest.approx(1 / 3)
 
 
 # -- properties ------------------------------------------------------------------------------------
