@@ -273,7 +273,7 @@ def test_share_of_gap():
     found = share_of_gap("word_error_rate", *metrics)
     assert found["share"] == pytest.approx(2 / 3)
     assert found["ci95"] == pytest.approx([2 / 3, 2 / 3])
-    low, student, high = metrics
+    low, student, _ = metrics
     assert share_of_gap("word_error_rate", low, student, low)["share"] is None
 
 
@@ -347,7 +347,7 @@ def test_the_numbers_in_the_readme_equal_those_in_results():
 def test_a_changed_result_would_change_the_readme(tmp_path):
     for file in (ROOT / "results").glob("*.json"):
         result = json.loads(file.read_text(encoding="utf-8"))
-        result["teacher"]["quality"]["word_error_rate"]["mean"] += 0.01
+        next(iter(result["teacher"]["quality"].values()))["mean"] += 0.01
         (tmp_path / file.name).write_text(json.dumps(result), encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert with_tables(readme, tmp_path) != readme
