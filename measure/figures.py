@@ -20,6 +20,8 @@ NAMES = {"flops": "FLOPs", "seconds": "time"}
 
 
 MANY = 12  # arms in one plot; more of them get a plot each
+# A legend beside the lines, which those of many arms would hide.
+BESIDE = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
 
 
 def learning_curves(run: Run, colours: dict[str, str]) -> str:
@@ -176,8 +178,6 @@ def agreement_by_temperature(
     return picture(figure)
 
 
-# A legend beside the lines, which those of many arms would hide.
-BESIDE = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
 STEPS = range(1, 9)  # of the problems of task reason; 6 and more are of the split `long`
 
 

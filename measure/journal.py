@@ -17,7 +17,7 @@ from teacher.signal import Signal
 
 VALIDATIONS = 10  # times that a model meets the validation rows, for its learning curve
 VALIDATION_ROWS = 512
-VALIDATION_BATCH = 64  # as fast per row as a training step; larger ones leave the cache
+VALIDATION_BATCH = 64  # on a CPU larger ones leave the cache and take longer
 
 
 class Journal:

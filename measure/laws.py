@@ -86,6 +86,8 @@ def scaling_laws(result: dict[str, Any]) -> dict[str, Any]:
     it is "least_at"}} for studies of three students or more that differ in nothing else."""
     students, outputs = result["students"], result["cost"]["outputs_by_student"]
     words, sizes = alike(result, ("transfer_rows", "prompts")), alike(result, ("model",))
+    # Who pays for more words trains for fewer steps: no study of words alone.
+    words = [arm for arm in words if not students[arm]["recipe"].get("charged", True)]
     whole = result["teacher"]["params"]
     studies = {
         "words": {arm: outputs[arm]["different"] for arm in words},

@@ -155,26 +155,30 @@ def facts_of(result: dict[str, Any]) -> list[str]:
     main = next(iter(result["students"]))
     studied = {arm for study in laws.values() for arm in study["x"]} - {main}  # the law says it all
     measured = GAPS_IN[result["config"]["task"]["name"]]
-    closed: dict[str, list[str]] = {}  # what is said of a gap or a cost, of whom
+    told_of: dict[
+        str, list[str]
+    ] = {}  # gaps and costs: the same is said once, of all it is true of
     for arm, shares in result["gaps"].items():
-        for gap, share in shares.items() if arm not in studied else ():
+        if arm in studied:
+            continue
+        for gap, share in shares.items():
             words = f"gap {gap.replace('_', ' ')} in {measured}"
             said = f"{{}}: there is no {words} to close"
             if share["share"] is not None:
                 low, high = (100 * bound for bound in share["ci95"])
                 part = f"{100 * share['share']:.0f} % [{low:.0f}, {high:.0f}]"
                 said = f"{{}} closes {part} of the {words}"
-            closed.setdefault(said, []).append(arm)
+            told_of.setdefault(said, []).append(arm)
     for arm in result["students"]:
         share = result["cost"]["fraction_of_teacher_by_student"][arm]["flops"]
         if share is not None and arm not in studied:
             said = f"outputs + {{}} = {100 * share:.1f} % of the teacher's training FLOPs"
-            closed.setdefault(said, []).append(arm)
-    return facts + [said.format(in_short(arms)) for said, arms in closed.items()]
+            told_of.setdefault(said, []).append(arm)
+    return facts + [said.format(all_of(arms)) for said, arms in told_of.items()]
 
 
-def in_short(arms: list[str]) -> str:
-    """Those that the same is said of."""
+def all_of(arms: list[str]) -> str:
+    """One arm, or how many and which."""
     return arms[0] if len(arms) == 1 else f"each of {len(arms)} students ({', '.join(arms)})"
 
 

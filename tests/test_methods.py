@@ -17,7 +17,7 @@ from configs.schema import DIVERGENCES, LabError, Recipe
 from measure.cost import CountedForward
 from measure.expected import losses as expected_losses
 from measure.figures import pareto_front
-from measure.laws import alike
+from measure.laws import alike, scaling_laws
 from measure.tables import OPINION, facts_of, more_cells, more_headings
 from student.lab import open_lab, outputs_of, teacher_of
 from student.on_policy import OnPolicy
@@ -379,3 +379,14 @@ def test_interrupted_on_policy_training_goes_on_to_the_same_student(run, tmp_pat
     found = Run.finished(tmp_path / "methods").manifest["stages"]
     for stage, made in run.manifest["stages"].items():
         assert found[stage]["sha256"] == made["sha256"], stage
+
+
+def test_students_that_pay_for_more_words_are_no_study_of_words():
+    """They train for fewer steps: what more words teach cannot be told from that."""
+    result = json.loads(
+        (Path(__file__).parent.parent / "results" / "scaling.json").read_text(encoding="utf-8")
+    )
+    assert "words" in scaling_laws(result)
+    for entry in result["students"].values():
+        entry["recipe"]["charged"] = True
+    assert "words" not in scaling_laws(result)

@@ -1,4 +1,4 @@
-"""What a training step costs, in ratios of one run. About 7 minutes on a machine left alone. Exit
+"""What a training step costs, in ratios of one run. About 5 minutes on a machine left alone. Exit
 code 1 if a ratio is above what it may be.
 
     python -m tests.benchmarks.speed
@@ -30,7 +30,7 @@ from student.recipe import FROM_TEXT, match_of, objective_of
 from tasks.rows import batch_order, collate
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS, ROUNDS = 1_200, 3  # steps: as many as a student of configs/methods.yaml takes
+STEPS, ROUNDS = 900, 3  # steps: about as many as the student of configs/quickstart.yaml takes
 OUTPUTS = {
     "logits": Recipe(access="logits"),
     "top 5": Recipe(access="top_k", k=5),
