@@ -30,7 +30,7 @@ from configs.checkpoints import checkpoint, restore
 from configs.reading import read_config
 from configs.runs import Run, read_json, sha256_of_model, sha256_of_tensors, write_json
 from configs.schema import Config, LabError, Model, Recipe, Training
-from configs.workers import side_by_side
+from configs.workers import keep_freed_memory, side_by_side
 from measure.cost import (
     CountedForward,
     Stopwatch,
@@ -113,6 +113,7 @@ def story(config: Config, folder: Path) -> None:
     """The whole training story: rows, teacher, outputs, students and controls."""
     threads = config.threads or min(8, psutil.cpu_count(logical=False) or 1)
     torch.set_num_threads(threads)
+    keep_freed_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.num_processes > 1 and config.workers > 1:
         raise LabError(
@@ -419,6 +420,7 @@ def fit(
         now = lessons.at(student_of(model), step, progress)
         writing += now.writing_seconds
         indices = order(step) if now is lessons else np.arange(len(now.rows))
+        lengths = now.rows.lengths_of(indices)
         # Every process takes its parts of the step; the denominators are those of the whole step.
         count = min(training.accumulation * processes, len(indices))
         own = np.array_split(indices, count)[accelerator.process_index :: processes]
@@ -436,7 +438,6 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
 
-        lengths = now.rows.lengths_of(indices)
         looks = goal.looks(progress)
         flops += now.flops + (costs if looks else plain_costs).of_batch(lengths)
         step += 1
@@ -468,8 +469,9 @@ def fit(
 
 
 def seed_of_step(seed: int, step: int) -> int:
-    """All randomness of a step is a function of (seed, step): a checkpoint holds no generator."""
-    return int(np.random.PCG64([seed, step, 2]).random_raw(1)[0]) >> 1
+    """All randomness of a step is a function of (seed, step): a checkpoint holds no generator.
+    torch's own makes near seeds far apart."""
+    return (seed * 1_000_003 + step) % 2**63
 
 
 def seed_everything(seed: int, device: torch.device) -> None:

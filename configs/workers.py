@@ -54,12 +54,27 @@ def side_by_side(
             raise
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next one, up to 256 MB. It hands back most
+    of it otherwise, and asks for it again at every step of a small model."""
+    of_glibc("mallopt", M_MMAP_THRESHOLD, 32 * 2**20)
+    of_glibc("mallopt", M_TRIM_THRESHOLD, 256 * 2**20)
+
+
 def return_freed_memory() -> None:
     """Hand back to the system what the C library keeps for later: after making outputs, half of
-    what this process holds. Only glibc keeps that much, and only it can be told."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
+    what this process holds."""
+    of_glibc("malloc_trim", 0)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def of_glibc(function: str, *arguments: int) -> None:
+    """Call what glibc alone has; other systems keep little, or cannot be told."""
+    called = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
+    if called:
+        called(*arguments)
 
 
 def start_worker(threads: int, opened: Callable[..., None], arguments: tuple) -> None:
@@ -69,4 +84,5 @@ def start_worker(threads: int, opened: Callable[..., None], arguments: tuple) ->
     parent = multiprocessing.parent_process()
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
+    keep_freed_memory()
     opened(*arguments)

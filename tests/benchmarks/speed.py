@@ -23,6 +23,7 @@ import train
 from configs.reading import read_config
 from configs.runs import Run
 from configs.schema import Recipe
+from configs.workers import keep_freed_memory
 from measure.cost import CountedForward, TrainingFlops
 from student.lab import Lab, lessons_of, new_student
 from student.lessons import Lessons
@@ -46,6 +47,7 @@ MOST = {"loop": 1.10, "logits": 1.25, "top 5": 1.10, "12 draws": 1.10}  # states
 
 def main() -> int:
     torch.set_num_threads(1)  # as each of two workers has
+    keep_freed_memory()  # in bare steps, too
     changes = ["task.limit=20000", "threads=1", "workers=1", "controls=[]", "verdicts=[]"]
     config = read_config(ROOT / "configs" / "quickstart.yaml", changes)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
