@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -277,3 +280,29 @@ def test_the_log_of_a_killed_stage_loses_its_torn_line_and_what_the_checkpoint_l
     lab.run.forget_metrics("teacher", after=2)
     assert [line["step"] for line in lab.run.metrics(lab.run.checkpoints("teacher"))] == [1, 2]
     assert json.loads((lab.run.folder / "ledger.json").read_text()) == []
+
+
+# Steps that free 8 MB and take as much again; prints how many pages the system had to find.
+STEPS = """
+import resource
+import numpy
+from configs.workers import keep_freed_memory
+
+def steps(count):
+    for _ in range(count):
+        taken = [numpy.ones(2**17) for _ in range(8)]
+        del taken
+
+keep_freed_memory()
+steps(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+steps(20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other library can be told")
+def test_what_a_step_frees_is_there_for_the_next():
+    command = [sys.executable, "-c", STEPS]
+    done = subprocess.run(command, cwd=TINY.parent.parent, capture_output=True, check=True)
+    assert int(done.stdout) < 100  # of 40,960
