@@ -421,6 +421,7 @@ def costs(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any
                 "rows": run.manifest["stages"][stage]["rows"],
                 "different": run.manifest["stages"][stage].get("different"),
                 "bytes_per_token": run.cost_of(stage).get("bytes_per_token"),
+                "kept": run.cost_of(stage_of(arm, config.seeds[0])).get("rows"),
             }
         own = [run.cost_of(stage_of(arm, seed)) for seed in config.seeds]
         before = [run.cost_of(s) for s in charged_stages(recipe, config, everything=True)]

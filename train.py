@@ -461,7 +461,7 @@ def fit(
     model = student_of(model)
     folder = lab.run.folder / stage
     save_model(model, lab.task.tokenizer, folder, card(stage, model, lineage, step))
-    cost = {**watch.read(flops), "steps": step}
+    cost = {**watch.read(flops), "steps": step, "rows": len(lessons.rows)}
     if lessons.on_policy:
         cost["writing_seconds"] = round(writing, 3)
         cost["writing_share"] = round(writing / cost["seconds"], 3)

@@ -221,6 +221,11 @@ def to_place(config: Config, recipe: Recipe) -> Iterator[str]:
             f"access: {recipe.access} is revealed for completions only, but "
             f"students.training.prompt_weight is {prompt_weight:g}, expected 0"
         )
+    if prompt_weight > 0 and recipe.rewarded:
+        yield (
+            "objective: policy_gradient is told of answers alone, but students.training."
+            f"prompt_weight is {prompt_weight:g}, expected 0"
+        )
     spells = config.teacher.training.prompt_weight > 0 and not {*recipe.teachers} & {
         *config.recipes
     }

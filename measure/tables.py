@@ -150,6 +150,7 @@ def facts_of(result: dict[str, Any]) -> list[str]:
         return [*facts, corrected(result)]
     facts += where_traces_pay(result.get("map", []))
     facts += accuracies_by_steps(result)
+    facts += traces_kept(result)
     laws = result.get("laws", {})
     facts += [law_line(result, name, study) for name, study in laws.items()]
     main = next(iter(result["students"]))
@@ -175,6 +176,17 @@ def facts_of(result: dict[str, Any]) -> list[str]:
             said = f"outputs + {{}} = {100 * share:.1f} % of the teacher's training FLOPs"
             told_of.setdefault(said, []).append(arm)
     return facts + [said.format(all_of(arms)) for said, arms in told_of.items()]
+
+
+def traces_kept(result: dict[str, Any]) -> list[str]:
+    """A line for every student that was shown traces with a right answer alone."""
+    made = result["cost"]["outputs_by_student"]
+    return [
+        f"{arm} learned from {made[arm]['kept']:,} of {made[arm]['rows']:,} traces: the others do "
+        "not end with the right answer"
+        for arm, entry in result["students"].items()
+        if entry["recipe"].get("traces") == "right" and made[arm].get("kept")
+    ]
 
 
 def all_of(arms: list[str]) -> str:

@@ -31,7 +31,7 @@ def policy_gradient(student_logits: Tensor, signal: Signal) -> Tensor:
 
     Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, equation 3 (GRPO), with one update per batch
     of answers, where the ratio to the old policy is 1 and no clipping occurs, and without a
-    reference model. Tokens count alike, whatever the length of their answer.
+    reference model. The advantages carry what makes answers of any length count alike.
     """
     return signal.advantages.to(student_logits.dtype) * cross_entropy(student_logits, signal)
 

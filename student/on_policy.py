@@ -96,9 +96,11 @@ class OnPolicy:
 
     def rewarded(self, rows: Rows) -> tuple[Rows, Signal]:
         """(Answers that teach something, the advantage of each of their tokens.) Rewards less the
-        mean of their group, by its deviation. Where all answers to a prompt are as good there is
-        nothing to learn: they were paid for in writing, and a training step is not spent on them
-        (Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2). If all are, one group stays."""
+        mean of their group, by its deviation; and as the loss of a step is the mean over all its
+        tokens, times mean length / own length, so that answers count alike, whatever their length
+        (1/|o| in equation 3). Where all answers to a prompt are as good there is nothing to learn:
+        they were paid for in writing, and a training step is not spent on them (Yu et al. 2025
+        (DAPO), arXiv 2503.14476, section 3.2). If all are, one group stays, whose gradient is 0."""
         rewards = self.rewards(rows).reshape(-1, self.recipe.group)
         spread = rewards.std(1, keepdims=True)
         advantages = (rewards - rewards.mean(1, keepdims=True)) / np.maximum(spread, 1e-6)
@@ -107,7 +109,8 @@ class OnPolicy:
         rows = rows.take(np.flatnonzero(np.repeat(telling, self.recipe.group)))
         advantages = advantages[telling]
         lengths = rows.lengths - rows.prompt_lengths
-        each = torch.from_numpy(np.repeat(advantages.ravel().astype(np.float32), lengths))
+        per_token = advantages.ravel() * lengths.mean() / lengths
+        each = torch.from_numpy(np.repeat(per_token.astype(np.float32), lengths))
         batch = collate(rows, np.arange(len(rows)), pad=self.end)
         return rows, Signal(batch.targets, advantages=each)
 

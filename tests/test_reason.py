@@ -223,7 +223,11 @@ def test_an_answer_is_as_good_as_its_reward_is_above_its_groups(task):
     rewards = even_first_token(rows).reshape(-1, 8)
     signal = lessons.signal(collate(rows, np.arange(len(rows)), 0))
     ends = np.cumsum(rows.lengths - rows.prompt_lengths)
-    found = signal.advantages[ends - 1].reshape(-1, 8).numpy()
+    # the loss of a step is the mean over its tokens: this makes it a mean over answers
+    lengths = rows.lengths - rows.prompt_lengths
+    found = signal.advantages[ends - 1].numpy() * lengths / lengths.mean()
+    assert len({*lengths.tolist()}) > 1
+    found = found.reshape(-1, 8)
     for given, advantages in zip(rewards, found, strict=True):
         assert 0 < given.mean() < 1  # the others have nothing to teach
         assert advantages.sum() == pytest.approx(0, abs=1e-5)
@@ -232,7 +236,7 @@ def test_an_answer_is_as_good_as_its_reward_is_above_its_groups(task):
     assert lessons.flops > 0
 
 
-def test_where_all_answers_are_as_good_a_step_changes_nothing(task):
+def test_where_all_answers_are_as_good_a_step_pulls_nowhere(task):
     lessons = policy_of(task, lambda rows: np.ones(len(rows))).lessons(small_model(task), step=3)
     assert len(lessons.rows) == 8
     assert not lessons.signal(collate(lessons.rows, np.arange(8), 0)).advantages.any()
@@ -463,6 +467,14 @@ def test_a_sound_run_of_reasoning_says_so(run, capsys):
         (
             ["recipes.logits.prompts=invented", "teacher.training.prompt_weight=0.1"],
             "have no answer to be judged by",
+        ),
+        (
+            [
+                "students.training.prompt_weight=0.1",
+                "recipes={grpo: {access: none, sequences: student, objective: policy_gradient}}",
+                "verdicts=[]",
+            ],
+            "is told of answers alone",
         ),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
