@@ -243,7 +243,7 @@ class Reason:
     )
     headline: str = "accuracy"
     judged: tuple[str, ...] = ("heldout", "long")
-    longest_answer: int = 80  # tokens; eight steps take 75
+    longest_answer: int = 80  # tokens; eight steps take 68
     longest_row: int = 160
 
     def __post_init__(self) -> None:

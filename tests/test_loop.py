@@ -17,7 +17,6 @@ from configs.reading import read_config
 from configs.runs import Run
 from configs.schema import LabError, Training
 from measure.cost import TrainingFlops
-from measure.journal import validation_nll
 from student.hidden import Projected
 from student.lessons import Lessons
 from student.recipe import FROM_TEXT, match_of, objective_of
@@ -50,6 +49,12 @@ def fit(lab, objective=TEXT, steps=5, stage="teacher", **changed):
     )  # fmt: skip
     lab.run.close_stage(stage, *closing)
     return closing
+
+
+def with_dropout(lab, dropout):
+    model = lab.config.teacher.model.model_copy(update={"settings": {"attention_dropout": dropout}})
+    teacher = lab.config.teacher.model_copy(update={"model": model})
+    return dataclasses.replace(lab, config=lab.config.model_copy(update={"teacher": teacher}))
 
 
 def losses(lab, stage):
@@ -99,7 +104,9 @@ def test_the_logged_norm_is_that_of_the_mean_loss(lab):
     assert logged == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_a_training_that_was_interrupted_goes_on_with_the_next_batch(lab, monkeypatch):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_training_that_was_interrupted_goes_on_with_the_next_batch(dropout, lab, monkeypatch):
+    lab = with_dropout(lab, dropout)
     lab = dataclasses.replace(lab, config=lab.config.model_copy(update={"checkpoint_seconds": 0}))
     whole = fit(lab, steps=8, stage="whole")
 
@@ -148,17 +155,16 @@ def test_training_never_sees_the_held_out_words(lab, monkeypatch):
 
 
 def test_the_validation_loss_is_that_of_the_answer_tokens_whatever_was_trained(lab):
-    """exp of a training loss with a divergence in it would be no perplexity."""
-    model = initialise(
-        build_model(lab.config.teacher.model, lab.task.tokenizer, lab.task.longest_row), 0
-    )
+    """exp of a training loss with a divergence or a prompt in it would be no perplexity."""
+    fit(lab, steps=3, prompt_weight=1.0)
+    model = load_model(lab.run.teacher)
     batch = collate(lab.validation, np.arange(len(lab.validation)), 0)
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(
             model(batch.input_ids).logits[batch.counted], batch.targets
         )
-    found = validation_nll(model, lab.task, lab.validation)
-    assert found == pytest.approx(expected.item(), rel=1e-5)
+    *_, logged = (line["validation_nll"] for line in lab.run.metrics())
+    assert logged == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_loaded_teacher_is_not_in_training_mode_and_keeps_no_gradients(lab):
@@ -197,9 +203,7 @@ def test_the_first_loss_is_the_mean_per_counted_token(lab):
 
 def test_dropout_is_a_function_of_seed_and_step_alone(lab):
     """No checkpoint holds a generator, and none is needed."""
-    model = lab.config.teacher.model.model_copy(update={"settings": {"attention_dropout": 0.3}})
-    teacher = lab.config.teacher.model_copy(update={"model": model})
-    dropping = dataclasses.replace(lab, config=lab.config.model_copy(update={"teacher": teacher}))
+    dropping = with_dropout(lab, 0.3)
     fit(dropping, stage="first")
     torch.rand(7)
     fit(dropping, stage="second")

@@ -79,6 +79,12 @@ MUTANTS = {
         "place >= rows.prompt_lengths[indices][:, None]",
         "test_rows.py::test_counted_positions_predict_the_completion_and_nothing_else",
     ),
+    "logits and labels at the same place": (
+        "tasks/rows.py",
+        "targets = np.roll(input_ids, -1, axis=1)[counted]",
+        "targets = input_ids[counted]",
+        "test_rows.py::test_counted_positions_predict_the_completion_and_nothing_else",
+    ),
     "the end mark left out": (
         "tasks/rows.py",
         "positions = place < lengths[:, None] - 1",
@@ -115,6 +121,12 @@ MUTANTS = {
         "train.py",
         "learning_rate(training, progress * steps if budget else step, steps)",
         "learning_rate(training, progress * steps if budget else step * (not cost_before), steps)",
+        "test_loop.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
+    ),
+    "randomness restarted on resume": (
+        "train.py",
+        "seed_everything(seed_of_step(seed, step), device)",
+        "seed_everything(seed_of_step(seed, step - 5 * bool(cost_before)), device)",
         "test_loop.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
     ),
     "data skipped on resume": (
@@ -200,8 +212,8 @@ MUTANTS = {
     ),
     "a validation loss that changes with what was trained": (
         "measure/journal.py",
-        "cross_entropy(shown.logits[batch.counted][:, :vocabulary], signal)",
-        "cross_entropy(shown.logits[batch.counted][:, :vocabulary] / 2, signal)",
+        'line["validation_nll"] = validation_nll(model, self.task, self.validation)',
+        'line["validation_nll"] = loss',
         "test_loop.py::test_the_validation_loss_is_that_of_the_answer_tokens_whatever_was_trained",
     ),
     "data repeated on resume": (

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from configs.runs import Run
 from configs.schema import Model, Recipe
 from measure.cost import CountedForward
 from measure.judged import Reference
-from measure.reasoning import BUDGETS, SAMPLES, VOTES, commonest, first_wrong_steps
+from measure.reasoning import BUDGETS, SAMPLES, VOTES, commonest, first_wrong_steps, truth
 from measure.statistics import Metric
 from measure.tables import facts_of
 from student.lab import lessons_of, new_model, new_student, open_lab
@@ -280,6 +281,62 @@ def test_a_model_that_thinks_too_long_is_made_to_answer(budget, task):
         else:
             assert tokens[:budget] == before[:budget]
             assert tokens[budget] == task.closing
+
+
+class Scripted:
+    """Stands for a model and `answers_of`: says what `words` tells it to, at 10 FLOPs a token."""
+
+    def __init__(self, words):
+        self.words, self.flops = words, 0.0
+
+    def answers_of(self, model, rows, **options):
+        assert model is self
+        for i in range(len(rows)):
+            tokens = torch.as_tensor(self.words(rows, i, options))
+            self.flops += 10 * len(tokens)
+            yield i, SimpleNamespace(tokens=tokens)
+
+
+def test_thoughts_that_are_cut_short_cost_what_was_written(task, monkeypatch):
+    rows = task.rows("heldout").take(np.arange(6))
+
+    def words(rows, i, options):  # right from 8 thoughts on, one token longer than those
+        assert options["closing"] == task.closing
+        thoughts = options["budget"] - 1  # <think> is none
+        number = truth(task, rows, i) if thoughts >= 8 else None
+        said = [] if number is None else task.encode(f" {number}")
+        return [task.token_ids["+"]] * thoughts + [task.closing] + said
+
+    model = Scripted(words)
+    monkeypatch.setattr(measure.reasoning, "answers_of", model.answers_of)
+    curve = measure.reasoning.thinking_curve(model, task, rows)
+    assert [point["amount"] for point in curve] == list(BUDGETS)
+    assert [point["accuracy"] for point in curve] == [float(budget >= 8) for budget in BUDGETS]
+    digits = np.mean([len(task.encode(f" {truth(task, rows, i)}")) for i in range(6)])
+    expected = [1 + budget + digits * (budget >= 8) for budget in BUDGETS]
+    assert [point["tokens_per_problem"] for point in curve] == pytest.approx(expected)
+    assert [p["flops_per_problem"] for p in curve] == pytest.approx([10 * n for n in expected])
+
+
+def test_votes_are_counted_in_groups_and_cost_their_share(task, monkeypatch):
+    """To one problem three of four answers are right, to the other one of four, the first, among
+    three that differ: alone each right as often as drawn, together always, as the first of as many
+    votes wins."""
+    rows = task.rows("heldout").take(np.array([0, 5]))
+
+    def words(again, i, options):
+        right, draw = truth(task, again, i), i % SAMPLES
+        said = right + (draw % 4 == 3) if i < SAMPLES else right + draw % 4
+        return task.encode(f" {said % 100:02d}")  # two digits: all are as long
+
+    model = Scripted(words)
+    monkeypatch.setattr(measure.reasoning, "answers_of", model.answers_of)
+    curve = measure.reasoning.voting_curve(model, task, rows, seed=0)
+    assert [point["amount"] for point in curve] == list(VOTES)
+    assert [point["accuracy"] for point in curve] == [0.5, 1, 1, 1]
+    written = len(task.encode(" 07"))
+    assert [p["tokens_per_problem"] for p in curve] == [written * votes for votes in VOTES]
+    assert [p["flops_per_problem"] for p in curve] == [10 * written * votes for votes in VOTES]
 
 
 def test_the_commonest_answer_wins_and_no_answer_has_no_vote():
