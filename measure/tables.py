@@ -250,8 +250,8 @@ def corrected(result: dict[str, Any]) -> str:
     seeds = min(verdict["seeds"] for verdict in result["verdicts"])
     over = f"over {seeds} seeds" if seeds > 1 else "over 1 seed (the intervals are over rows alone)"
     return (
-        f"{len(results)} comparisons {over}, corrected together after Holm: {', '.join(counts)} "
-        "(in the table: beats, no, ?)"
+        f"{len(results)} comparisons {over}: {', '.join(counts)} (in the table: beats, no, ?; "
+        "beats: also after Holm's correction for all of them; no: the 95 % interval is not above 0)"
     )
 
 

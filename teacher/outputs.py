@@ -27,6 +27,7 @@ from teacher.signal import shows_states, states_of
 
 SHARD_ROWS = 8192
 SHARD_TOKENS = 2**19  # at most: what an interruption may cost
+SHARD_BYTES = 2**30  # of whole distributions at most: a shard is held in memory until it is written
 BATCH_ROWS = 512
 RAREST_WORDS = 0.02  # a teacher that invents fewer well-formed words than this is given up
 
@@ -142,7 +143,7 @@ def make_outputs(
     taken: set[bytes] = set()
     if 0 < known < count:
         taken = {bytes_of(rows.prompt(i)) for i in range(len(rows))}
-    shard_rows = min(SHARD_ROWS, SHARD_TOKENS // task.longest_answer)
+    shard_rows = rows_of_shard(recipe, task.longest_answer, len(task.tokenizer))
     for number, start in enumerate(range(0, count, shard_rows)):
         file = folder / f"shard-{number:05d}.arrow"
         size = min(shard_rows, count - start)
@@ -156,6 +157,14 @@ def make_outputs(
                 more = size - asked
                 parts += [invented(forward, task, more, recipe, generator, progress, taken)]
             write_shard(file, chain(*parts), forward, len(task.tokenizer))
+
+
+def rows_of_shard(recipe: Recipe, longest: int, vocabulary: int) -> int:
+    """How many rows a shard has, of answers of so many tokens at most."""
+    at_most = min(SHARD_ROWS, SHARD_TOKENS // longest)
+    if recipe.access in ("logits", "hidden"):
+        at_most = min(at_most, SHARD_BYTES // (2 * longest * vocabulary))
+    return max(1, at_most)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_every_method_is_compared_with_the_same_two_and_corrected_for_all(run, c
     assert more_cells(result, "plain")[3] == "-"
     (fact,) = facts_of(result)
     assert fact.startswith(f"{len(claims)} comparisons over 1 seed (the intervals are over rows ")
-    assert ", corrected together after Holm: " in fact
+    assert "also after Holm's correction" in fact
 
 
 def test_the_report_draws_what_the_recipes_have_in_common(run):

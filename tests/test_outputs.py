@@ -17,7 +17,13 @@ from tasks.pronounce import Pronounce
 from tasks.rows import collate
 from teacher import outputs as outputs_module
 from teacher.model import generate, load_model
-from teacher.outputs import finish_outputs, make_outputs, name_of, outputs_binding
+from teacher.outputs import (
+    finish_outputs,
+    make_outputs,
+    name_of,
+    outputs_binding,
+    rows_of_shard,
+)
 from teacher.shards import Outputs
 from teacher.signal import relation_of, shows_states
 
@@ -156,6 +162,15 @@ def test_a_stored_and_a_live_signal_give_the_same_loss(make, teacher, generator)
         rtol=1e-3,
         atol=0,
     )
+
+
+@pytest.mark.parametrize("recipe", [WRITTEN, HIDDEN_WRITTEN])
+def test_a_shard_of_whole_distributions_is_held_in_a_gigabyte_at_most(recipe):
+    """It lies in memory until it is written: 1,024 rows of a large vocabulary were 50 GB."""
+    assert 1 <= rows_of_shard(recipe, 512, 49_152) * 512 * 49_152 * 2 <= 2**30
+    assert rows_of_shard(recipe, 512, 300_000) == 3
+    assert rows_of_shard(recipe, 40_000, 300_000) == 1
+    assert rows_of_shard(recipe, 24, 72) == rows_of_shard(TEXT, 24, 300_000) == 8192
 
 
 def test_top_k_keeps_the_k_largest_and_their_tokens(make, teacher):
