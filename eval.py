@@ -255,11 +255,12 @@ def judged_as_it_is(run: Run) -> bool:
 def tell_selfcheck(run: Run, config: Config) -> int:
     """[OK], [FAIL] or [--] for everything that a run can know of itself; 1 if anything fails."""
     result = read_json(run.folder / "eval.json")
-    bad = 0
+    bad, started = 0, time.perf_counter()
     for good, line in selfcheck(open_lab(config, run), result):
         print(f"{'[--]' if good is None else '[OK]' if good else '[FAIL]':<6} {line}", flush=True)
         bad += good is False
-    print(f"{bad} of the findings do not hold" if bad else "the run is sound")
+    found = f"{bad} of the findings do not hold" if bad else "the run is sound"
+    print(f"{found} (looked at in {time.perf_counter() - started:.0f} s)")
     return 1 if bad else 0
 
 

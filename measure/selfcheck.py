@@ -150,7 +150,7 @@ def of_each_row(outputs: Outputs, places: np.ndarray) -> dict[int, list[torch.Te
     signal = outputs.signal(batch)
     sizes = batch.counted.sum(1).tolist()
     parts = [signal.targets.split(sizes)]
-    for tensor in (signal.log_probs, signal.indices, signal.weights):
+    for tensor in (signal.log_probs, signal.indices, signal.weights, signal.tail):
         if tensor is not None:
             parts.append(tensor.split(sizes))
     return {int(place): [part[i] for part in parts] for i, place in enumerate(places)}

@@ -80,7 +80,8 @@ def attention_match(attention: Tensor, inside: Inside) -> Tensor:
     """KL(teacher || student) between where they look, in nats, the mean over layers:
     [P, layers, K] -> [P]. Wang et al. 2020 (MiniLM), arXiv 2002.10957, equation 5, but for the
     mean of the heads: which head looks where is an accident, and to copy it head by head made the
-    student of `pronounce` worse. FLOOR keeps the logarithm finite where a probability is 0.
+    student of `pronounce` worse. FLOOR keeps the logarithm finite where a probability is 0; with it
+    the divergence is 0 where both look alike, and can be some 0.0005 nats lower elsewhere.
     """
     layers = inside.hidden.shape[1]
     return divergence_of_maps(attention[:, :layers], inside.attention[:, :layers])

@@ -177,7 +177,8 @@ class Gsm8k:
         return self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids).strip()
 
     def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
-        """Per row: does the answer end with the right number?"""
+        """Per row: does the answer end with the right number? One that was cut off counts by what
+        it named last, as is usual; what a student is taught must have ended, see `is_right`."""
         said = map(final_number, answers)
         truths = [final_number(self.by_id[int(i)]["answer"]) for i in ids]
         right = np.array([a == truth for a, truth in zip(said, truths, strict=True)], float)

@@ -1,5 +1,6 @@
 """Ways of composing a method: who teaches, who writes, where a student starts, what it costs."""
 
+import base64
 import json
 import shutil
 from dataclasses import replace
@@ -16,9 +17,9 @@ from configs.runs import Run
 from configs.schema import DIVERGENCES, LabError, Recipe
 from measure.cost import CountedForward
 from measure.expected import losses as expected_losses
-from measure.figures import pareto_front
-from measure.laws import alike, scaling_laws
-from measure.tables import OPINION, facts_of, more_cells, more_headings
+from measure.figures import pareto_front, scaling
+from measure.laws import Law, alike, scaling_laws
+from measure.tables import OPINION, arms_in, facts_of, more_cells, more_headings
 from student.lab import open_lab, outputs_of, teacher_of
 from student.on_policy import OnPolicy
 from student.recipe import objective_of
@@ -262,7 +263,7 @@ def test_a_sound_run_says_so(run, tiny_run, capsys):
         code, said = findings(folder, capsys)
         assert code == 0, said
         assert "[FAIL]" not in said
-        assert said.splitlines()[-1] == "the run is sound"
+        assert said.splitlines()[-1].startswith("the run is sound (looked at in ")
         assert "the teacher as its own student: KL 0, agreement 1" in said
     for name in ("distilled", "states", "top", "alone", "shuffled", "smoothed"):
         assert f"{name}: first loss" in said
@@ -381,11 +382,25 @@ def test_interrupted_on_policy_training_goes_on_to_the_same_student(run, tmp_pat
         assert found[stage]["sha256"] == made["sha256"], stage
 
 
-def test_students_that_pay_for_more_words_are_no_study_of_words():
+@pytest.fixture
+def scaling_result():
+    folder = Path(__file__).parent.parent / "results"
+    return json.loads((folder / "scaling.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("study", ["words", "size"])
+def test_a_study_is_drawn_with_all_its_students_and_its_law(study, scaling_result):
+    arms, found = arms_in(scaling_result), scaling_result["laws"][study]
+    drawn = scaling(arms, found, "how much", dict.fromkeys(arms, "#000"))
+    svg = base64.b64decode(drawn.partition(",")[2]).decode()
+    assert len(found["x"]) >= 7
+    for said in (*found["x"], "how much", f"KL = {Law(*found['law'])}"):
+        assert f">{said}<" in svg
+
+
+def test_students_that_pay_for_more_words_are_no_study_of_words(scaling_result):
     """They train for fewer steps: what more words teach cannot be told from that."""
-    result = json.loads(
-        (Path(__file__).parent.parent / "results" / "scaling.json").read_text(encoding="utf-8")
-    )
+    result = scaling_result
     assert "words" in scaling_laws(result)
     for entry in result["students"].values():
         entry["recipe"]["charged"] = True

@@ -49,6 +49,7 @@ def main() -> int:
     torch.set_num_threads(1)  # as each of two workers has
     keep_freed_memory()  # in bare steps, too
     changes = ["task.limit=20000", "threads=1", "workers=1", "controls=[]", "verdicts=[]"]
+    changes += ["checkpoint_steps=300"]  # else a training this short has none
     config = read_config(ROOT / "configs" / "quickstart.yaml", changes)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         run = Run.open(Path(folder), config, {})
