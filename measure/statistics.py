@@ -345,7 +345,14 @@ def in_words(metric: str) -> str:
 
 
 def what_would_tell(verdict: dict) -> str:
-    """How an inconclusive claim of this size could be decided."""
+    """How an inconclusive claim of this size could be decided, and whether it would be one alone."""
+    margin = 0.0 if " keeps " in verdict["claim"] else verdict["threshold"]
+    beyond = " matches " not in verdict["claim"] and verdict["ci95"][0] > margin
+    alone = "taken alone it would hold, among all claims it may be chance; " if beyond else ""
+    return alone + seeds_that_would_tell(verdict)
+
+
+def seeds_that_would_tell(verdict: dict) -> str:
     needed = verdict["seeds_needed"]
     if needed is None and verdict["seeds"] > 1 == verdict.get("against"):
         return "more seeds of the other would say how many are needed"

@@ -282,11 +282,12 @@ class Outputs:
 
     def slices(self, shards: list[tuple[np.ndarray, np.ndarray]], batch: Batch) -> list[np.ndarray]:
         """The stored values of each row of a batch, memory-mapped."""
+        rows = self.source[batch.indices]
+        held_by = np.searchsorted(self.shard_starts, rows, side="right") - 1
+        places = rows - self.shard_starts[held_by]
         found = []
-        for row in self.source[batch.indices]:
-            shard = np.searchsorted(self.shard_starts, row, side="right") - 1
+        for shard, place in zip(held_by.tolist(), places.tolist(), strict=True):
             values, offsets = shards[shard]
-            place = row - self.shard_starts[shard]
             found.append(values[offsets[place] : offsets[place + 1]])
         return found
 
@@ -316,16 +317,12 @@ class Outputs:
 def padded(pieces: list[np.ndarray], positions: Tensor, layers: int) -> Tensor:
     """Attention of rows of n positions, each [n, layers, n], as one [P, layers, L]. `positions`
     [B, L] says which of a row are its own."""
-    counts = positions.sum(1).tolist()
+    counts = positions.sum(1)
     values = numbers(np.concatenate(pieces))
     precision = torch.promote_types(values.dtype, torch.float32)
-    whole = torch.zeros((sum(counts), layers, positions.shape[1]), dtype=precision)
-    start, taken = 0, 0
-    for n in counts:
-        size = n * layers * n
-        whole[start : start + n, :, :n] = values[taken : taken + size].view(n, layers, n)
-        start, taken = start + n, taken + size
-    return whole
+    own = torch.arange(positions.shape[1]) < counts.repeat_interleave(counts)[:, None, None]
+    whole = torch.zeros((len(own), layers, positions.shape[1]), dtype=precision)
+    return whole.masked_scatter(own, values.to(precision))
 
 
 def flat(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:

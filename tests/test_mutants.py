@@ -69,8 +69,8 @@ MUTANTS = {
     ),
     "stored outputs read by position": (
         "teacher/shards.py",
-        "for row in self.source[batch.indices]:",
-        "for row in np.arange(len(batch.indices)):",
+        "rows = self.source[batch.indices]",
+        "rows = np.arange(len(batch.indices))",
         "test_outputs.py::test_stored_outputs_equal_live_ones_whatever_the_order_of_the_rows",
     ),
     "off by one between logits and labels": (
