@@ -489,13 +489,13 @@ def ask(run: Run, config: Config, questions: list[str]) -> None:
             words = own if arm == "teacher" else task
             rows = Rows.build([0], [words.prompt(question)], [[]])
             said[arm] = free_running(model, words, rows)
-        name = max(map(len, (*said, "right")))
+        name = max(map(len, (*said, "the truth")))
         text = min(100, max(len(answers.texts[0]) for answers in said.values()))
         print(question)
         for arm, answers in said.items():
             chance = np.exp(answers.log_probs[0])
             print(f"  {arm:<{name}}  {answers.texts[0]:<{text}}  p = {chance:.3f}")
-        print(f"  {'right':<{name}}  {' | '.join(task.truths(question)) or '(not listed)'}")
+        print(f"  {'the truth':<{name}}  {' | '.join(task.truths(question)) or '(not listed)'}")
 
 
 if __name__ == "__main__":
