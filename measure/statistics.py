@@ -345,7 +345,7 @@ def in_words(metric: str) -> str:
 
 
 def what_would_tell(verdict: dict) -> str:
-    """How an inconclusive claim of this size could be decided, and whether it would be one alone."""
+    """How an inconclusive claim of this size could be decided, and if it would be sure alone."""
     margin = 0.0 if " keeps " in verdict["claim"] else verdict["threshold"]
     beyond = " matches " not in verdict["claim"] and verdict["ci95"][0] > margin
     alone = "taken alone it would hold, among all claims it may be chance; " if beyond else ""

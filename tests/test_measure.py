@@ -268,6 +268,18 @@ def test_the_verdict_line_says_it_in_words():
     )
 
 
+def test_what_would_hold_alone_but_not_among_all_claims_says_so():
+    """Its interval lies above the threshold: without a word that reads like an error."""
+    arms = [coin(np.random.default_rng(i), 5, 100, c) for i, c in ((0, 0.6), (1, 0.4))]
+    found = verdict("a beats b", "sequence_agreement", 0.0, *arms)
+    low = found["ci95"][0]
+    assert low > 0
+    unsure = {**found, "result": "inconclusive", "seeds_needed": 9}
+    line = "taken alone it would hold, among all claims it may be chance; 9 seeds would tell"
+    assert line in verdict_line(unsure)
+    assert line not in verdict_line({**unsure, "threshold": low + 0.01})
+
+
 def test_share_of_gap():
     metrics = [Metric(np.full((1, 100, 2), [value, 1.0])) for value in (0.6, 0.4, 0.3)]
     found = share_of_gap("word_error_rate", *metrics)
