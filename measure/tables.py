@@ -185,7 +185,7 @@ def traces_kept(result: dict[str, Any]) -> list[str]:
         f"{arm} learned from {made[arm]['kept']:,} of {made[arm]['rows']:,} traces: the others do "
         "not end with the right answer"
         for arm, entry in result["students"].items()
-        if entry["recipe"].get("traces") == "right" and made[arm].get("kept")
+        if entry["recipe"].get("traces") == "right" and made.get(arm, {}).get("kept")
     ]
 
 
