@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from configs.schema import LabError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
 
 def side_by_side(
     jobs: dict[str, tuple], workers: int, opened: Callable[..., None], arguments: tuple
@@ -65,9 +67,6 @@ def return_freed_memory() -> None:
     """Hand back to the system what the C library keeps for later: after making outputs, half of
     what this process holds."""
     of_glibc("malloc_trim", 0)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def of_glibc(function: str, *arguments: int) -> None:

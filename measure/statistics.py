@@ -353,6 +353,7 @@ def what_would_tell(verdict: dict) -> str:
 
 
 def seeds_that_would_tell(verdict: dict) -> str:
+    """How many seeds a claim of this size needs, or what it needs instead."""
     needed = verdict["seeds_needed"]
     if needed is None and verdict["seeds"] > 1 == verdict.get("against"):
         return "more seeds of the other would say how many are needed"
