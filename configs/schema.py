@@ -1,64 +1,21 @@
-"""The schema of a config: one YAML file describes one experiment.
+"""The shape of a config: one YAML file describes one experiment.
 
-A config names one teacher, the students it teaches, the controls that keep the claim honest, and
-the thresholds of the verdicts, all fixed before anything runs. What a key may hold stands here;
-what cannot work together, in configs/rules.py.
+A config names one teacher, the students it teaches, the controls that keep the comparison honest,
+and the verdicts, all fixed before anything runs. Tasks, access levels, objectives and metrics are
+plain names here; experiment/rules.py looks them up in their tables and rejects what cannot work
+together.
 """
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
-# What each task is graded in, beyond what every task has in common.
-QUALITY = {
-    "pronounce": ("word_error_rate", "phoneme_error_rate"),
-    "reason": (
-        "accuracy",
-        *(f"accuracy_{steps}" for steps in (*range(1, 9), "4_5")),
-        "right_steps",
-        "sound_steps",
-        "answer_follows",
-        "faithfulness",
-        "answer_agreement",
-        "step_agreement",
-    ),
-    "gsm8k": ("accuracy", "answer_agreement"),
-}
-# The splits that each is judged on; of word problems, the numbers of steps there.
-SPLITS = {
-    "pronounce": {"heldout": (), "long": ()},
-    "reason": {"heldout": (1, 2, 3, 4, 5), "long": (6, 7, 8)},
-    "gsm8k": {"heldout": (), "long": None},
-}
-FIDELITY = (
-    "kl_teacher_student",
-    "kl_student_teacher",
-    "top1_agreement",
-    "nll_gap",
-    "sequence_agreement",
-    "agreement_on_teacher_errors",
-    "ece",
-)
-LOWER_IS_BETTER = ("word_error_rate", "phoneme_error_rate", "kl_", "nll_gap", "ece")
-METRICS = (*(metric for metrics in QUALITY.values() for metric in metrics), *FIDELITY)
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "generalised_jsd",
-    "skewed_forward_kl",
-    "skewed_reverse_kl",
-    "adaptive_kl",
-    "total_variation",
-    "sorted_distance",
-)
-INSIDE = ("hidden_match", "attention_match", "relation_match")
-CONTROLS = ("alone", "scarce", "shuffled", "smoothed", "twin")
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class LabError(Exception):
-    """Something the user can mend: one line that says what, where and what to do (exit code 2)."""
+    """A problem the user can fix: one line that says what, where and what to do (exit code 2)."""
 
 
 class Section(BaseModel):
@@ -67,9 +24,20 @@ class Section(BaseModel):
     )
 
 
+class TaskConfig(Section):
+    """What is learned. Every task has keys of its own beside `name`; see its `Settings`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "pronounce"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
 class Model(Section):
-    """A transformers model to build, or one to start from; the names are those of the transformers
-    configs."""
+    """A model to build, or a pretrained one to start from. The names are those of transformers."""
 
     pretrained: str | None = None  # a folder or a hub id: its shape and its weights
     architecture: str = "llama"
@@ -78,14 +46,14 @@ class Model(Section):
     num_attention_heads: int | None = Field(None, gt=0)
     intermediate_size: int | None = Field(None, gt=0)
     initializer_range: float = Field(0.02, gt=0)
-    settings: dict[str, Any] = {}  # anything else the transformers config of this architecture has
+    settings: dict[str, Any] = {}  # anything else that the config of this architecture has
 
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Training(Section):
-    """AdamW with warm-up and cosine decay; the same for teacher, student and control."""
+    """AdamW with warm-up and cosine decay, for teacher, student and control alike."""
 
     learning_rate: float = Field(3e-3, gt=0)
     batch_rows: int = Field(256, gt=0)
@@ -95,32 +63,33 @@ class Training(Section):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[Share, Share] = (0.9, 0.98)
     clip_norm: float = Field(1.0, gt=0)
-    # What a token of the prompt counts for in the loss; one of the completion counts for 1. Above
-    # 0 a model also learns to write prompts; a student of distributions has them at answers only.
+    # Weight of a prompt token in the loss, where one of the completion has weight 1. Above 0 a
+    # model also learns to write prompts. A student of stored distributions needs 0: those are
+    # revealed for completions only.
     prompt_weight: float = Field(0.0, ge=0, le=1)
 
 
 class Teacher(Section):
     model: Model
     training: Training
-    epochs: float = Field(ge=0, lt=1e6)  # 0: a pretrained teacher, as it is
+    epochs: float = Field(ge=0, lt=1e6)  # 0: a pretrained teacher, unchanged
     seed: int = Field(0, ge=0)
 
 
 class Schedule(Section):
-    """A number that goes in a straight line from `start` to `end`, which it reaches at `until` of
-    the training and then keeps."""
+    """A number that moves linearly from `start` to `end`, reached at the fraction `until` of the
+    training and kept from there."""
 
     start: float = Field(ge=0)
     end: float = Field(ge=0)
     until: float = Field(1.0, gt=0, le=1)
 
 
-Scheduled = float | Schedule  # a number, or one that changes as the training goes on
+Scheduled = float | Schedule
 
 
 def value_at(scheduled: Scheduled, progress: float) -> float:
-    """The number at `progress`, 0 at the first step of a training and 1 after the last."""
+    """The value at `progress`: 0 at the first step of a training, 1 after the last."""
     if not isinstance(scheduled, Schedule):
         return scheduled
     share = min(1.0, progress / scheduled.until)
@@ -128,66 +97,71 @@ def value_at(scheduled: Scheduled, progress: float) -> float:
 
 
 def extremes(scheduled: Scheduled) -> tuple[float, float]:
-    """(least, greatest) of the values that a number takes during a training."""
+    """(smallest, largest) value during a training."""
     ends = value_at(scheduled, 0.0), value_at(scheduled, 1.0)
     return min(ends), max(ends)
 
 
-class Recipe(Section):
-    """A distillation method is three choices: access, sequences, objective. The rest is dosage."""
+class OutputsSettings(Section):
+    """What the teacher writes and reveals, and what of it the student reads."""
 
-    access: Literal["none", "text", "top_k", "sampled", "logits", "hidden"] = "logits"
-    sequences: Literal["data", "teacher", "student"] = "data"
-    # terms and their weights, which sum to 1 at the start
-    objective: dict[str, Scheduled] = {"forward_kl": 1.0}
-    temperature: Scheduled = 1.0  # of the divergence: both distributions are softened
-    temperature_squared: bool = True  # divergences times T^2, so that gradients keep their scale
-    beta: float = Field(0.5, gt=0, lt=1)  # generalised JSD: share of the teacher in the mixture
-    skew: float = Field(0.1, gt=0, lt=1)  # skewed KLs: share of the first in the mixture
-    head: float = Field(0.5, gt=0, lt=1)  # adaptive KL: probability of the teacher's head
-    k: int = Field(8, gt=0)  # access top_k: how many probabilities the teacher reveals; or draws
-    stored_as: Literal["float16", "bfloat16"] = "float16"  # the numbers of the outputs on disk
-    hidden_layers: list[int] = []  # access hidden: a layer of the teacher for each of the student
-    # Share of the steps whose answers the student writes and the teacher scores, live; sequences
-    # student: all of them.
-    on_policy: Scheduled = 0.0
-    student_temperature: float = Field(1.0, ge=0)  # at which it writes them
-    sampling_temperature: float = Field(0.0, ge=0)  # sequences teacher: 0 writes greedily
-    # sequences teacher: whose words it answers. train: those of the data; invented: its own;
-    # extended: those of the data first, and past them its own.
-    prompts: Literal["train", "extended", "invented"] = "train"
     transfer_rows: int | None = Field(None, gt=0)  # how many rows the teacher answers; null: all
-    # Who teaches: teacher, twin, or another recipe (its first student, an assistant whose cost is
-    # charged). Several are averaged.
-    teachers: list[str] = Field(["teacher"], min_length=1)
-    model: Model | None = None  # another shape than students.model
-    initial_layers: list[int] = []  # of the teacher, that the student starts from; else from noise
-    learning_rate: float | None = Field(None, gt=0)  # another than students.training has
-    budget_share: float = Field(1.0, gt=0, le=1)  # how much of students.budget this may spend
-    charged: bool = True  # for its outputs; a study of ever more of them trains equally long on all
-    # Tasks that show their reasoning: a student learns from all traces, from those with a right
-    # answer (rejection sampling), or from answers alone.
+    k: int = Field(8, gt=0)  # access top_k: probabilities per position; access sampled: draws
+    layers: list[int] = []  # access hidden: one layer of the teacher for each of the student
+    temperature: float = Field(0.0, ge=0)  # at which the teacher writes; 0: greedily
+    # Whose prompts it answers. train: those of the data; invented: its own; extended: those of the
+    # data first, then its own.
+    prompts: Literal["train", "extended", "invented"] = "train"
+    # Tasks with reasoning: the student reads all answers, those with the right result (rejection
+    # sampling), or all of them without the reasoning.
     traces: Literal["all", "right", "none"] = "all"
-    group: int = Field(8, gt=1)  # objective policy_gradient: answers to each prompt of a step
-    label_fraction: float = Field(1.0, gt=0, le=1)  # access none: share of training words labelled
-    shuffled: bool = False  # outputs of the wrong rows (a control)
-    smoothed: bool = False  # uniform label smoothing, as much entropy as the teacher's (a control)
+    charged: bool = True  # to the student's budget; a study of ever more outputs sets it to false
 
-    @model_validator(mode="before")
-    @classmethod
-    def older_runs(cls, values: Any) -> Any:
-        """`match_until`, which results and runs of an older version hold, said once for both terms
-        where they fade to 0."""
-        if not isinstance(values, dict) or "match_until" not in values:
-            return values
-        until, objective = values["match_until"], values.get("objective")
-        values = {key: value for key, value in values.items() if key != "match_until"}
-        if isinstance(objective, dict):
-            values["objective"] = {
-                name: {"start": weight, "end": 0, "until": until} if name in INSIDE else weight
-                for name, weight in objective.items()
-            }
-        return values
+
+class DivergenceSettings(Section):
+    """Parameters of the divergences; each reads the ones that its formula has."""
+
+    temperature_squared: bool = True  # times T^2, so that gradients keep their scale
+    beta: float = Field(0.5, gt=0, lt=1)  # generalised JSD: weight of the teacher in the mixture
+    skew: float = Field(0.1, gt=0, lt=1)  # skewed KLs: weight of the first in the mixture
+
+
+class StudentSettings(Section):
+    """How the student of this recipe differs from the others."""
+
+    model: Model | None = None  # another shape than students.model
+    initial_layers: list[int] = []  # of the teacher, to start from; else random weights
+    learning_rate: float | None = Field(None, gt=0)  # another than students.training has
+    budget_fraction: float = Field(1.0, gt=0, le=1)  # of what every student may spend
+    # Share of the steps whose text the student writes and the teacher scores live; with sequences
+    # student it is all of them.
+    on_policy: Scheduled = 0.0
+    temperature: float = Field(1.0, ge=0)  # at which it writes
+    group: int = Field(8, gt=1)  # objective policy_gradient: answers per prompt
+
+
+class ControlSettings(Section):
+    """What turns a recipe into a control."""
+
+    label_fraction: float = Field(1.0, gt=0, le=1)  # access none: share of the training rows
+    shuffled: bool = False  # outputs of the wrong rows
+    smoothed: bool = False  # uniform label smoothing with the teacher's mean entropy
+
+
+class Recipe(Section):
+    """A distillation method: three choices, and their dosage."""
+
+    access: str = "logits"  # what the teacher reveals
+    sequences: Literal["data", "teacher", "student"] = "data"  # who writes the training text
+    objective: dict[str, Scheduled] = {"forward_kl": 1.0}  # terms and weights that sum to 1
+    temperature: Scheduled = 1.0  # of the divergence: both distributions are softened
+    # Who teaches: teacher, second_teacher, or another recipe (an assistant: its first student,
+    # whose cost is charged). Several are averaged.
+    teachers: list[str] = Field(["teacher"], min_length=1)
+    outputs: OutputsSettings = OutputsSettings()
+    divergence: DivergenceSettings = DivergenceSettings()
+    student: StudentSettings = StudentSettings()
+    control: ControlSettings = ControlSettings()
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -195,39 +169,36 @@ class Recipe(Section):
         return {value: 1.0} if isinstance(value, str) else value
 
     @property
-    def rewarded(self) -> bool:
-        """Does it learn from rewards, with no text and no teacher?"""
-        return "policy_gradient" in self.objective
-
-    @property
-    def relations(self) -> bool:
-        """Does the teacher reveal the relations of its values?"""
-        return "relation_match" in self.objective
+    def needs_outputs(self) -> bool:
+        """Whether a teacher has to answer before a student of this recipe can train."""
+        return self.access != "none" and self.sequences != "student"
 
     @property
     def writes_itself(self) -> bool:
-        """Does the student write some of its own training text?"""
-        return self.sequences == "student" or extremes(self.on_policy)[1] > 0
+        """Whether the student writes some of its own training text."""
+        return self.sequences == "student" or extremes(self.student.on_policy)[1] > 0
 
 
 class Students(Section):
-    """What every student and control shares, so that they differ in the recipe alone."""
+    """What every student and control has in common."""
 
     model: Model
     training: Training = Training()
-    # FLOPs of the teacher's outputs and one student: as a share of the teacher's training FLOPs,
-    # or, where nobody here trained the teacher, in TFLOPs
+    # FLOPs of the teacher's outputs and one student: as a fraction of the teacher's training FLOPs
+    # or, where the teacher was not trained here, in TFLOPs.
     budget: float | None = Field(None, gt=0, le=10)
     tflops: float | None = Field(None, gt=0)
 
 
 class Verdict(Section):
+    """A claim that the evaluation decides, fixed beforehand."""
+
     claim: str  # "<name> beats <name>", "... matches ..." or "... keeps ..."
-    metric: Literal[METRICS] = "sequence_agreement"
-    # In the metric's own unit. beats: the difference must lie above it; matches: within it. keeps:
-    # the first must have at least this share of what the second has.
+    metric: str = "sequence_agreement"
+    # In the metric's unit. beats: the difference must exceed it; matches: stay within it. keeps:
+    # the first must have at least this share of the second's value.
     threshold: float = 0.0
-    split: Literal["heldout", "long"] = "heldout"
+    split: str = "heldout"
 
     @field_validator("claim")
     @classmethod
@@ -246,10 +217,10 @@ class Verdict(Section):
 
 
 class Compare(Section):
-    """Every recipe against some arms, in a table: verdicts that are corrected together."""
+    """Every recipe against some others, in a table: verdicts that are corrected together."""
 
     against: list[str] = Field(min_length=1)
-    metrics: list[Literal[METRICS]] = Field(["sequence_agreement"], min_length=1)
+    metrics: list[str] = Field(["sequence_agreement"], min_length=1)
 
 
 class Cost(Section):
@@ -258,17 +229,12 @@ class Cost(Section):
     watts_per_thread: float = Field(4.0, gt=0)  # the stated estimate where no meter can be read
 
 
-class Task(Section):
-    name: Literal["pronounce", "reason", "gsm8k"] = "pronounce"
-    # pronounce: use only so many words, for tests; reason: how many problems there are to train on
-    limit: int | None = Field(None, ge=100)
-    tokenizer: str | None = None  # gsm8k: a folder or a hub id
-    folder: str | None = None  # gsm8k: where train.jsonl and test.jsonl lie; null: from the hub
+CONTROLS = ("baseline", "low_data", "shuffled", "smoothed", "second_teacher")
 
 
 class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    task: Task = Task()
+    task: TaskConfig = TaskConfig()
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     threads: int | None = Field(None, gt=0)  # null: the physical cores, at most 8
     workers: int = Field(1, gt=0)  # processes that share the threads when several models train
@@ -278,21 +244,17 @@ class Config(Section):
     recipes: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")], Recipe] = Field(
         min_length=1
     )
-    controls: list[Literal["alone", "scarce", "shuffled", "smoothed", "twin"]] = [
-        "alone",
-        "scarce",
-        "shuffled",
-    ]
+    controls: list[Literal[CONTROLS]] = ["baseline", "low_data", "shuffled"]
     verdicts: list[Verdict] = []
     compare: Compare | None = None
     cost: Cost = Cost()
-    # A checkpoint is written when either is over, where the next line of the log ends.
+    # A checkpoint is due after either, and written where the next line of the log ends.
     checkpoint_seconds: float = Field(30.0, ge=0)
     checkpoint_steps: int = Field(5_000, gt=0)
     log_every: int = Field(50, gt=0)
 
     def claims(self) -> list[Verdict]:
-        """What the evaluation decides: the verdicts, then those of `compare`, of all recipes that
+        """What the evaluation decides: the verdicts, then those of `compare`, for all recipes that
         may spend the whole budget."""
         if self.compare is None:
             return self.verdicts
@@ -301,43 +263,21 @@ class Config(Section):
             for metric in self.compare.metrics
             for other in self.compare.against
             for name, recipe in self.recipes.items()
-            if name != other and recipe.budget_share == 1
+            if name != other and recipe.student.budget_fraction == 1
         ]
         return [*self.verdicts, *compared]
 
-    def softest(self) -> Recipe | None:
-        """The first recipe whose outputs tell how soft the teacher is."""
-        full = [
-            recipe
-            for recipe in self.recipes.values()
-            if recipe.access in ("logits", "hidden") and recipe.sequences != "student"
-        ]
-        return full[0] if full else None
-
     def model_of(self, recipe: Recipe) -> Model:
         """The shape of a recipe's students."""
-        return recipe.model or self.students.model
+        return recipe.student.model or self.students.model
 
     def teacher_model_of(self, recipe: Recipe) -> Model:
-        """The shape of who teaches them; the first of several."""
+        """The shape of the first model that teaches them."""
         first = recipe.teachers[0]
-        if first in self.recipes:
-            return self.model_of(self.recipes[first])
-        return self.teacher.model
-
-    def waves(self) -> list[list[str]]:
-        """Names of recipes in the order of training: who teaches another comes in an earlier wave.
-        Those that teach each other in a circle are in none."""
-        waiting, taught, found = dict(self.recipes), {"teacher", "twin"}, []
-        while wave := [n for n, recipe in waiting.items() if taught.issuperset(recipe.teachers)]:
-            found.append(wave)
-            taught.update(wave)
-            for name in wave:
-                del waiting[name]
-        return found
+        return self.model_of(self.recipes[first]) if first in self.recipes else self.teacher.model
 
 
-def nearest(word: str, known: Any) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest known word, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -5,38 +5,77 @@ any bootstrap of it, is a ratio of sums. Divergences are at temperature 1, in na
 whatever the objective was.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 ECE_BINS = 15
 
 
-def compare(teacher_logits: Tensor, student_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """[M, V], [M, V], [M] -> per position [M]: both KL divergences, whether the likeliest tokens
-    agree, the student's excess negative log-likelihood of the target (may be negative), and its
-    entropy in nats."""
-    teacher = torch.log_softmax(teacher_logits.double(), dim=-1)
-    student = torch.log_softmax(student_logits.double(), dim=-1)
-    at_target = (teacher - student).gather(-1, targets[:, None])[:, 0]
-    return {
-        "kl_teacher_student": (teacher.exp() * (teacher - student)).sum(-1),
-        "kl_student_teacher": (student.exp() * (student - teacher)).sum(-1),
-        "top1_agreement": (teacher.argmax(-1) == student.argmax(-1)).double(),
-        "nll_gap": at_target,
-        "entropy": -(student.exp() * student).sum(-1),
-    }
+@dataclass(frozen=True)
+class Expectations:
+    """What teacher and student expect at M positions, in double precision: logits [M, V] of each,
+    and the targets [M] that follow."""
+
+    teacher_logits: Tensor
+    student_logits: Tensor
+    targets: Tensor
+
+    @cached_property
+    def teacher(self) -> Tensor:
+        """Log-probabilities [M, V]."""
+        return torch.log_softmax(self.teacher_logits.double(), dim=-1)
+
+    @cached_property
+    def student(self) -> Tensor:
+        """Log-probabilities [M, V]."""
+        return torch.log_softmax(self.student_logits.double(), dim=-1)
 
 
-def calibration_columns(logits: Tensor, targets: Tensor) -> Tensor:
-    """[M, V], [M] -> [M, 3 * ECE_BINS]: per position, in the bin of its confidence, a count, the
-    confidence and whether the likeliest token was right. Column sums give the ECE of any rows."""
-    confidence, likeliest = torch.softmax(logits.double(), dim=-1).max(-1)
+def kl_teacher_student(at: Expectations) -> Tensor:
+    """KL(teacher || student), [M] nats."""
+    return (at.teacher.exp() * (at.teacher - at.student)).sum(-1)
+
+
+def kl_student_teacher(at: Expectations) -> Tensor:
+    """KL(student || teacher), [M] nats."""
+    return (at.student.exp() * (at.student - at.teacher)).sum(-1)
+
+
+def top1_agreement(at: Expectations) -> Tensor:
+    """Whether both find the same token most likely, [M]."""
+    return (at.teacher.argmax(-1) == at.student.argmax(-1)).double()
+
+
+def nll_gap(at: Expectations) -> Tensor:
+    """The student's negative log-likelihood of the target minus the teacher's, [M] nats; negative
+    where the student is better."""
+    return (at.teacher - at.student).gather(-1, at.targets[:, None])[:, 0]
+
+
+def nll(at: Expectations) -> Tensor:
+    """The student's negative log-likelihood of the target, [M] nats."""
+    return -at.student.gather(-1, at.targets[:, None])[:, 0]
+
+
+def entropy(at: Expectations) -> Tensor:
+    """Of the student, [M] nats."""
+    return -(at.student.exp() * at.student).sum(-1)
+
+
+def calibration(at: Expectations) -> Tensor:
+    """[M, 3 * ECE_BINS]: per position, in the bin of the student's confidence, a count, the
+    confidence and whether the most likely token was right. Column sums give the ECE of any rows."""
+    confidence, likeliest = torch.softmax(at.student_logits.double(), dim=-1).max(-1)
     which = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
-    columns = logits.new_zeros((len(targets), 3, ECE_BINS), dtype=torch.float64)
-    place = torch.arange(len(targets), device=logits.device)
+    shape = (len(at.targets), 3, ECE_BINS)
+    columns = at.student_logits.new_zeros(shape, dtype=torch.float64)
+    place = torch.arange(len(at.targets), device=at.student_logits.device)
     columns[place, 0, which] = 1
     columns[place, 1, which] = confidence
-    columns[place, 2, which] = (likeliest == targets).double()
+    columns[place, 2, which] = (likeliest == at.targets).double()
     return columns.flatten(1)
 
 

@@ -1,5 +1,5 @@
-"""Scaling laws: how the divergence from the teacher depends on the number of words it answered, and
-on the size of the student.
+"""Scaling laws: how the divergence from the teacher depends on how many rows it answered, and on
+the size of the student.
 """
 
 import json
@@ -12,8 +12,8 @@ from scipy import optimize
 
 @dataclass(frozen=True)
 class Law:
-    """y = a x^-b + c x^d, with all four at least 0. d = 0: it falls to c. Else it turns: whoever is
-    too large for a fixed budget is trained too little."""
+    """y = a x^-b + c x^d, all four at least 0. With d = 0 it falls to c; else it has a minimum:
+    at a fixed budget a model that is too large is trained too little."""
 
     a: float
     b: float
@@ -24,8 +24,7 @@ class Law:
         return self.a * x**-self.b + self.c * x**self.d
 
     @property
-    def least_at(self) -> float | None:
-        """Where it turns."""
+    def minimum_at(self) -> float | None:
         if min(self.a, self.b, self.c, self.d) <= 0:
             return None
         return (self.a * self.b / (self.c * self.d)) ** (1 / (self.b + self.d))
@@ -35,73 +34,86 @@ class Law:
         return f"{self.a:.3g} x^-{self.b:.2f} + {self.c:.3g}{turning}"
 
 
-def fit_law(x: np.ndarray, y: np.ndarray, turns: bool = False) -> Law | None:
-    """The law through points of positive numbers, by least squares of logarithms; None where there
-    are no more points than the law has numbers.
+def fit_law(x: np.ndarray, y: np.ndarray, has_minimum: bool = False) -> Law | None:
+    """The law through positive points, by least squares of logarithms; None unless there are more
+    points than parameters.
 
-    Hoffmann et al. 2022, arXiv 2203.15556: equation 2 with either the words or the FLOPs fixed (of
-    fixed FLOPs a larger model sees less, so that its second term rises with the size); they fit it
-    with a Huber loss.
+    Hoffmann et al. 2022, arXiv 2203.15556: equation 2 with either the data or the FLOPs fixed (at
+    fixed FLOPs a larger model sees less data, so that its second term rises with the size); they
+    fit it with a Huber loss.
     """
-    numbers = 4 if turns else 3
-    if len(x) <= numbers:
+    parameters = 4 if has_minimum else 3
+    if len(x) <= parameters:
         return None
     middle, least = float(np.exp(np.log(x).mean())), float(y.min())
 
-    def apart(law: np.ndarray) -> np.ndarray:
+    def residuals(law: np.ndarray) -> np.ndarray:
         log_a, b, log_c, d = [*law, 0.0][:4]
         along = np.log(x / middle)
         return np.logaddexp(log_a - b * along, log_c + d * along) - np.log(y)
 
-    low, high = [-np.inf, 0, -np.inf, 0][:numbers], [np.inf, 5, np.inf, 5][:numbers]
+    low, high = [-np.inf, 0, -np.inf, 0][:parameters], [np.inf, 5, np.inf, 5][:parameters]
     starts = [
-        [np.log(height), slope, np.log(share * least), 0.3][:numbers]
+        [np.log(height), slope, np.log(share * least), 0.3][:parameters]
         for share in (0.1, 0.5, 0.9)
         for height in (least, float(y.max()))
         for slope in (0.3, 1.0, 2.0)
     ]
-    found = [optimize.least_squares(apart, start, bounds=(low, high)) for start in starts]
+    found = [optimize.least_squares(residuals, start, bounds=(low, high)) for start in starts]
     log_a, b, log_c, d = [*min(found, key=lambda one: one.cost).x, 0.0][:4]
     scaled = np.exp(log_a) * middle**b, b, np.exp(log_c) * middle**-d, d
     return Law(*map(float, scaled))
 
 
-def alike(result: dict[str, Any], but_for: tuple[str, ...]) -> list[str]:
-    """The largest group of students whose recipes differ in these keys and in nothing else, and
-    whose distributions were compared with the teacher's."""
+def students_differing_in(result: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
+    """The largest group of students whose recipes differ in these keys (as in `outputs.k`) and in
+    nothing else, and whose distributions were compared with the teacher's."""
     groups: dict[str, list[str]] = {}
     stored = result["cost"]["outputs_by_student"]
-    for arm, entry in result["students"].items():
-        if isinstance(entry["recipe"]["temperature"], dict) or arm not in stored:
-            continue  # one that changes on the way; nothing to count
+    for name, entry in result["students"].items():
+        if isinstance(entry["recipe"]["temperature"], dict) or name not in stored:
+            continue  # scheduled, or without stored outputs: no single x
         if "kl_teacher_student" not in entry["fidelity"]:
-            continue  # answers alone are no distributions over traces
-        rest = {key: value for key, value in entry["recipe"].items() if key not in but_for}
-        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(arm)
+            continue  # trained on answers without reasoning
+        rest = without_keys(entry["recipe"], keys)
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(name)
     return max(groups.values(), key=len, default=[])
 
 
+def without_keys(settings: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Nested settings without the keys given by their paths."""
+    here = {path for path in keys if "." not in path}
+    below = [path.partition(".") for path in keys if "." in path]
+    return {
+        key: without_keys(value, tuple(rest for first, _, rest in below if first == key))
+        if isinstance(value, dict)
+        else value
+        for key, value in settings.items()
+        if key not in here
+    }
+
+
 def scaling_laws(result: dict[str, Any]) -> dict[str, Any]:
-    """{"words" or "size": {"x" by student, "law" or None where there are too few points, and where
-    it is "least_at"}} for studies of three students or more that differ in nothing else."""
+    """{"rows" or "size": {"x" by student, "law" or None where there are too few points, its
+    "minimum_at"}} for studies of three or more students that differ in nothing else."""
     students, outputs = result["students"], result["cost"]["outputs_by_student"]
-    words, sizes = alike(result, ("transfer_rows", "prompts")), alike(result, ("model",))
-    # Who pays for more words trains for fewer steps: no study of words alone.
-    words = [arm for arm in words if not students[arm]["recipe"].get("charged", True)]
-    whole = result["teacher"]["params"]
+    rows = students_differing_in(result, ("outputs.transfer_rows", "outputs.prompts"))
+    sizes = students_differing_in(result, ("student.model",))
+    # A student that pays for more rows trains for fewer steps: no study of rows alone.
+    rows = [name for name in rows if not students[name]["recipe"]["outputs"]["charged"]]
     studies = {
-        "words": {arm: outputs[arm]["different"] for arm in words},
-        "size": {arm: students[arm]["params"] / whole for arm in sizes},
+        "rows": {name: outputs[name]["different"] for name in rows},
+        "size": {name: students[name]["params"] / result["teacher"]["params"] for name in sizes},
     }
     found = {}
-    for name, x in studies.items():
+    for study, x in studies.items():
         if len(x) < 3:
             continue
-        kls = [students[arm]["fidelity"]["kl_teacher_student"]["mean"] for arm in x]
-        law = fit_law(np.array([*x.values()], float), np.array(kls), turns=name == "size")
-        found[name] = {
+        kls = [students[name]["fidelity"]["kl_teacher_student"]["mean"] for name in x]
+        law = fit_law(np.array([*x.values()], float), np.array(kls), has_minimum=study == "size")
+        found[study] = {
             "x": x,
             "law": law and [law.a, law.b, law.c, law.d],
-            "least_at": law and law.least_at,
+            "minimum_at": law and law.minimum_at,
         }
     return found

@@ -1,9 +1,10 @@
-"""Test-time scaling: what does thinking longer, or more often, buy a model?
+"""Test-time scaling: what a longer reasoning trace, or several votes, buy a model.
 
-Every point says what it costs: tokens written per problem and FLOPs per problem, counted.
+Every point carries its cost: tokens written and counted FLOPs per problem.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,71 +12,72 @@ import torch
 from statsmodels.stats.proportion import proportion_confint
 
 from configs.schema import Recipe
-from measure.cost import CountedForward
-from tasks.reason import Reason, first_wrong_step, read_solution
-from tasks.rows import Rows
-from teacher.model import answers_of
+from models.generate import answers_of
+from models.language import Forward
+from models.rows import Rows
+from tasks.task import Task
 
-BUDGETS = (0, 4, 8, 12, 16, 24, 32, 48, 64)  # tokens after <think>, then an answer is forced
+THINKING_TOKENS = (0, 4, 8, 12, 16, 24, 32, 48, 64)  # then an answer is forced
 SAMPLES = 64  # answers to every problem, drawn at TEMPERATURE
 VOTES = (1, 4, 16, 64)
 TEMPERATURE = 1.0
-PROBLEMS = 100  # that the curves are made from
+PROBLEMS = 100  # per curve
 
 
 def asked_problems(rows: Rows) -> Rows:
-    """PROBLEMS of them, evenly drawn: rows stand in the order of their number of steps."""
+    """PROBLEMS of them, evenly spaced: rows are sorted by their number of steps."""
     count = min(PROBLEMS, len(rows))
     return rows.take(np.arange(count) * len(rows) // count)
 
 
-def thinking_curve(model: CountedForward, task: Reason, rows: Rows) -> list[dict[str, Any]]:
-    """Accuracy when the trace is cut after so many tokens and an answer is forced
+def thinking_curve(model: Forward, task: Task, rows: Rows) -> list[dict[str, Any]]:
+    """Accuracy when the reasoning is cut after so many tokens and an answer is forced
     (Muennighoff et al. 2025 (s1), arXiv 2501.19393, section 3)."""
     points = []
-    for budget in BUDGETS:
+    for thinking in THINKING_TOKENS:
         before, written, right = model.flops, 0, 0
-        options = {"budget": 1 + budget, "closing": task.closing}  # <think> itself is no thought
-        for i, answer in answers_of(model, rows, **plain(task), **options):
+        cut = {
+            "max_thinking_tokens": 1 + thinking,  # the opening mark is the first
+            "end_of_reasoning": task.end_of_reasoning,
+        }
+        for i, answer in answers_of(model, rows, **generation_options(task), **cut):
             written += len(answer.tokens)
-            right += said(task, answer.tokens) == truth(task, rows, i)
-        points.append(point(budget, right / len(rows), written, model.flops - before, len(rows)))
+            right += final_answer(task, answer.tokens) == task.true_answer(rows, i)
+        flops = model.flops - before
+        points.append(curve_point(thinking, right / len(rows), written, flops, len(rows)))
     return points
 
 
-def voting_curve(
-    model: CountedForward, task: Reason, rows: Rows, seed: int
-) -> list[dict[str, Any]]:
-    """Accuracy of the commonest answer among so many drawn ones (Wang et al. 2022,
-    self-consistency, arXiv 2203.11171); an answer that is no number has no vote. Fewer votes than
-    SAMPLES are averaged over as many groups as there are."""
+def voting_curve(model: Forward, task: Task, rows: Rows, seed: int) -> list[dict[str, Any]]:
+    """Accuracy of the majority among several sampled answers (Wang et al. 2022, self-consistency,
+    arXiv 2203.11171); an answer without a number has no vote. Fewer votes than SAMPLES are averaged
+    over as many groups as there are."""
     before, tokens = model.flops, 0
-    again = rows.take(np.repeat(np.arange(len(rows)), SAMPLES))
-    answers: list[int | None] = [None] * len(again)
+    repeated = rows.take(np.repeat(np.arange(len(rows)), SAMPLES))
+    answers: list[int | None] = [None] * len(repeated)
     generator = torch.Generator().manual_seed(seed)
-    options = {"temperature": TEMPERATURE, "generator": generator}
-    for i, answer in answers_of(model, again, **plain(task), **options):
+    sampled = {"temperature": TEMPERATURE, "generator": generator}
+    for i, answer in answers_of(model, repeated, **generation_options(task), **sampled):
         tokens += len(answer.tokens)
-        answers[i] = said(task, answer.tokens)
+        answers[i] = final_answer(task, answer.tokens)
     flops = model.flops - before
-    drawn = [answers[i : i + SAMPLES] for i in range(0, len(answers), SAMPLES)]
+    by_problem = [answers[i : i + SAMPLES] for i in range(0, len(answers), SAMPLES)]
     points = []
     for votes in VOTES:
         right = [
-            commonest(group[start : start + votes]) == truth(task, rows, i)
-            for i, group in enumerate(drawn)
+            majority(group[start : start + votes]) == task.true_answer(rows, i)
+            for i, group in enumerate(by_problem)
             for start in range(0, SAMPLES, votes)
         ]
-        share = votes / SAMPLES
-        accuracy = float(np.mean(right))
-        points.append(point(votes, accuracy, share * tokens, share * flops, len(rows)))
+        share, accuracy = votes / SAMPLES, float(np.mean(right))
+        points.append(curve_point(votes, accuracy, share * tokens, share * flops, len(rows)))
     return points
 
 
-def point(
+def curve_point(
     amount: int, accuracy: float, tokens: float, flops: float, problems: int
 ) -> dict[str, Any]:
-    """Of a curve; the interval is over problems alone (Wilson 1927)."""
+    """The interval is over problems alone (Wilson 1927)."""
     right = round(accuracy * problems)
     return {
         "amount": amount,
@@ -86,74 +88,63 @@ def point(
     }
 
 
-def plain(task: Reason) -> dict[str, Any]:
-    return {
-        "longest": task.longest_answer,
-        "end": task.tokenizer.eos_token_id,
-        "vocabulary": len(task.tokenizer),
-    }
+def generation_options(task: Task) -> dict[str, Any]:
+    return {"longest": task.longest_answer, "end": task.end, "vocabulary": task.vocabulary}
 
 
-def said(task: Reason, tokens: torch.Tensor) -> int | None:
+def final_answer(task: Task, tokens: torch.Tensor) -> int | None:
     """The number that an answer ends with."""
-    return read_solution(task.render(tokens.tolist())).answer
+    return task.final_answer(task.render(tokens.tolist()))
 
 
-def truth(task: Reason, rows: Rows, i: int) -> int:
-    return int(task.by_id[int(rows.ids[i])].answer)
-
-
-def commonest(answers: list[int | None]) -> int | None:
+def majority(answers: list[int | None]) -> int | None:
     """The answer with the most votes; of several, the one that came first."""
     votes = Counter(answer for answer in answers if answer is not None)
     return votes.most_common(1)[0][0] if votes else None
 
 
-def first_wrong_steps(task: Reason, rows: Rows, texts: list[str]) -> dict[str, list[int]]:
+def first_wrong_steps(task: Task, rows: Rows, texts: list[str]) -> dict[str, list[int]]:
     """{number of steps: [problems without a wrong step, with the first wrong step 1, 2, ...]}; the
     last is one step too many."""
     found: dict[str, list[int]] = {}
     for i, text in enumerate(texts):
-        problem = task.by_id[int(rows.ids[i])]
-        count = len(problem.steps)
+        count = task.step_count(rows, i)
         histogram = found.setdefault(str(count), [0] * (count + 2))
-        histogram[first_wrong_step(read_solution(text).steps, problem.steps) or 0] += 1
+        histogram[task.first_wrong_step(rows, i, text) or 0] += 1
     return found
 
 
 def reasoning(
-    model: CountedForward, task: Reason, rows: Rows, texts: list[str], thinks: bool, seed: int
+    model: Forward, task: Task, rows: Rows, texts: list[str], writes_reasoning: bool, seed: int
 ) -> dict[str, Any]:
-    """What eval.json says of how one model thinks. A model that was taught answers alone, so that
-    it never `thinks`, has no budget to cut."""
+    """How one model reasons on a split; one that was taught answers alone has nothing to cut."""
     asked = asked_problems(rows)
     return {
-        "first_wrong_step": first_wrong_steps(task, rows, texts) if thinks else None,
-        "thinking": thinking_curve(model, task, asked) if thinks else None,
+        "first_wrong_step": first_wrong_steps(task, rows, texts) if writes_reasoning else None,
+        "thinking": thinking_curve(model, task, asked) if writes_reasoning else None,
         "voting": voting_curve(model, task, asked, seed),
     }
 
 
-# What may differ between two recipes of a pair: what the teacher's traces reveal, and how a student
-# is held to it.
-OF_TRACES = {
-    "traces", "access", "k", "stored_as", "hidden_layers", "objective", "temperature",
-    "temperature_squared", "beta", "skew", "head", "sampling_temperature",
-}  # fmt: skip
-
-
 def pairs_of_traces(recipes: dict[str, Recipe]) -> list[tuple[str, str]]:
-    """(taught by traces, taught by answers alone): students of one shape and budget that a teacher
-    answered as many problems for. The traces may come with soft targets, which answers alone cannot
-    have."""
+    """(taught by traces, taught by answers alone): students of one shape and budget, with equally
+    many problems answered. Only what the traces reveal and how they are matched may differ: soft
+    targets, for instance, exist for traces alone."""
 
-    def rest(recipe: Recipe) -> dict[str, Any]:
-        return recipe.model_dump(exclude=OF_TRACES)
+    def common(recipe: Recipe) -> dict[str, Any]:
+        outputs = recipe.outputs.model_dump(exclude={"traces", "k", "layers", "temperature"})
+        rest = recipe.model_dump(exclude={"outputs", "access", "objective", "temperature"})
+        return {**rest, "outputs": outputs, "divergence": None}
 
     return [
         (name, other)
         for other, without in recipes.items()
-        if without.traces == "none"
+        if without.outputs.traces == "none"
         for name, recipe in recipes.items()
-        if recipe.traces != "none" and rest(recipe) == rest(without)
+        if recipe.outputs.traces != "none" and common(recipe) == common(without)
     ]
+
+
+def steps_by_split(task: type[Task] | Task, splits: Iterable[str]) -> list[tuple[str, int]]:
+    """(split, number of steps) of every number of steps that these splits have."""
+    return [(split, steps) for split in splits for steps in task.steps.get(split, ())]

@@ -1,8 +1,8 @@
 """Objectives over large vocabularies, a few positions at a time.
 
 512 positions of 49,152 outcomes are 100 MB of float32, for the student and for the teacher, and
-again for what a softmax keeps for its gradient. The states behind them are small: so logits are
-made chunk by chunk, and made again when the gradient needs them (Chen et al. 2016,
+again for what a softmax keeps for its gradient. The states they come from are small: so logits are
+computed chunk by chunk, and again when the gradient needs them (Chen et al. 2016,
 arXiv 1604.06174).
 """
 
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tasks.rows import Batch
+from models.rows import Batch
 from teacher.signal import Signal
 
-LARGE = 8192  # outcomes, from where on logits are made in chunks
+LARGE = 8192  # outcomes, from which on logits are computed in chunks
 CHUNKS = 128  # an objective keeps up to twenty tensors of the size of one
 
-Losses = Callable[[Tensor, Signal], Tensor]
+LossFunction = Callable[[Tensor, Signal], Tensor]
 
 
 class InChunks(torch.autograd.Function):
@@ -30,12 +30,12 @@ class InChunks(torch.autograd.Function):
         states: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        objective: Losses,
+        objective: LossFunction,
         signal: Signal,
         positions: int,
     ) -> Tensor:
         ctx.save_for_backward(states, weight, bias)
-        ctx.told = objective, signal, positions
+        ctx.options = objective, signal, positions
         pieces = [
             objective(nn.functional.linear(states[start:stop], weight, bias), part)
             for start, stop, part in chunks_of(signal, len(states), positions)
@@ -44,35 +44,36 @@ class InChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """That of the weight is summed in one place: it is as large as some chunks of logits."""
+        """The gradient of the weight is accumulated in place: it is as large as some chunks."""
         states, weight, bias = ctx.saved_tensors
-        objective, signal, positions = ctx.told
-        of_states, of_weight = torch.empty_like(states), torch.zeros_like(weight)
-        of_bias = None if bias is None else torch.zeros_like(bias)
+        objective, signal, positions = ctx.options
+        states_grad, weight_grad = torch.empty_like(states), torch.zeros_like(weight)
+        bias_grad = None if bias is None else torch.zeros_like(bias)
         for start, stop, part in chunks_of(signal, len(states), positions):
             logits = nn.functional.linear(states[start:stop], weight, bias).requires_grad_()
             with torch.enable_grad():
                 losses = objective(logits, part)
-            (of_logits,) = torch.autograd.grad(losses, logits, gradient[start:stop])
-            torch.mm(of_logits, weight, out=of_states[start:stop])
-            of_weight.addmm_(of_logits.T, states[start:stop])
+            (logits_grad,) = torch.autograd.grad(losses, logits, gradient[start:stop])
+            torch.mm(logits_grad, weight, out=states_grad[start:stop])
+            weight_grad.addmm_(logits_grad.T, states[start:stop])
             if bias is not None:
-                of_bias += of_logits.sum(0)
-        return of_states, of_weight, of_bias, None, None, None
+                bias_grad += logits_grad.sum(0)
+        return states_grad, weight_grad, bias_grad, None, None, None
 
 
 def chunks_of(signal: Signal, count: int, positions: int) -> Iterator[tuple[int, int, Signal]]:
-    """(start, stop, the signal there) of so many positions at a time."""
+    """(start, stop, the signal there) for `positions` at a time."""
     for start in range(0, count, positions):
         stop = min(count, start + positions)
         yield start, stop, signal.part(start, stop)
 
 
 def chunked(
-    objective: Losses, states: Tensor, head: nn.Linear, signal: Signal, vocabulary: int
+    objective: LossFunction, states: Tensor, head: nn.Linear, signal: Signal, vocabulary: int
 ) -> Tensor:
-    """objective(head(states), signal), [M] nats, in about CHUNKS parts: states [M, H]. Value and
-    gradient are those of all at once; outcomes beyond the vocabulary pad the head."""
+    """objective(head(states), signal), [M] nats, in about CHUNKS chunks: states [M, H]. Value and
+    gradient equal those of the unchunked computation; outcomes beyond the vocabulary pad the
+    head."""
     weight, bias = head.weight, head.bias
     if len(weight) > vocabulary:
         weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
@@ -81,10 +82,10 @@ def chunked(
 
 
 def losses_in_chunks(
-    model: nn.Module, part: Batch, objective: Losses, signal: Signal, vocabulary: int
+    model: nn.Module, part: Batch, objective: LossFunction, signal: Signal, vocabulary: int
 ) -> Tensor:
     """The losses [M] of a transformers causal language model at the counted positions of a batch,
-    without ever having all its logits."""
+    without holding all its logits."""
     ids = part.input_ids.to(model.device)
     states = model.base_model(ids, use_cache=False).last_hidden_state[part.counted]
     return chunked(objective, states, model.get_output_embeddings(), signal, vocabulary)

@@ -1,9 +1,8 @@
-"""Learning from what goes on inside the teacher: its states, where it looks, and which of the
-values it finds there are alike.
+"""Learning from the teacher's hidden states: what a student shows of its own.
 
-The student is narrower, so its states are compared through learned projections, which training
-throws away (Romero et al. 2014, FitNets, arXiv 1412.6550, section 2.2; Jiao et al. 2019, TinyBERT,
-arXiv 1909.10351, equation 8). Attention needs none: both look at the same positions.
+The student is narrower, so its states are compared through learned projections that training
+discards (Romero et al. 2014, FitNets, arXiv 1412.6550, section 2.2; Jiao et al. 2019, TinyBERT,
+arXiv 1909.10351, equation 8). Attention needs none: both models attend to the same positions.
 """
 
 from dataclasses import dataclass
@@ -13,23 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teacher.signal import Inside, shows_states, states_of
-
-FLOOR = 1e-4
+from models.states import states_of, states_options
 
 
 @dataclass
-class Shown:
-    """What a student under training shows: logits [B, L, V], projected [B, L, layers, W],
-    attention [B, L, layers, L], the mean of the heads; the relations of its values behind it, if
-    they are to be matched."""
+class StudentOutput:
+    """A forward pass of a student that learns from hidden states: logits [B, L, V], projected
+    [B, L, layers, W], attention [B, L, layers, L] (the mean of the heads) and, if they are to be
+    matched, value relations of the same shape. Indexed by positions [B, L], each is [P, ...]."""
 
     logits: Tensor
     projected: Tensor
     attention: Tensor
+    relations: Tensor | None = None
+
+    def at(self, positions: Tensor) -> "StudentOutput":
+        tensors = (self.logits, self.projected, self.attention, self.relations)
+        return StudentOutput(*(t if t is None else t[positions] for t in tensors))
 
 
-class Projected(nn.Module):
+class WithProjections(nn.Module):
     """A student whose states after each of its layers are projected to the teacher's width W."""
 
     def __init__(self, student: nn.Module, width: int, seed: int, relations: bool = False) -> None:
@@ -40,9 +42,9 @@ class Projected(nn.Module):
         self.projections = nn.ModuleList()
         for _ in range(student.config.num_hidden_layers):
             projection = nn.Linear(inner, width, dtype=student.dtype)
-            drawn = generator.standard_normal((width, inner)) / inner**0.5
+            weight = generator.standard_normal((width, inner)) / inner**0.5
             with torch.no_grad():
-                projection.weight.copy_(torch.from_numpy(drawn))
+                projection.weight.copy_(torch.from_numpy(weight))
                 projection.bias.zero_()
             self.projections.append(projection)
 
@@ -55,45 +57,21 @@ class Projected(nn.Module):
         """The student's."""
         return self.student.config
 
-    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Shown:
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> StudentOutput:
         layers = range(1, len(self.projections) + 1)
-        options = {"use_cache": use_cache} | shows_states(layers, self.relations)
+        options = {"use_cache": use_cache} | states_options(layers, self.relations)
         output = self.student(input_ids, **options)
-        states, attention = states_of(output, layers, self.relations)
+        states, maps = states_of(output, layers, self.relations)
         projected = [layer(states[:, :, i]) for i, layer in enumerate(self.projections)]
-        return Shown(output.logits, torch.stack(projected, dim=2), attention)
+        attention, relations = maps[:, :, : len(layers)], maps[:, :, len(layers) :]
+        return StudentOutput(
+            output.logits,
+            torch.stack(projected, dim=2),
+            attention,
+            relations if self.relations else None,
+        )
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    """The model itself, without what only training needs."""
-    return model.student if isinstance(model, Projected) else model
-
-
-def hidden_match(projected: Tensor, inside: Inside) -> Tensor:
-    """Mean squared error to the teacher's states: [P, layers, W] -> [P]. TinyBERT, equation 8;
-    1 for a student that says the mean, as the dimensions revealed have variance 1.
-    """
-    return (projected - inside.hidden).square().mean(dim=(1, 2))
-
-
-def attention_match(attention: Tensor, inside: Inside) -> Tensor:
-    """KL(teacher || student) between where they look, in nats, the mean over layers:
-    [P, layers, K] -> [P]. Wang et al. 2020 (MiniLM), arXiv 2002.10957, equation 5, but for the
-    mean of the heads: which head looks where is an accident, and to copy it head by head made the
-    student of `pronounce` worse. FLOOR keeps the logarithm finite where a probability is 0; with it
-    the divergence is 0 where both look alike, and can be some 0.0005 nats lower elsewhere.
-    """
-    layers = inside.hidden.shape[1]
-    return divergence_of_maps(attention[:, :layers], inside.attention[:, :layers])
-
-
-def relation_match(attention: Tensor, inside: Inside) -> Tensor:
-    """The same between the relations of their values, which follow the attention: MiniLM,
-    equation 8."""
-    layers = inside.hidden.shape[1]
-    return divergence_of_maps(attention[:, layers:], inside.attention[:, layers:])
-
-
-def divergence_of_maps(student: Tensor, teacher: Tensor) -> Tensor:
-    ratio = (teacher + FLOOR).log() - (student + FLOOR).log()
-    return (teacher * ratio).sum(-1).mean(-1)
+    """The model itself, without the projections that only training needs."""
+    return model.student if isinstance(model, WithProjections) else model

@@ -1,9 +1,9 @@
-"""The student writes: on-policy distillation, where the teacher says what it thinks of every token,
-and reinforcement learning, where only right and wrong are known.
+"""On-policy distillation: the student writes, and the teacher scores every token; and reinforcement
+learning, where only right and wrong are known.
 
 Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1: a student that only reads good text never
-learns to go on from its own mistakes. Shao et al. 2024 (GRPO), arXiv 2402.03300, section 4.1: an
-answer is as good as its reward is above that of the student's other answers to the same prompt.
+learns to continue from its own mistakes. Shao et al. 2024 (GRPO), arXiv 2402.03300, section 4.1:
+the advantage of an answer is its reward relative to the student's other answers to the same prompt.
 Writing and scoring cost FLOPs, which are charged.
 """
 
@@ -17,18 +17,20 @@ import torch
 from torch import nn
 
 from configs.schema import Recipe, value_at
-from student.lessons import Lessons
-from tasks.rows import Batch, Rows, batch_order, collate
-from teacher.model import Forward, answers_of, device_of
-from teacher.signal import Signal, reveal
+from models.generate import answers_of
+from models.language import Forward, device_of, logits_at
+from models.rows import Batch, Rows, batch_order, collate
+from student.training_set import TrainingSet
+from teacher.access import ACCESS
+from teacher.signal import Signal
 
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """Makes the lessons of the steps at which the student writes.
+    """Makes the training sets of the steps at which the student writes.
 
     rows: whose prompts it answers. counted: wraps a model so that its forward passes are counted,
-    as the teacher already is; both have `flops`. Without a teacher there are rewards [N] of rows,
+    as the teacher already is; both have `flops`. Without a teacher there are rewards: rows -> [N]
     from 0 to 1.
     """
 
@@ -45,25 +47,27 @@ class OnPolicy:
 
     @cached_property
     def order(self) -> Callable[[int], np.ndarray]:
-        """Batches of prompts of one length, or nearly."""
-        prompts = self.batch_rows // self.recipe.group if self.rewards else self.batch_rows
+        """Batches of prompts of similar lengths."""
+        prompts = self.batch_rows // self.recipe.student.group if self.rewards else self.batch_rows
         return batch_order(self.rows.prompt_lengths, max(1, prompts), self.seed)
 
     def share(self, progress: float) -> float:
         if self.recipe.sequences == "student":
             return 1.0
-        return value_at(self.recipe.on_policy, progress)
+        return value_at(self.recipe.student.on_policy, progress)
 
     def due(self, step: int, progress: float) -> bool:
-        """Does the student write at this step? A function of (seed, step), as all randomness is."""
+        """Whether the student writes at this step: a function of (seed, step) and the schedule."""
         return np.random.Generator(np.random.PCG64([self.seed, step, 0])).random() < self.share(
             progress
         )
 
-    def lessons(self, student: nn.Module, step: int) -> Lessons:
-        """What the student answers to the prompts of this step, and what is revealed there."""
+    def written(self, student: nn.Module, step: int) -> TrainingSet:
+        """The student's answers to the prompts of this step, with the signal there."""
         places = self.order(step)
-        prompts = self.rows.take(np.repeat(places, self.recipe.group) if self.rewards else places)
+        if self.rewards:
+            places = np.repeat(places, self.recipe.student.group)
+        prompts = self.rows.take(places)
         bits = int(np.random.PCG64([self.seed, step, 1]).random_raw(1)[0]) >> 1
         generator = torch.Generator().manual_seed(bits)
         writer, started = self.counted(student), time.monotonic()
@@ -72,51 +76,54 @@ class OnPolicy:
         student.train()
         writing = time.monotonic() - started
         if self.rewards:
-            rows, whole, flops = *self.rewarded(rows), 0.0
+            rows, everything, flops = *self.rewarded(rows), 0.0
         else:
-            whole, flops = self.scored(rows, generator)
+            everything, flops = self.scored(rows, generator)
         ends = np.concatenate([[0], np.cumsum(rows.lengths - rows.prompt_lengths)])
 
         def signal(part: Batch) -> Signal:
-            return Signal.joined([whole.part(ends[i], ends[i + 1]) for i in part.indices])
+            return Signal.joined([everything.part(ends[i], ends[i + 1]) for i in part.indices])
 
-        return Lessons(rows, signal, flops=writer.flops + flops, writing_seconds=writing)
+        return TrainingSet(rows, signal, flops=writer.flops + flops, writing_seconds=writing)
 
     def scored(self, rows: Rows, generator: torch.Generator) -> tuple[Signal, float]:
-        """(The teacher's signal at every token that the student wrote, what it cost.)"""
+        """(the teacher's signal at every token that the student wrote, the FLOPs it cost)."""
         before = self.teacher.flops
         batch = collate(rows, np.arange(len(rows)), pad=self.end)
         with torch.no_grad():
             ids = batch.input_ids.to(device_of(self.teacher))
-            logits = self.teacher(ids, use_cache=False).logits[batch.counted.to(ids.device)]
-            log_probs = torch.log_softmax(logits[:, : self.vocabulary].cpu(), -1)
-        # once for all rows: every part of the step, and every process, sees the same draws
-        whole = reveal(self.recipe.access, self.recipe.k, batch.targets, log_probs, generator)
-        return whole, self.teacher.flops - before
+            logits = logits_at(self.teacher(ids, use_cache=False), batch, self.vocabulary)
+            log_probs = torch.log_softmax(logits.cpu(), -1)
+        # once for all rows: every micro-batch, and every process, sees the same draws
+        reveal = ACCESS[self.recipe.access].reveal
+        signal = reveal(log_probs, batch.targets, self.recipe.outputs.k, generator)
+        return signal, self.teacher.flops - before
 
     def rewarded(self, rows: Rows) -> tuple[Rows, Signal]:
-        """(Answers that teach something, the advantage of each of their tokens.) Rewards less the
-        mean of their group, by its deviation; and as the loss of a step is the mean over all its
-        tokens, times mean length / own length, so that answers count alike, whatever their length
-        (1/|o| in equation 3). Where all answers to a prompt are as good there is nothing to learn:
-        they were paid for in writing, and a training step is not spent on them (Yu et al. 2025
-        (DAPO), arXiv 2503.14476, section 3.2). If all are, one group stays, whose gradient is 0."""
-        rewards = self.rewards(rows).reshape(-1, self.recipe.group)
+        """(answers with something to learn, the advantage of each of their tokens).
+
+        An advantage is the reward minus the mean of its group, divided by the group's standard
+        deviation. As the loss of a step is the mean over all its tokens, it is multiplied by mean
+        length / length, so that answers of all lengths count equally (1/|o| in equation 3). A group
+        whose answers are all equally good teaches nothing and is dropped, though its writing is
+        charged (Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2). If all groups are, one
+        stays, with gradient 0."""
+        rewards = self.rewards(rows).reshape(-1, self.recipe.student.group)
         spread = rewards.std(1, keepdims=True)
         advantages = (rewards - rewards.mean(1, keepdims=True)) / np.maximum(spread, 1e-6)
-        telling = spread[:, 0] > 0
-        telling[0] |= not telling.any()
-        rows = rows.take(np.flatnonzero(np.repeat(telling, self.recipe.group)))
-        advantages = advantages[telling]
+        informative = spread[:, 0] > 0
+        informative[0] |= not informative.any()
+        rows = rows.take(np.flatnonzero(np.repeat(informative, self.recipe.student.group)))
+        advantages = advantages[informative]
         lengths = rows.lengths - rows.prompt_lengths
         per_token = advantages.ravel() * lengths.mean() / lengths
-        each = torch.from_numpy(np.repeat(per_token.astype(np.float32), lengths))
+        per_token = torch.from_numpy(np.repeat(per_token.astype(np.float32), lengths))
         batch = collate(rows, np.arange(len(rows)), pad=self.end)
-        return rows, Signal(batch.targets, advantages=each)
+        return rows, Signal(batch.targets, advantages=per_token)
 
 
 def write(writer: Forward, prompts: Rows, policy: OnPolicy, generator: torch.Generator) -> Rows:
-    """Answers of a model to every prompt, as rows."""
+    """A model's answers to every prompt, as rows."""
     answers: list[list[int]] = [[]] * len(prompts)
     for i, answer in answers_of(
         writer,
@@ -124,7 +131,7 @@ def write(writer: Forward, prompts: Rows, policy: OnPolicy, generator: torch.Gen
         batch_rows=len(prompts),
         longest=policy.longest,
         end=policy.end,
-        temperature=policy.recipe.student_temperature,
+        temperature=policy.recipe.student.temperature,
         generator=generator,
         vocabulary=policy.vocabulary,
     ):

@@ -1,14 +1,14 @@
-"""What is learned: rows of prompt -> completion, a tokenizer and a grader."""
+"""What is learned: the table TASKS, one file per task."""
 
-from configs.schema import Task as TaskConfig
+from configs.schema import TaskConfig
 from tasks.gsm8k import Gsm8k
 from tasks.pronounce import Pronounce
 from tasks.reason import Reason
 from tasks.task import Task
 
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Pronounce, Reason, Gsm8k)}
+
 
 def load_task(config: TaskConfig) -> Task:
-    """The task that a config names."""
-    if config.name == "gsm8k":
-        return Gsm8k(config.tokenizer, config.folder, config.limit)
-    return {"pronounce": Pronounce, "reason": Reason}[config.name](limit=config.limit)
+    """The task that a config names, with its data."""
+    return TASKS[config.name](**config.settings)

@@ -8,17 +8,20 @@ tokenizer is theirs.
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+from pydantic import Field
 from transformers import AutoTokenizer
 
-from configs.reading import read_text
-from configs.schema import LabError
-from tasks.rows import Rows, row_id
+from configs.files import read_text
+from configs.schema import LabError, Section
+from models.rows import Rows, row_id
+from tasks.task import Metric, Task
 
 HUB = "openai/gsm8k"
 ASKS = "\nThink step by step. End with #### and the number."
@@ -54,63 +57,70 @@ def read_problems(folder: str | None, split: str) -> list[dict[str, str]]:
 
 
 def final_number(text: str) -> float | None:
-    """What a solution ends with: the last number on the line of the last ####, else the last one
-    it names."""
+    """The last number on the line of the last ####, else the last number of the text."""
     text = text.rstrip("# \n")
     _, marked, after = text.rpartition("####")
     numbers = NUMBER.findall(after.strip().partition("\n")[0] if marked else text)
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
-@dataclass
-class Gsm8k:
-    """Rows, tokenizer and grader. `limit` keeps only so many problems per split."""
+class Gsm8k(Task):
+    """Rows, tokenizer and grader."""
 
-    tokenizer_name: str
-    folder: str | None = None
-    limit: int | None = None
-    name: str = "gsm8k"
-    things: str = "problems"
-    example: tuple[str, ...] = (
+    class Settings(Section):
+        tokenizer: str | None = None  # of the student: a folder or a hub id
+        folder: str | None = None  # where train.jsonl and test.jsonl are; null: from the hub
+        limit: int | None = Field(None, ge=100)  # at most so many problems per split
+
+    name = "gsm8k"
+    item_noun = "problems"
+    examples = (
         "A robe takes 2 bolts of blue fiber and half that much white fiber. "
         "How many bolts in total does it take?",
     )
-    headline: str = "accuracy"
-    judged: tuple[str, ...] = ("heldout",)
-    longest_answer: int = 512  # tokens
-    longest_row: int = 1024
+    metrics = {"accuracy": Metric("right answers", "%", False, "right", final_answer=True)}
+    agreement = {
+        "answer_agreement": Metric(
+            "same number as teacher", "%", False, "same_answer", final_answer=True,
+            needs_teacher=True,
+        ),
+    }  # fmt: skip
+    headline = "accuracy"
+    table = ("accuracy", "answer_agreement", "kl_teacher_student")
+    shows_reasoning = True
+    longest_answer = 512  # tokens
+    longest_row = 1024
 
-    def __post_init__(self) -> None:
-        self.quality = {"accuracy": ("right", "rows")}
-        self.agreement = {"answer_agreement": ("same_answer", "rows")}
+    @classmethod
+    def objections(cls, settings: Settings) -> Iterator[str]:
+        if not settings.tokenizer:
+            yield "tokenizer: missing; name the folder or hub id of the student's"
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(
-                self.tokenizer_name, trust_remote_code=False
+                self.settings.tokenizer, trust_remote_code=False
             )
         except Exception as error:
             raise LabError(
-                f"task.tokenizer {self.tokenizer_name!r} cannot be loaded "
+                f"task.tokenizer {self.settings.tokenizer!r} cannot be loaded "
                 f"({type(error).__name__}: {str(error).splitlines()[0]})"
             ) from None
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.separator = -1  # nobody invents such problems
-
-    @cached_property
-    def tokens(self) -> list[str]:
-        return self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
 
     @cached_property
     def by_split(self) -> dict[str, list[dict[str, str]]]:
-        """The published test problems are held out; validation comes off the training problems, by
-        a hash of the question."""
+        """The published test problems are held out; validation is taken from the training problems,
+        by a hash of the question."""
         found: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
-        for problem in read_problems(self.folder, "train"):
+        for problem in read_problems(self.settings.folder, "train"):
             digest = hashlib.sha256(f"split {problem['question']}".encode()).digest()
             aside = int.from_bytes(digest[:8], "big") % 100 < VALIDATION
             found["validation" if aside else "train"].append(problem)
-        found["heldout"] = read_problems(self.folder, "test")
-        return {split: problems[: self.limit] for split, problems in found.items()}
+        found["heldout"] = read_problems(self.settings.folder, "test")
+        return {split: problems[: self.settings.limit] for split, problems in found.items()}
 
     @cached_property
     def by_id(self) -> dict[int, dict[str, str]]:
@@ -120,7 +130,7 @@ class Gsm8k:
         return row_id(f"gsm8k {problem['question']}")
 
     def rows(self, split: str) -> Rows:
-        """The split as tokens: the question asks, the solution and the end mark answer."""
+        """The split as tokens: the question is the prompt, solution and end mark the completion."""
         problems = self.by_split[split]
         end = [self.tokenizer.eos_token_id]
         answers = [self.solution(problem) for problem in problems]
@@ -142,7 +152,7 @@ class Gsm8k:
         return re.sub(r"<<[^>]*>>", "", problem["answer"])
 
     def prompt(self, question: str) -> list[int]:
-        """As the model was taught to be asked, if it was."""
+        """With the chat template of the tokenizer, if it has one."""
         if self.tokenizer.chat_template:
             message = [{"role": "user", "content": question + ASKS}]
             ids = self.tokenizer.apply_chat_template(
@@ -160,9 +170,6 @@ class Gsm8k:
     def encode_answer(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def units(self, ids: np.ndarray) -> None:
-        return None
-
     def question(self, rows: Rows, i: int) -> str:
         return self.by_id[int(rows.ids[i])]["question"]
 
@@ -177,30 +184,28 @@ class Gsm8k:
         return self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids).strip()
 
     def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
-        """Per row: does the answer end with the right number? One that was cut off counts by what
-        it named last, as is usual; what a student is taught must have ended, see `is_right`."""
-        said = map(final_number, answers)
+        """Per row: whether the answer ends with the right number. One that was cut off counts by
+        the last number it names, as is usual; what a student is taught must have ended, see
+        `is_right`."""
+        numbers = map(final_number, answers)
         truths = [final_number(self.by_id[int(i)]["answer"]) for i in ids]
-        right = np.array([a == truth for a, truth in zip(said, truths, strict=True)], float)
+        right = np.array([a == truth for a, truth in zip(numbers, truths, strict=True)], float)
         return {"right": right, "wrong": 1 - right}
 
     def agree(self, answers: list[str], teachers: list[str]) -> dict[str, np.ndarray]:
-        """Per row: does it end with the teacher's number?"""
+        """Per row: whether it ends with the teacher's number."""
         pairs = zip(map(final_number, answers), map(final_number, teachers), strict=True)
         return {"same_answer": np.array([a == t is not None for a, t in pairs], float)}
 
-    def rewards(self, rows: Rows) -> np.ndarray:
-        return np.array([self.is_right(rows, i) for i in range(len(rows))], float)
-
     def is_right(self, rows: Rows, i: int) -> bool:
-        """One that was cut off before its end is not, whatever it named last."""
+        """One that was cut off before its end is not, whatever number it names last."""
         completion = rows.completion(i).tolist()
-        said = final_number(self.render(completion))
+        number = final_number(self.render(completion))
         ended = completion[-1] == self.tokenizer.eos_token_id
-        return ended and said == final_number(self.by_id[int(rows.ids[i])]["answer"])
+        return ended and number == final_number(self.by_id[int(rows.ids[i])]["answer"])
 
-    def without_trace(self, completion: list[int]) -> list[int]:
-        """`...#### 18` or `... it is 18.` -> `#### 18`; nothing, if it names no number."""
+    def without_reasoning(self, completion: list[int]) -> list[int]:
+        """`...#### 18` or `... it is 18.` -> `#### 18`; nothing if it names no number."""
         number = final_number(self.render(completion))
         if number is None:
             return []

@@ -9,18 +9,20 @@ accepts any.
 import hashlib
 import importlib.util
 import re
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+from pydantic import Field
 from rapidfuzz.distance import Levenshtein
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from configs.schema import LabError
-from tasks.rows import Rows, row_id
+from configs.schema import LabError, Section
+from models.rows import Rows, row_id
+from tasks.task import Metric, Task
 
 SHA256 = "20b5c293e1f311fb375fe067e500ec5636f4fc7af5594967263696def9b23bfe"
 LETTERS = "abcdefghijklmnopqrstuvwxyz'-."
@@ -29,7 +31,7 @@ PHONEMES = (
     "W Y Z ZH"
 ).split()
 SPECIALS = ["<pad>", "<s>", "</s>", "="]
-LONG = 14  # words of this many letters or more never train anything
+LONG = 14  # words of at least this many letters are never trained on
 SPLITS = ("train", "validation", "heldout", "long")
 LONGEST_PROMPT = 32  # tokens; the longest word has 28 letters
 LONGEST_ANSWER = 40  # tokens; the longest listed pronunciation has 27
@@ -55,13 +57,13 @@ def dictionary_file() -> Path:
 
 
 def read_dictionary(file: Path) -> dict[str, list[str]]:
-    """word -> its pronunciations, the first listed first. LabError if it is another dictionary."""
+    """word -> its pronunciations, in their listed order. LabError if it is another dictionary."""
     content = file.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
         raise LabError(
             f"{file} has sha256 {found[:16]}..., expected {SHA256[:16]}...: another version of the "
-            "dictionary would silently give other rows; install what constraints.txt pins"
+            "dictionary would silently give other rows; install the versions in constraints.txt"
         )
     words: dict[str, list[str]] = {}
     for line in content.decode("utf-8").splitlines():
@@ -88,33 +90,48 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@dataclass
-class Pronounce:
-    """Rows, tokenizer and grader. `limit` keeps only every so-manieth word, for tests."""
+class Pronounce(Task):
+    """Rows, tokenizer and grader."""
 
-    limit: int | None = None
-    name: str = "pronounce"
-    things: str = "words"
-    example: tuple[str, ...] = ("deepseek", "distillation")
-    headline: str = "word_error_rate"
-    judged: tuple[str, ...] = ("heldout", "long")
-    longest_answer: int = LONGEST_ANSWER
-    longest_row: int = LONGEST_PROMPT + LONGEST_ANSWER  # positions a model must have
+    class Settings(Section):
+        limit: int | None = Field(
+            None, ge=100
+        )  # an evenly drawn subset of so many words, for tests
 
-    def __post_init__(self) -> None:
-        self.quality = {
-            "word_error_rate": ("wrong", "rows"),
-            "phoneme_error_rate": ("edits", "length"),
-        }
-        self.agreement = {}
+    name = "pronounce"
+    item_noun = "words"
+    examples = ("deepseek", "distillation")
+    package = "pocketsphinx"
+    evaluation_splits = ("heldout", "long")
+    metrics = {
+        "word_error_rate": Metric("word errors", "%", True, "wrong"),
+        "phoneme_error_rate": Metric("phoneme errors", "%", True, "edits", "length"),
+    }
+    headline = "word_error_rate"
+    table = (
+        "word_error_rate",
+        "phoneme_error_rate",
+        "sequence_agreement",
+        "agreement_on_teacher_errors",
+        "kl_teacher_student",
+    )
+    invents_prompts = True
+    longest_answer = LONGEST_ANSWER
+    longest_row = LONGEST_PROMPT + LONGEST_ANSWER  # positions a model must have
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.words = read_dictionary(dictionary_file())
-        if self.limit:
-            keep = sorted(self.words, key=row_id)[: self.limit]
+        if self.settings.limit:
+            keep = sorted(self.words, key=row_id)[: self.settings.limit]
             self.words = {word: self.words[word] for word in sorted(keep)}
         self.tokenizer = build_tokenizer()
         self.token_ids = {token: i for token, i in self.tokenizer.get_vocab().items()}
         self.tokens = sorted(self.token_ids, key=self.token_ids.get)
         self.separator = self.token_ids["="]
+
+    def token_name(self, token: int) -> str:
+        return self.tokens[token]
 
     @cached_property
     def by_split(self) -> dict[str, list[str]]:
@@ -167,8 +184,8 @@ class Pronounce:
         return [self.tokenizer.bos_token_id, *spelled, self.separator]
 
     def invented_prompt_length(self, row: np.ndarray) -> int | None:
-        """Of a row that a teacher made up from nothing: where its prompt ends. None if the row is
-        not `<s> letters = phonemes </s>`, or its word belongs to a split that must stay unseen."""
+        """Where the prompt of a row ends that a teacher invented. None if the row is not
+        `<s> letters = phonemes </s>`, or its word belongs to an evaluation split."""
         tokens = [self.tokens[t] for t in row]
         if tokens.count("=") != 1 or tokens[-1] != "</s>":
             return None
@@ -179,12 +196,9 @@ class Pronounce:
         unseen = split_of(word) == "long" or (word in self.words and split_of(word) != "train")
         return None if unseen or not (known and letters and phonemes) else end + 1
 
-    def units(self, ids: np.ndarray) -> None:
-        return None
-
-    def question(self, row: Rows, i: int) -> str:
+    def question(self, rows: Rows, i: int) -> str:
         """The word that row i asks about."""
-        return "".join(self.tokens[t] for t in row.prompt(i)[1:-1])
+        return "".join(self.tokens[t] for t in rows.prompt(i)[1:-1])
 
     def truths(self, question: str) -> list[str]:
         """The listed pronunciations."""
@@ -201,13 +215,9 @@ class Pronounce:
         edits = np.zeros(len(ids))
         length = np.zeros(len(ids))
         for i, (word_id, answer) in enumerate(zip(ids, answers, strict=True)):
-            said = answer.split()
+            phonemes = answer.split()
             listed = [listed.split() for listed in self.words[self.by_id[int(word_id)]]]
-            distances = [Levenshtein.distance(said, reference) for reference in listed]
+            distances = [Levenshtein.distance(phonemes, reference) for reference in listed]
             best = int(np.argmin(distances))
             wrong[i], edits[i], length[i] = distances[best] > 0, distances[best], len(listed[best])
         return {"wrong": wrong, "edits": edits, "length": length}
-
-    def agree(self, answers: list[str], teachers: list[str]) -> dict[str, np.ndarray]:
-        """An answer is the teacher's or it is not; there is no more to it."""
-        return {}

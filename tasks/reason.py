@@ -16,13 +16,16 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
+from pydantic import Field
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from configs.schema import LabError
-from tasks.rows import Rows, row_id
+from configs.schema import LabError, Section
+from models.rows import Rows, row_id
+from tasks.task import Metric, Task
 
 THINK, ANSWER = "<think>", "</think>"
 SPECIALS = ["<pad>", "<s>", "</s>", THINK, ANSWER]
@@ -30,7 +33,7 @@ SYMBOLS = [*"0123456789", *"+-=;.?"]
 TRAINED, LONGEST = 5, 8  # steps
 PROBLEMS = 160_000  # for training, unless the config says otherwise
 JUDGED = 200  # per number of steps, in each of the other splits
-HARD = "4_5"  # steps: where answers alone fall behind
+HARD = (4, 5)  # steps: where answers alone fall behind
 
 # (opening, what adds, what takes away, question); {} is a number
 SCENES = [
@@ -231,46 +234,78 @@ def is_faithful(solution: Solution) -> bool:
     return has_sound_steps(solution) and answer_follows(solution)
 
 
-@dataclass
-class Reason:
-    """Rows, tokenizer and grader. `limit`: how many problems for training."""
+def accuracies() -> dict[str, Metric]:
+    """Right answers in all, and by number of steps."""
+    found = {"accuracy": Metric("right answers", "%", False, "right", final_answer=True)}
+    for steps in [*((n,) for n in range(1, LONGEST + 1)), HARD]:
+        name, words = "_".join(map(str, steps)), " and ".join(map(str, steps))
+        found[f"accuracy_{name}"] = Metric(
+            f"right answers at {words} step{'s' if steps != (1,) else ''}",
+            "%",
+            False,
+            f"right_{name}",
+            f"rows_{name}",
+            final_answer=True,
+            steps=steps,
+        )
+    return found
 
-    limit: int | None = None
-    name: str = "reason"
-    things: str = "problems"
-    example: tuple[str, ...] = (
-        "A box holds 7 pens. 5 more go in. 3 are taken out. How many are in the box?",
-    )
-    headline: str = "accuracy"
-    judged: tuple[str, ...] = ("heldout", "long")
-    longest_answer: int = 80  # tokens; eight steps take 68
-    longest_row: int = 160
 
-    def __post_init__(self) -> None:
-        each = (*range(1, LONGEST + 1), HARD)
-        self.quality = {
-            "accuracy": ("right", "rows"),
-            **{f"accuracy_{n}": (f"right_{n}", f"rows_{n}") for n in each},
-            "right_steps": ("right_steps", "steps"),
-            "sound_steps": ("sound", "rows"),
-            "answer_follows": ("follows", "rows"),
-            "faithfulness": ("faithful", "rows"),
-        }
-        self.agreement = {
-            "answer_agreement": ("same_answer", "rows"),
-            "step_agreement": ("same_steps", "teachers_steps"),
-        }
+class Reason(Task):
+    """Rows, tokenizer and grader."""
+
+    class Settings(Section):
+        limit: int | None = Field(None, ge=100)  # how many problems for training
+
+    name = "reason"
+    item_noun = "problems"
+    examples = ("A box holds 7 pens. 5 more go in. 3 are taken out. How many are in the box?",)
+    evaluation_splits = ("heldout", "long")
+    metrics = accuracies() | {
+        "right_steps": Metric("right steps", "%", False, "right_steps", "steps"),
+        "sound_steps": Metric("sound steps", "%", False, "sound"),
+        "answer_follows": Metric("answer follows", "%", False, "follows"),
+        "faithfulness": Metric("faithful traces", "%", False, "faithful"),
+    }
+    agreement = {
+        "answer_agreement": Metric(
+            "same number as teacher", "%", False, "same_answer", final_answer=True,
+            needs_teacher=True,
+        ),
+        "step_agreement": Metric(
+            "teacher's steps", "%", False, "same_steps", "teachers_steps", needs_teacher=True
+        ),
+    }  # fmt: skip
+    headline = "accuracy"
+    table = ("accuracy", "accuracy_4_5", "faithfulness", "answer_agreement", "step_agreement")
+    shows_reasoning = True
+    steps = {
+        "heldout": tuple(range(1, TRAINED + 1)),
+        "long": tuple(range(TRAINED + 1, LONGEST + 1)),
+    }
+    longest_answer = 80  # tokens; eight steps take 68
+    longest_row = 160
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.tokenizer = build_tokenizer()
         self.token_ids = dict(self.tokenizer.get_vocab())
         self.tokens = sorted(self.token_ids, key=self.token_ids.get)
         self.separator = self.token_ids["?"]
-        self.closing = self.token_ids[ANSWER]
+        self.end_of_reasoning = self.token_ids[ANSWER]
+
+    @classmethod
+    def accuracy_at(cls, steps: int) -> str:
+        return f"accuracy_{steps}"
+
+    def token_name(self, token: int) -> str:
+        return self.tokens[token]
 
     @cached_property
     def by_split(self) -> dict[str, list[Problem]]:
-        """The problems of every split, none twice: as many of each number of steps, but that there
-        are fewer of one step."""
-        wanted = {"train": -(-(self.limit or PROBLEMS) // TRAINED)}
+        """The distinct problems of every split: equally many of each number of steps, except that
+        fewer exist with one step."""
+        wanted = {"train": -(-(self.settings.limit or PROBLEMS) // TRAINED)}
         found: dict[str, list[Problem]] = {}
         for number, split in enumerate(("train", "validation", "heldout", "long")):
             lengths = range(TRAINED + 1, LONGEST + 1) if split == "long" else range(1, TRAINED + 1)
@@ -360,8 +395,8 @@ class Reason:
             "follows": np.array([answer_follows(s) for s in solutions], float),
             "faithful": np.array([is_faithful(s) for s in solutions], float),
         }
-        counts: dict[str, tuple[int, ...]] = {str(n): (n,) for n in range(1, LONGEST + 1)}
-        for name, among in (counts | {HARD: (4, 5)}).items():
+        for among in [*((n,) for n in range(1, LONGEST + 1)), HARD]:
+            name = "_".join(map(str, among))
             columns[f"rows_{name}"] = np.isin(steps, among).astype(float)
             columns[f"right_{name}"] = right * columns[f"rows_{name}"]
         return columns
@@ -378,9 +413,13 @@ class Reason:
             "teachers_steps": np.array([len(t.steps) for _, t in pairs], float),
         }
 
-    def without_trace(self, completion: list[int]) -> list[int]:
+    def without_reasoning(self, completion: list[int]) -> list[int]:
         """`<think> ... </think> 9 </s>` -> `9 </s>`; nothing, if its thinking has no end."""
-        place = completion.index(self.closing) if self.closing in completion else len(completion)
+        place = (
+            completion.index(self.end_of_reasoning)
+            if self.end_of_reasoning in completion
+            else len(completion)
+        )
         return completion[place + 1 :]
 
     def is_right(self, rows: Rows, i: int) -> bool:
@@ -388,9 +427,17 @@ class Reason:
         said = read_solution(self.render(rows.completion(i).tolist()))
         return str(said.answer) == self.by_id[int(rows.ids[i])].answer
 
-    def rewards(self, rows: Rows) -> np.ndarray:
-        """[N]: 1 for a right answer, else 0."""
-        return np.array([self.is_right(rows, i) for i in range(len(rows))], float)
+    def final_answer(self, text: str) -> int | None:
+        return read_solution(text).answer
+
+    def true_answer(self, rows: Rows, i: int) -> int:
+        return int(self.by_id[int(rows.ids[i])].answer)
+
+    def step_count(self, rows: Rows, i: int) -> int:
+        return len(self.by_id[int(rows.ids[i])].steps)
+
+    def first_wrong_step(self, rows: Rows, i: int, text: str) -> int | None:
+        return first_wrong_step(read_solution(text).steps, self.by_id[int(rows.ids[i])].steps)
 
 
 def distinct_problems(

@@ -1,80 +1,225 @@
-"""What a task offers: rows to learn from, a tokenizer, and a grader."""
+"""What a task offers: rows to learn from, a grader, and the metrics it is graded by."""
 
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from tasks.rows import Rows
+from configs.schema import Section
+from models.rows import Rows
 
-Ratio = tuple[str, str]  # the columns whose sums a metric divides
 
+@dataclass(frozen=True)
+class Metric:
+    """One number that says how good a model is, or how faithful to its teacher.
 
-class Task(Protocol):
-    """The training, the outputs and the evaluation know no more of a task than this.
+    It is a ratio of two columns, each summed over the rows of a split; or, where `positions` is
+    given, computed from what teacher and student expect at every position (see measure/metrics.py).
 
-    tokens: the vocabulary by id. separator: the token that ends a prompt. longest_answer and
-    longest_row: tokens. judged: the splits of the final evaluation, the main one first. things:
-    what its rows are, for people. example: what a reader may ask its models.
-    quality, agreement: {metric: (numerator, denominator)}, columns of `grade` and `agree`, or
-    `rows`. headline: the metric of quality in which gaps are told.
+    heading: in tables and sentences, without the unit. unit: "%" for a share (shown times 100),
+    else the unit as it is read, as in "nats". lower_is_better: the direction that a verdict calls
+    better. final_answer: whether it looks at final answers alone, so that it also describes models
+    that write no reasoning. needs_teacher: whether it compares a model with its teacher.
     """
 
-    name: str
-    things: str
-    example: list[str]
-    judged: tuple[str, ...]
+    heading: str
+    unit: str
+    lower_is_better: bool
+    numerator: str = ""
+    denominator: str = "rows"
+    final_answer: bool = False
+    needs_teacher: bool = False
+    steps: tuple[int, ...] = ()
+    positions: Callable | None = None
+    statistic: Callable[[np.ndarray], np.ndarray] | None = None
+
+    @property
+    def is_share(self) -> bool:
+        return self.unit == "%"
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied by to be read in its unit."""
+        return 100.0 if self.is_share else 1.0
+
+    @property
+    def digits(self) -> int:
+        return 1 if self.is_share else 3
+
+    @property
+    def difference_unit(self) -> str:
+        return "points" if self.is_share else self.unit
+
+    @property
+    def sign(self) -> int:
+        """1 if higher is better, else -1: a difference times this is positive for the better."""
+        return -1 if self.lower_is_better else 1
+
+
+class Task:
+    """The base of every task: what training, outputs and evaluation know of it.
+
+    A task sets the class attributes, `tokenizer` or `vocabulary`, and the methods below that raise
+    no default; the config's rules read the attributes without loading any data.
+
+    name: as in a config. item_noun: what a row is, in the plural. examples: what a reader may ask
+    its models. package: the installed package that carries its data, if one does.
+    evaluation_splits: the splits of the final evaluation, the main one first. metrics: how answers
+    are graded, `{name: Metric}`, over the columns of `grade`; agreement: the same over the columns
+    of `agree`, between a model's answers and the teacher's. headline: the metric in which gaps are
+    stated. table: the metrics of the short table, in the console and the README.
+
+    shows_reasoning: completions hold a chain of thought before the answer; the methods under that
+    heading exist. steps: the number of reasoning steps of the problems in each split, where the
+    task knows it. invents_prompts: a teacher can write prompts of its own.
+
+    longest_answer and longest_row count tokens.
+    """
+
+    class Settings(Section):
+        """The keys of this task under `task:` in a config, beside `name`."""
+
+    name: ClassVar[str]
+    item_noun: ClassVar[str] = "rows"
+    examples: ClassVar[tuple[str, ...]] = ()
+    package: ClassVar[str | None] = None
+    evaluation_splits: ClassVar[tuple[str, ...]] = ("heldout",)
+    metrics: ClassVar[dict[str, Metric]] = {}
+    agreement: ClassVar[dict[str, Metric]] = {}
+    headline: ClassVar[str]
+    table: ClassVar[tuple[str, ...]] = ()
+    shows_reasoning: ClassVar[bool] = False
+    steps: ClassVar[dict[str, tuple[int, ...]]] = {}
+    invents_prompts: ClassVar[bool] = False
+
     longest_answer: int
     longest_row: int
-    tokenizer: PreTrainedTokenizerFast
-    tokens: list[str]
-    separator: int
-    quality: dict[str, Ratio]
-    agreement: dict[str, Ratio]
-    headline: str
+    # Of a task of text; None for one whose prompts are no text.
+    tokenizer: PreTrainedTokenizerFast | None = None
+    # The token that ends an invented prompt, and the one that ends the reasoning in an answer.
+    separator: int | None = None
+    end_of_reasoning: int | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = self.Settings(**settings)
+
+    @classmethod
+    def objections(cls, settings: Section) -> Iterator[str]:
+        """What these settings lack, each a line that begins with the key."""
+        return iter(())
+
+    @classmethod
+    def accuracy_at(cls, steps: int) -> str:
+        """The metric of right answers to problems of so many steps."""
+        raise NotImplementedError
+
+    # -- the outcomes that a model chooses from ------------------------------------------------
+
+    @property
+    def vocabulary(self) -> int:
+        """How many outcomes a position has."""
+        return len(self.tokenizer)
+
+    @property
+    def input_vocabulary(self) -> int:
+        """How many different values a token of a row can have."""
+        return self.vocabulary
+
+    @property
+    def pad(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer; -1 for a task whose answers have none."""
+        return self.tokenizer.eos_token_id
+
+    def token_name(self, token: int) -> str:
+        """One outcome, as a reader sees it."""
+        return self.tokenizer.convert_ids_to_tokens(int(token))
+
+    # -- rows and questions --------------------------------------------------------------------
 
     def rows(self, split: str) -> Rows:
-        """train, validation, or one of `judged`."""
+        """The rows of `train`, `validation` or one of `evaluation_splits`."""
+        raise NotImplementedError
 
     def prompt(self, question: str) -> list[int]:
-        """The ids that ask it. LabError names what cannot be asked."""
+        """The tokens that ask a question. LabError names what cannot be asked."""
+        raise NotImplementedError
 
     def question(self, rows: Rows, i: int) -> str:
         """What row i asks, as text."""
+        raise NotImplementedError
 
     def truths(self, question: str) -> list[str]:
         """All right answers, as `render` would write them; none where they are not known."""
+        return []
 
     def render(self, tokens: np.ndarray | list[int]) -> str:
         """An answer as text, up to the end mark."""
+        raise NotImplementedError
 
-    def units(self, ids: np.ndarray) -> np.ndarray | None:
-        """[N]: which rows are alike, as a number; they are drawn together where intervals are made.
-        None: every row stands for itself."""
+    def image(self, rows: Rows, i: int) -> np.ndarray | None:
+        """[height, width] from 0 to 255: what row i shows, for a task of images."""
+        return None
 
-    def encode_answer(self, text: str) -> list[int]:
-        """The tokens of an answer, without an end mark. Tasks of pretrained models have this."""
+    # -- grading -------------------------------------------------------------------------------
 
     def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
-        """Columns [N]: how good the answers to the rows of these ids are; `wrong` among them."""
-
-    def rewards(self, rows: Rows) -> np.ndarray:
-        """[N] from 0 to 1: how good the answers in these rows are. Tasks that reason have this and
-        what follows."""
-
-    def is_right(self, rows: Rows, i: int) -> bool:
-        """Does row i end with the right answer?"""
-
-    def without_trace(self, completion: list[int]) -> list[int]:
-        """An answer without the reasoning before it; empty if it came to none."""
+        """Columns [N] for `metrics`: how good the answers to the rows of these ids are. A column
+        `wrong` (0 or 1) lets the evaluation tell whether a student repeats its teacher's errors."""
+        raise NotImplementedError
 
     def agree(self, answers: list[str], teachers: list[str]) -> dict[str, np.ndarray]:
-        """Columns [N]: how far they say what the teacher says, beyond being the same text."""
+        """Columns [N] for `agreement`, beyond answers being the same text."""
+        return {}
 
+    def units(self, ids: np.ndarray) -> np.ndarray | None:
+        """[N]: the group that each row was sampled with, as a number; intervals resample groups.
+        None if rows are independent."""
+        return None
 
-def in_words_of(own: Task, task: Task, rows: Rows) -> Rows:
-    """The prompts of some rows as `own` has them: the same task with another tokenizer."""
-    if own is task:
-        return rows
-    prompts = [own.prompt(task.question(rows, i)) for i in range(len(rows))]
-    return Rows.build(rows.ids[np.arange(len(rows))].tolist(), prompts, [[] for _ in prompts])
+    # -- invents_prompts -----------------------------------------------------------------------
+
+    def invented_prompt_length(self, row: np.ndarray) -> int | None:
+        """Where the prompt of a row ends that a teacher wrote from nothing; None if the row is
+        malformed or asks what belongs to an evaluation split."""
+        raise NotImplementedError
+
+    # -- shows_reasoning -----------------------------------------------------------------------
+
+    def encode_answer(self, text: str) -> list[int]:
+        """The tokens of an answer, without an end mark."""
+        raise NotImplementedError
+
+    def without_reasoning(self, completion: list[int]) -> list[int]:
+        """An answer without the reasoning before it; empty if it came to none."""
+        raise NotImplementedError
+
+    def is_right(self, rows: Rows, i: int) -> bool:
+        """Whether row i ends with the right answer."""
+        raise NotImplementedError
+
+    def rewards(self, rows: Rows) -> np.ndarray:
+        """[N]: 1 for a row that ends with the right answer, else 0."""
+        return np.array([self.is_right(rows, i) for i in range(len(rows))], float)
+
+    def final_answer(self, text: str) -> int | None:
+        """The number that an answer ends with."""
+        raise NotImplementedError
+
+    def true_answer(self, rows: Rows, i: int) -> int:
+        """The right number of row i."""
+        raise NotImplementedError
+
+    def step_count(self, rows: Rows, i: int) -> int:
+        """How many steps the solution of row i has."""
+        raise NotImplementedError
+
+    def first_wrong_step(self, rows: Rows, i: int, text: str) -> int | None:
+        """The first step of an answer, from 1, that is missing, wrong or one too many; None if all
+        are right."""
+        raise NotImplementedError

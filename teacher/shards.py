@@ -1,26 +1,22 @@
-"""The files of the outputs: what one shard holds, and all shards read as one.
+"""The files of the outputs: what a shard holds, and all shards read as one.
 
 A shard is an Arrow stream. One record is one row: its id, its tokens, how many of them are the
-prompt, and what the access revealed, at the positions of the completion:
+prompt, and the columns that the access level stores at the positions of the completion (see
+teacher/access.py), for instance
 
-log_probs   nats at temperature 1: of all outcomes (logits, hidden), of the k likeliest (top_k), of
-            those that were drawn (sampled)
-indices     top_k, sampled: whose log-probabilities these are
-tail        top_k: that of all the rest together
-draws       sampled: how many outcomes a position has (they are k draws, most of them equal)
-counts      sampled: how often each of them was drawn
-hidden      hidden: the states after some layers, at all positions of the row but the last
-attention   hidden: where it looked from there; then, if asked for, the relations of its values
+log_probs   nats at temperature 1
+indices     whose log-probabilities these are, where not all are stored
+hidden      the states after some layers, at all positions of the row but the last
+attention   the attention from there; then, if requested, the value relations
 
-Numbers are float16 or bfloat16, token ids and counts as narrow as they can be. Reading is
-memory-mapped: a student touches only its batch.
+Numbers are float16, token ids and counts as narrow as they can be. Reading is memory-mapped: a
+student reads no more than its batch.
 """
 
-import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +25,22 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from configs.runs import read_json
-from configs.schema import LabError, Recipe
-from tasks.rows import Batch, Chunks, Rows
-from teacher.model import Forward
-from teacher.signal import Inside, Signal, tail_of
+from configs.files import read_json, sha256_of_file
+from configs.schema import LabError
+from models.language import Forward
+from models.rows import Batch, Chunks, Rows
+from teacher.access import ACCESS
+from teacher.signal import HiddenSignal, Signal
 
-TINY = 1e-8  # deviation that a dimension of the states has at least
-HIDDEN_SAMPLE = 50_000  # positions that tell the mean and deviation of the states
+MIN_DEVIATION = 1e-8  # of a dimension of the states
+STATES_SAMPLE = 50_000  # positions that mean and deviation of the states are computed from
+AGAIN = "run train.py on the config again"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row and the columns of what the teacher revealed there, flat and packed: nothing wider is
-    kept until its shard is written."""
+    """One row and the columns of what the teacher revealed there, flat and narrow, as they are kept
+    in memory until the shard is written."""
 
     id: int
     tokens: np.ndarray
@@ -50,15 +48,15 @@ class Record:
     columns: dict[str, np.ndarray]
 
 
-def write_shard(file: Path, records: Iterator[Record], forward: Forward, vocabulary: int) -> None:
-    """One shard, and what it cost a counted teacher."""
+def write_shard(file: Path, records: Iterator[Record], forward: Forward) -> None:
+    """One shard, and the FLOPs that it cost a counted teacher."""
     before = getattr(forward, "flops", 0.0)
     ids, prompts, lists, tokens = [], [], {"tokens": []}, 0
     for record in records:
         tokens += len(record.tokens) - record.prompt_length
         ids.append(record.id)
         prompts.append(record.prompt_length)
-        lists["tokens"].append(narrow(record.tokens, vocabulary))
+        lists["tokens"].append(record.tokens)
         for name, values in record.columns.items():
             lists.setdefault(name, []).append(values)
     columns = {"id": pa.array(ids, pa.int64()), "prompt_length": pa.array(prompts, pa.int32())}
@@ -66,69 +64,12 @@ def write_shard(file: Path, records: Iterator[Record], forward: Forward, vocabul
     cost = {"flops": repr(getattr(forward, "flops", 0.0) - before), "tokens": str(tokens)}
     table = pa.table(columns).combine_chunks().replace_schema_metadata(cost)
     partial = file.with_name(f".{file.name}.partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    with open(partial, "rb") as written:
-        os.fsync(written.fileno())  # or a power cut may leave the name without the content
+    with open(partial, "wb") as sink:
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        sink.flush()
+        os.fsync(sink.fileno())  # or a power cut may leave the name without the content
     os.replace(partial, file)
-
-
-def revealed(
-    log_probs: Tensor | None,
-    recipe: Recipe,
-    generator: torch.Generator,
-    hidden: Tensor | None = None,
-    attention: Tensor | None = None,
-) -> dict[str, np.ndarray]:
-    """No more of a row than the access of the recipe reveals, as columns: from log_probs
-    [completion, V], hidden [row - 1, layers, W], attention [row - 1, layers, row - 1]."""
-    number_format = getattr(torch, recipe.stored_as)
-    if recipe.access == "text":
-        return {}
-    vocabulary = log_probs.shape[-1]
-    if recipe.access == "top_k":
-        top = log_probs.topk(recipe.k, dim=-1)
-        return {
-            "log_probs": packed(top.values, number_format),
-            "indices": narrow(top.indices.numpy().ravel(), vocabulary),
-            "tail": packed(tail_of(log_probs, top.indices), number_format),
-        }
-    if recipe.access == "sampled":
-        chances = log_probs.exp()
-        drawn = torch.multinomial(chances, recipe.k, replacement=True, generator=generator)
-        place = torch.arange(len(drawn))[:, None].expand_as(drawn)
-        keys, counts = torch.unique(place * vocabulary + drawn, return_counts=True)
-        rows, indices = keys // vocabulary, keys % vocabulary
-        return {
-            "log_probs": packed(log_probs[rows, indices], number_format),
-            "indices": narrow(indices.numpy(), vocabulary),
-            "counts": narrow(counts.numpy(), recipe.k + 1),
-            "draws": narrow(torch.bincount(rows, minlength=len(drawn)).numpy(), recipe.k + 1),
-        }
-    columns = {"log_probs": packed(log_probs, number_format)}
-    if recipe.access == "hidden":
-        columns["hidden"] = packed(hidden, number_format)
-        columns["attention"] = packed(attention, number_format)
-    return columns
-
-
-def narrow(values: np.ndarray, end: int) -> np.ndarray:
-    """Integers from 0 to end - 1 in as few bytes as they need."""
-    return values.astype(np.min_scalar_type(end - 1))
-
-
-def packed(values: Tensor, number_format: torch.dtype) -> np.ndarray:
-    """Flat; Arrow has no bfloat16, its bits go as integers. float64 stays what it is, for traces
-    that must agree on every machine."""
-    values = values if values.dtype == torch.float64 else values.to(number_format)
-    values = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
-    return values.numpy().ravel()
-
-
-def numbers(values: np.ndarray) -> Tensor:
-    """What `packed` packed."""
-    tensor = torch.from_numpy(values)
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
 
 def ragged(arrays: list[np.ndarray]) -> pa.LargeListArray:
@@ -136,30 +77,33 @@ def ragged(arrays: list[np.ndarray]) -> pa.LargeListArray:
     return pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(arrays)))
 
 
-def read_shard(file: Path) -> pa.Table:
-    """A shard, memory-mapped. LabError if it is none of ours, whatever its hash."""
+def read_shard(file: Path, columns: Sequence[str]) -> pa.Table:
+    """A shard with these list columns, memory-mapped. LabError if it is not one of ours, whatever
+    its hash."""
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
         table.validate()
-        table.select(["id", "prompt_length", "tokens"])
+        table.select(["id", "prompt_length"])
+        if not all(pa.types.is_large_list(table.schema.field(name).type) for name in columns):
+            raise ValueError("a column of lists is none")
         if any(column.num_chunks != 1 or column.null_count for column in table.columns):
-            raise ValueError("a column is in pieces, or has gaps")
+            raise ValueError("a column is chunked or has nulls")
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise LabError(
-            f"{file} is no shard of outputs ({' '.join(str(error).split())[:100]}); delete "
-            f"{file.parent} and run train.py on the config again"
+            f"{file} is not a shard of outputs ({' '.join(str(error).split())[:100]}); delete "
+            f"{file.parent} and {AGAIN}"
         ) from None
     return table
 
 
 def check_binding(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """LabError naming what differs, when outputs are not those that this training needs."""
+    """LabError naming what differs, if the outputs are not those that this training needs."""
     for key in dict.fromkeys([*expected, *found]):
         value = expected.get(key, "nothing")
         if found.get(key, "nothing") != value:
             raise LabError(
                 f"{folder} was made with another {key} ({str(found.get(key))[:16]}, expected "
-                f"{str(value)[:16]}); delete that folder and run train.py on the config again"
+                f"{str(value)[:16]}); delete that folder and {AGAIN}"
             )
 
 
@@ -167,35 +111,22 @@ class Outputs:
     """A folder of outputs, open for reading: `rows`, and the `signal` at the rows of a batch."""
 
     def __init__(self, folder: Path, binding: dict[str, Any] | None = None) -> None:
-        """LabError if a shard is missing or damaged, or if the outputs are bound to other things
-        than `binding` says."""
-        provenance = read_json(folder / "provenance.json")
-        if not isinstance(provenance, dict) or not all(
-            isinstance(provenance.get(key, 0), kind)
-            for key, kind in (("binding", dict), ("shards", dict | None))
-        ):
-            raise LabError(
-                f"{folder / 'provenance.json'} is damaged; delete {folder} and run train.py on the "
-                "config again"
-            )
+        """LabError if a shard is missing or damaged, or if the outputs are bound to something else
+        than `binding`."""
+        provenance = read_provenance(folder)
+        bound_to = provenance["binding"]
         if binding is not None:
-            check_binding(folder, provenance["binding"], binding)
-        tables = []
-        for name, digest in (provenance["shards"] or {}).items():
-            file = folder / name
-            if file.is_symlink() or file.parent != folder or Path(name).name != name:
-                raise LabError(f"{folder}: {name!r} is not a file of this folder; delete it")
-            if not file.exists() or sha256_of_file(file) != digest:
-                raise LabError(
-                    f"{file} is {'damaged' if file.exists() else 'missing'}; delete {folder} and "
-                    "run train.py on the config again"
-                )
-            tables.append(read_shard(file))
-        if not tables:
-            raise LabError(f"{folder} is not finished; run train.py on the config to go on")
-        self.k = provenance["binding"].get("k")
-        self.layers = len(provenance["binding"].get("hidden_layers", []))
-        self.maps = self.layers * (2 if provenance["binding"].get("relations") else 1)
+            check_binding(folder, bound_to, binding)
+        if not provenance["shards"]:
+            raise LabError(f"{folder} is not finished; run train.py on the config to resume")
+        self.access, self.k = ACCESS[bound_to["access"]], bound_to.get("k")
+        self.layers = len(bound_to.get("layers", []))
+        names = [*self.access.columns, *(("hidden", "attention") if self.layers else ())]
+        tables = [
+            verified_shard(folder, name, digest, ["tokens", *names])
+            for name, digest in provenance["shards"].items()
+        ]
+        self.maps = self.layers * (2 if bound_to.get("relations") else 1)
         tokens = [flat(table, "tokens") for table in tables]
         self.rows = Rows.build_flat(
             ids=Chunks([table["id"].chunk(0).to_numpy() for table in tables]),
@@ -204,85 +135,75 @@ class Outputs:
             prompt_lengths=np.concatenate([table["prompt_length"].to_numpy() for table in tables]),
         )
         self.shard_starts = np.cumsum([0, *(len(table) for table in tables)])
-        names = ("log_probs", "indices", "tail", "draws", "counts", "hidden", "attention")
-        columns = (
-            [flat(table, name) for table in tables if name in table.column_names] for name in names
-        )
-        self.values, self.indices, self.tail, self.draws, self.counts = islice(columns, 5)
-        self.hidden, self.attention = columns
-        if self.indices and not (self.tail or self.draws):
-            raise LabError(
-                f"{folder} does not say how likely all but the top {self.k} were, as an older "
-                "version made it; delete that folder and run train.py on the config again"
-            )
-        if self.hidden:
-            positions = int((self.rows.lengths - 1).sum())
-            self.hidden_width = sum(len(v) for v, _ in self.hidden) // (positions * self.layers)
-            every = max(1, positions // HIDDEN_SAMPLE)  # rows come in the order of the alphabet
-            shape = (-1, self.layers, self.hidden_width)
-            sample = [numbers(v.reshape(shape)[::every].copy()) for v, _ in self.hidden]
-            states = torch.cat(sample)
-            states = states if states.dtype == torch.float64 else states.float()
-            self.hidden_mean, self.hidden_scale = states.mean(0), states.std(0) + TINY
+        self.columns = {name: [flat(table, name) for table in tables] for name in names}
+        if self.layers:
+            self.measure_states()
         # whose completion and log-probabilities row i has
         self.source = np.arange(len(self.rows), dtype=np.int32)
 
-    def shuffle(self, seed: int) -> "Outputs":
-        """Give every row the outputs of another row (a control): prompts stay, answers move.
+    def measure_states(self) -> None:
+        """The mean and deviation of every dimension of the states, from a sample of positions."""
+        positions, stored = int((self.rows.lengths - 1).sum()), self.columns["hidden"]
+        self.width = sum(len(values) for values, _ in stored) // (positions * self.layers)
+        every = max(1, positions // STATES_SAMPLE)  # rows come in alphabetical order
+        shape = (-1, self.layers, self.width)
+        sample = [torch.from_numpy(v.reshape(shape)[::every].copy()) for v, _ in stored]
+        states = torch.cat(sample)
+        states = states if states.dtype == torch.float64 else states.float()
+        self.states_mean, self.states_scale = states.mean(0), states.std(0) + MIN_DEVIATION
 
-        Within prompts of one length, so that states stay at their positions and the control gets
-        answers of the right length for the wrong word. A prompt that is alone in its length would
-        keep its own answer; it is left out.
+    def shuffled(self, seed: int) -> "Outputs":
+        """The same with the outputs of another row for every row (a control): prompts stay, answers
+        move.
+
+        Rows are exchanged among prompts of one length, so that states stay at their positions and
+        the control gets answers of plausible length for the wrong prompt. The only prompt of its
+        length would keep its own answer; it is dropped.
         """
         order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self.rows))
         lengths = self.rows.prompt_lengths[order]
         groups = [order[lengths == length] for length in np.unique(lengths)]
+        source = self.source.copy()
         for group in groups:
-            self.source[group] = np.roll(group, 1)
+            source[group] = np.roll(group, 1)
         kept = np.sort(np.concatenate([group for group in groups if len(group) > 1]))
-        self.source = self.source[kept]
-        own, others = self.rows.take(kept), self.rows.take(self.source)
-        others.tokens[others.in_prompt()] = own.tokens[own.in_prompt()]  # prompts of equal lengths
-        self.rows = Rows(own.ids, others.tokens, others.offsets, others.prompt_lengths)
-        return self
+        source = source[kept]
+        asked, answered = self.rows.take(kept), self.rows.take(source)
+        answered.tokens[answered.in_prompt()] = asked.tokens[asked.in_prompt()]  # equal lengths
+        rows = Rows(asked.ids, answered.tokens, answered.offsets, answered.prompt_lengths)
+        return self.with_rows(rows, source)
 
-    def keep(self, places: np.ndarray) -> "Outputs":
-        """Only some of the rows."""
-        self.rows, self.source = self.rows.take(places), self.source[places]
-        return self
+    def keep(self, indices: np.ndarray) -> "Outputs":
+        """The same with only some of the rows."""
+        return self.with_rows(self.rows.take(indices), self.source[indices])
+
+    def with_rows(self, rows: Rows, source: np.ndarray) -> "Outputs":
+        other = copy(self)
+        other.rows, other.source = rows, source
+        return other
 
     def signal(self, batch: Batch) -> Signal:
         """What the teacher revealed at the counted positions of a batch of `rows`."""
-        if not self.values:
-            return Signal(batch.targets)
-        log_probs = numbers(self.pieces(self.values, batch))
-        if not self.indices:
-            return Signal(batch.targets, log_probs.view(len(batch.targets), -1))
-        indices = torch.from_numpy(self.pieces(self.indices, batch).astype(np.int64))
-        if not self.draws:
-            shape, tail = (len(batch.targets), self.k), numbers(self.pieces(self.tail, batch))
-            return Signal(batch.targets, log_probs.view(shape), indices.view(shape), tail=tail)
-        draws = torch.from_numpy(self.pieces(self.draws, batch).astype(np.int64))
-        counts = torch.from_numpy(self.pieces(self.counts, batch).astype(np.float32))
-        filled = torch.arange(int(draws.max())) < draws[:, None]
-        return Signal(
-            batch.targets,
-            *(
-                torch.zeros(filled.shape, dtype=values.dtype).masked_scatter(filled, values)
-                for values in (log_probs, indices, counts / self.k)
-            ),
-        )
+        self.check_rows(batch)
+        columns = {name: self.values(name, batch) for name in self.access.columns}
+        return self.access.read(columns, batch.targets, self.k)
 
-    def inside(self, batch: Batch) -> Inside:
-        """States and attention at all positions of a batch of `rows` (access `hidden`)."""
+    def hidden(self, batch: Batch) -> HiddenSignal:
+        """States and attention at all positions of a batch of `rows` (with request.layers)."""
+        self.check_rows(batch)
         positions = int(batch.positions.sum())
-        states = numbers(self.pieces(self.hidden, batch)).view(positions, self.layers, -1)
-        attention = padded(self.slices(self.attention, batch), batch.positions, self.maps)
-        return Inside(self.standardise(states), attention)
+        states = torch.from_numpy(self.values("hidden", batch)).view(positions, self.layers, -1)
+        maps = padded(self.pieces("attention", batch), batch.positions, self.maps)
+        return HiddenSignal.of_maps(self.standardise(states), maps)
 
-    def slices(self, shards: list[tuple[np.ndarray, np.ndarray]], batch: Batch) -> list[np.ndarray]:
+    def check_rows(self, batch: Batch) -> None:
+        """A batch of other rows would silently get the outputs of these."""
+        if not np.array_equal(self.rows.ids[batch.indices], batch.ids):
+            raise ValueError("this batch was not built from the rows of these outputs")
+
+    def pieces(self, column: str, batch: Batch) -> list[np.ndarray]:
         """The stored values of each row of a batch, memory-mapped."""
-        rows = self.source[batch.indices]
+        shards, rows = self.columns[column], self.source[batch.indices]
         held_by = np.searchsorted(self.shard_starts, rows, side="right") - 1
         places = rows - self.shard_starts[held_by]
         found = []
@@ -291,46 +212,59 @@ class Outputs:
             found.append(values[offsets[place] : offsets[place + 1]])
         return found
 
-    def pieces(self, shards: list[tuple[np.ndarray, np.ndarray]], batch: Batch) -> np.ndarray:
+    def values(self, column: str, batch: Batch) -> np.ndarray:
         """The stored values of the rows of a batch, one after the other."""
-        return np.concatenate(self.slices(shards, batch))
+        return np.concatenate(self.pieces(column, batch))
 
-    def standardise(self, hidden: Tensor) -> Tensor:
+    def standardise(self, states: Tensor) -> Tensor:
         """States [P, layers, W] with mean 0 and variance 1 in every dimension: the large ones of a
-        deep layer would otherwise be all that a student looks at."""
-        return (hidden.to(self.hidden_mean.dtype) - self.hidden_mean) / self.hidden_scale
+        deep layer would otherwise dominate the loss."""
+        return (states.to(self.states_mean.dtype) - self.states_mean) / self.states_scale
 
     def mean_entropy(self) -> float:
-        """Of the teacher's distributions over all positions, in nats (access `logits`)."""
+        """Of the teacher's distributions over all positions, in nats (of whole distributions)."""
         total = 0.0
-        for values, _ in self.values:
-            log_probs = numbers(values.copy()).float()
+        for values, _ in self.columns["log_probs"]:
+            log_probs = torch.from_numpy(values.copy()).float()
             total -= float((log_probs.exp() * log_probs).double().sum())
-        return total / self.positions
-
-    @property
-    def positions(self) -> int:
-        """Tokens that something was revealed for."""
-        return int((self.rows.lengths - self.rows.prompt_lengths).sum())
+        return total / int((self.rows.lengths - self.rows.prompt_lengths).sum())
 
 
-def padded(pieces: list[np.ndarray], positions: Tensor, layers: int) -> Tensor:
-    """Attention of rows of n positions, each [n, layers, n], as one [P, layers, L]. `positions`
-    [B, L] says which of a row are its own."""
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """LabError if it has not the structure of one."""
+    provenance = read_json(folder / "provenance.json")
+    if not isinstance(provenance, dict) or not all(
+        isinstance(provenance.get(key, 0), kind)
+        for key, kind in (("binding", dict), ("shards", dict | None))
+    ):
+        raise LabError(f"{folder / 'provenance.json'} is damaged; delete {folder} and {AGAIN}")
+    return provenance
+
+
+def verified_shard(folder: Path, name: str, digest: str, columns: Sequence[str]) -> pa.Table:
+    """A shard whose content has the recorded hash. LabError if it has not."""
+    file = folder / name
+    if file.is_symlink() or file.parent != folder or Path(name).name != name:
+        raise LabError(f"{folder}: {name!r} is not a file of this folder; delete it")
+    if not file.exists() or sha256_of_file(file) != digest:
+        raise LabError(
+            f"{file} is {'damaged' if file.exists() else 'missing'}; delete {folder} and {AGAIN}"
+        )
+    return read_shard(file, columns)
+
+
+def padded(pieces: list[np.ndarray], positions: Tensor, maps: int) -> Tensor:
+    """Maps of rows of n positions, each [n, maps, n], as one [P, maps, L]. `positions` [B, L] says
+    which positions of a row are its own."""
     counts = positions.sum(1)
-    values = numbers(np.concatenate(pieces))
+    values = torch.from_numpy(np.concatenate(pieces))
     precision = torch.promote_types(values.dtype, torch.float32)
-    own = torch.arange(positions.shape[1]) < counts.repeat_interleave(counts)[:, None, None]
-    whole = torch.zeros((len(own), layers, positions.shape[1]), dtype=precision)
-    return whole.masked_scatter(own, values.to(precision))
+    filled = torch.arange(positions.shape[1]) < counts.repeat_interleave(counts)[:, None, None]
+    full = torch.zeros((len(filled), maps, positions.shape[1]), dtype=precision)
+    return full.masked_scatter(filled, values.to(precision))
 
 
 def flat(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
     """A list column as its values, memory-mapped, and its offsets."""
     chunk = table[column].chunk(0)
     return chunk.values.to_numpy(zero_copy_only=True), chunk.offsets.to_numpy()
-
-
-def sha256_of_file(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What the training loop writes down: a progress bar, log lines, metrics, the learning curve."""
+"""The log of a training: a progress bar, log lines, metrics.jsonl, the learning curve."""
 
 import multiprocessing
 import time
@@ -8,20 +8,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from configs.runs import Run
+from experiment.run import Run
+from models.language import logits_at
+from models.rows import Rows, collate
 from student import chunked
 from student.objectives import cross_entropy
-from tasks.rows import Rows, collate
 from tasks.task import Task
 from teacher.signal import Signal
 
-VALIDATIONS = 10  # times that a model meets the validation rows, for its learning curve
+VALIDATIONS = 10  # points of a learning curve
 VALIDATION_ROWS = 256  # the same for all models; twice as many would slow a small training by 3 %
-VALIDATION_BATCH = 64  # on a CPU larger ones leave the cache and take longer
+VALIDATION_BATCH = 64  # larger ones leave a CPU's cache and take longer
 
 
-class Journal:
-    """The log of one stage: a progress bar, a line every so often, the same in metrics.jsonl."""
+class TrainingLog:
+    """The log of one stage: a progress bar, and lines on screen and in metrics.jsonl."""
 
     def __init__(
         self,
@@ -29,7 +30,7 @@ class Journal:
         stage: str,
         task: Task,
         validation: Rows,
-        steps: int | None,  # None: a budget ends it, whatever the steps
+        steps: int | None,  # None: a FLOPs budget ends the training
         first: int,
         progress: float,
     ) -> None:
@@ -49,7 +50,7 @@ class Journal:
             disable=True if multiprocessing.parent_process() else None,
         )
 
-    def note(
+    def record(
         self,
         step: int,
         progress: float,
@@ -59,11 +60,11 @@ class Journal:
         flops: float,
         tokens: int,
     ) -> bool:
-        """After `step` steps, so much of the training: write a line if one is due, and say so."""
+        """After `step` steps: write a line if one is due; returns whether it was."""
         self.bar.update()
         self.losses.append(loss)
         self.tokens += tokens
-        if step % self.every and progress < 1 and step > 1:  # the first loss is worth a check
+        if step % self.every and progress < 1 and step > 1:  # the self-check reads the first loss
             return False
         loss = float(torch.stack(self.losses).mean())
         speed = self.tokens / (time.perf_counter() - self.started)
@@ -89,19 +90,19 @@ def validations_by(progress: float) -> int:
 
 @torch.no_grad()
 def validation_nll(model: nn.Module, task: Task, rows: Rows) -> float:
-    """Nats per answer token on the validation rows of the lowest ids (which are hashes)."""
+    """Nats per answer token on the validation rows with the lowest ids (which are hashes)."""
     model.eval()
     chosen = np.argsort(rows.ids)[:VALIDATION_ROWS]
     chosen = chosen[np.argsort(rows.lengths[chosen], kind="stable")]
     total, positions = 0.0, 0
     for indices in np.array_split(chosen, -(-len(chosen) // VALIDATION_BATCH)):
-        batch = collate(rows, indices, task.tokenizer.pad_token_id)
-        signal, vocabulary = Signal(batch.targets).to(model.device), len(task.tokenizer)
+        batch = collate(rows, indices, task.pad)
+        signal, vocabulary = Signal(batch.targets).to(model.device), task.vocabulary
         if vocabulary >= chunked.LARGE:
             losses = chunked.losses_in_chunks(model, batch, cross_entropy, signal, vocabulary)
         else:
-            shown = model(batch.input_ids.to(model.device), use_cache=False)
-            losses = cross_entropy(shown.logits[batch.counted][:, :vocabulary], signal)
+            output = model(batch.input_ids.to(model.device), use_cache=False)
+            losses = cross_entropy(logits_at(output, batch, vocabulary), signal)
         total += float(losses.sum())
         positions += len(losses)
     model.train()

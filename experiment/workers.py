@@ -1,6 +1,6 @@
-"""Work side by side: processes that share the threads of a machine.
+"""Worker processes that share the threads of a machine.
 
-Tiny models gain little from a second thread, but two of them train side by side.
+Tiny models gain little from a second thread; two of them train side by side instead.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def side_by_side(
     jobs: dict[str, tuple], workers: int, opened: Callable[..., None], arguments: tuple
 ) -> Iterator[tuple[str, Any]]:
-    """Run {name: (function, *arguments)} in so many processes; yields (name, result) as each ends.
+    """Run {name: (function, *arguments)} in `workers` processes; yields (name, result) as each ends.
 
     Every process first calls `opened(*arguments)`, with its share of the threads set. An exception
     in a job ends them all and is raised here; a process that was killed is a LabError.
@@ -46,8 +46,8 @@ def side_by_side(
                 yield running[done], done.result()
         except BrokenProcessPool:
             raise LabError(
-                "a worker was killed from outside, perhaps for memory; the same command goes on, "
-                "workers=1 under another name=... needs less"
+                "a worker was killed from outside, perhaps for memory; rerun the same command to "
+                "resume, or use workers=1 under another name=..., which needs less"
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -57,27 +57,27 @@ def side_by_side(
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next one, up to 256 MB. It hands back most
-    of it otherwise, and asks for it again at every step of a small model."""
+    """Let the C library keep up to 256 MB that a step frees for the next one. Otherwise it returns
+    most of it to the system and requests it again, at every step of a small model."""
     of_glibc("mallopt", M_MMAP_THRESHOLD, 32 * 2**20)
     of_glibc("mallopt", M_TRIM_THRESHOLD, 256 * 2**20)
 
 
 def return_freed_memory() -> None:
-    """Hand back to the system what the C library keeps for later: after making outputs, half of
-    what this process holds."""
+    """Return to the system what the C library keeps: after making outputs, half of what this
+    process holds."""
     of_glibc("malloc_trim", 0)
 
 
 def of_glibc(function: str, *arguments: int) -> None:
-    """Call what glibc alone has; other systems keep little, or cannot be told."""
+    """Call a function that only glibc has; other systems keep little, or have no such setting."""
     called = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
     if called:
         called(*arguments)
 
 
 def start_worker(threads: int, opened: Callable[..., None], arguments: tuple) -> None:
-    """It leaves Ctrl-C to its parent, and ends when that ends, leaving nothing behind."""
+    """A worker leaves Ctrl-C to its parent, and ends when the parent does."""
     tqdm.set_lock(RLock())  # its own would be a semaphore of the system
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -1,7 +1,7 @@
-"""Does a run hold? Compared with the committed result of its config, or with another run.
+"""Check a run against the committed result of its config, or compare it with another run.
 
-A run on another machine can not be equal to the bit: the order of float32 sums differs between
-thread counts and processors. So a check first says what to expect, and then which tier was met:
+A run on another machine cannot be bit-equal: the order of float32 sums differs between thread
+counts and processors. So a check first says what to expect, and then which tier was met:
 
 A   bit-equal: every model and every outputs shard has the committed hash
 B   a float64 trace: every loss equal to 1e-9, on any CPU, thread count and operating system
@@ -9,25 +9,35 @@ C   every metric inside the committed band
 D   different, or made from other rows or with another tokenizer
 
 The bands are two-sided normal tolerance intervals over the seeds of reference runs (Howe 1969,
-JASA 64, 610-620): with 95 % confidence they hold all m metrics of 95 % of all seeds at once, so
-each has a coverage of 1 - 5 % / m (Bonferroni). A rerun is accepted by reference runs, not by a
-guess, as in MLPerf's reference convergence points (Mattson et al. 2020, arXiv 1910.01500, section
+JASA 64, 610-620): with 95 % confidence they contain all m metrics of 95 % of all seeds at once, so
+each has a coverage of 1 - 5 % / m (Bonferroni). Reference runs decide whether a rerun is accepted,
+as in MLPerf's reference convergence points (Mattson et al. 2020, arXiv 1910.01500, section
 3.3). Every seed of a rerun must lie in the band, not their mean alone.
 """
 
 import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from configs.runs import Run, differences
-from configs.schema import LabError
-from measure.tables import arms_in
+from configs.files import differences, read_json, write_atomically
+from configs.schema import Config, LabError, nearest
+from experiment.environment import evaluation_sha256
+from experiment.experiment import open_model, open_outputs
+from experiment.reading import check_config
+from experiment.run import Run
+from measure.report.page import render_check
+from measure.report.tables import per_seed_values
 
 COVERAGE = CONFIDENCE = 0.95
-FLOOR = 0.001  # least half-width: a metric at its end (0 of 6,298 words) has no deviation to tell
+MIN_HALF_WIDTH = 0.001  # a metric at its end (0 of 6,298 words) has no deviation
 TRACE_TOLERANCE = 1e-9
+# Keys of a config that say how a machine runs it, not what is run.
+MACHINE = ("name:", "threads:", "workers:", "cost.", "checkpoint_")
 # What changes the last bits of float32, in order of likelihood.
 BITS = (
     "code",
@@ -52,18 +62,6 @@ def tolerance_factor(n: int, coverage: float = COVERAGE) -> float:
     return z * math.sqrt((n - 1) * (1 + 1 / n) / spread)
 
 
-def metrics_of(result: dict[str, Any]) -> dict[str, list[float]]:
-    """{"distilled sequence_agreement": one value per seed} of all arms and splits."""
-    found = {}
-    for arm, entry in arms_in(result).items():
-        for split in (entry, entry.get("long", {})):
-            for group in ("quality", "fidelity"):
-                for name, metric in split.get(group, {}).items():
-                    key = f"{arm} {name}" + ("" if split is entry else " (long words)")
-                    found[key] = metric["per_seed"]
-    return found
-
-
 def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The band of every metric over the seeds of several results of one config; None for fewer
     than 10 of them."""
@@ -71,21 +69,21 @@ def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     students = [(r["config"]["teacher"]["seed"], seed) for r in results for seed in r["seeds"]]
     if len(set(students)) < len(students):
         raise LabError(
-            "two of these runs hold the same student (teacher.seed and seed): a band of runs that "
-            "repeat each other is too narrow; leave one away"
+            "two of these runs hold the same student (teacher.seed and seed): a band of repeated "
+            "runs is too narrow; remove one"
         )
     for result in results:
-        for key, values in metrics_of(result).items():
+        for key, values in per_seed_values(result).items():
             pooled.setdefault(key, []).extend(values)
     if sum(len(result["seeds"]) for result in results) < 10:
         return None
     found = {}
     for key, values in pooled.items():
         if len(values) < 2:
-            continue  # one teacher says nothing of how teachers differ
+            continue  # one teacher has no deviation
         mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
         factor = tolerance_factor(len(values), 1 - (1 - COVERAGE) / len(pooled))
-        reach = max(factor * deviation, FLOOR)
+        reach = max(factor * deviation, MIN_HALF_WIDTH)
         found[key] = {"values": values, "low": mean - reach, "high": mean + reach}
     return found
 
@@ -96,7 +94,7 @@ def expected_tier(environments: list[dict[str, Any]], precision: str) -> tuple[s
     differing = [key for key in BITS if any(e.get(key) != flat[0].get(key) for e in flat)]
     if not differing:
         return "A", "same code, torch, processor and threads"
-    why = "another " + ", ".join(differing)
+    why = "different " + ", ".join(differing)
     return ("B" if precision == "float64" else "C"), why
 
 
@@ -112,21 +110,23 @@ def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[
     hashes = reference["artifacts"]
     same = [key for key, value in hashes.items() if result["artifacts"].get(key) == value]
     inside, outside = inside_bands(result, reference)
-    parted = trace_parts(result.get("trace") or {}, reference.get("trace") or {})
-    figures = metrics_of(result) == metrics_of(reference)
+    diverged = trace_differences(result.get("trace") or {}, reference.get("trace") or {})
+    equal_figures = per_seed_values(result) == per_seed_values(reference)
     data = all(key in same for key in ("rows", "tokenizer") if key in hashes)
     data &= result.get("rows") == reference.get("rows", result.get("rows"))
-    if len(same) == len(hashes) == len(result["artifacts"]) and figures and data:
+    if len(same) == len(hashes) == len(result["artifacts"]) and equal_figures and data:
         tier = "A"
     elif precision == "float64":
-        tier = "B" if data and reference.get("trace") and not parted else "D"
+        tier = "B" if data and reference.get("trace") and not diverged else "D"
     else:
         tier = "C" if data and inside and not outside else "D"
-    first = next((key for key in hashes if key not in same), None if figures else "the metrics")
+    first = next(
+        (key for key in hashes if key not in same), None if equal_figures else "the metrics"
+    )
     lines = [
         f"expected  tier {expected}: {why}",
         f"hashes    {len(same)} of {len(hashes)} equal" + (f", not {first}" if first else ""),
-        trace_line(parted, reference) if precision == "float64" else band_line(inside, outside),
+        trace_line(diverged, reference) if precision == "float64" else band_line(inside, outside),
         f"tier      {tier}: {MEANINGS[tier]}"
         + (f", where {expected} was expected" if expected < tier < "D" else ""),
     ]
@@ -142,12 +142,12 @@ MEANINGS = {
 
 
 def inside_bands(result: dict[str, Any], reference: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Metrics whose every seed lies in the band, and those outside, the worst first."""
-    found = metrics_of(result)
+    """Metrics with every seed inside the band, and those outside, the worst first."""
+    found = per_seed_values(result)
     misses = {}
     for key, band in (reference.get("bands") or {}).items():
         middle, half = (band["high"] + band["low"]) / 2, (band["high"] - band["low"]) / 2
-        values = np.asarray(found.get(key, [math.nan]), float)  # a metric that is gone is outside
+        values = np.asarray(found.get(key, [math.nan]), float)  # a missing metric is outside
         misses[key] = float(np.max(np.nan_to_num(np.abs(values - middle), nan=math.inf))) - half
     outside = sorted((key for key in misses if misses[key] > 0), key=lambda key: -misses[key])
     return [key for key in misses if misses[key] <= 0], outside
@@ -155,36 +155,38 @@ def inside_bands(result: dict[str, Any], reference: dict[str, Any]) -> tuple[lis
 
 def band_line(inside: list[str], outside: list[str]) -> str:
     if not inside and not outside:
-        return "bands     none are committed for this config: hashes alone can tell"
+        return "bands     none are committed for this config: only hashes can decide"
     text = f"bands     {len(inside)} of {len(inside) + len(outside)} metrics inside"
     return text + (f", outside: {', '.join(outside[:3])}" if outside else "")
 
 
-def trace_parts(trace: dict[str, list[float]], reference: dict[str, list[float]]) -> list[str]:
-    """`stage at step n: loss there, loss here` for every stage whose losses part."""
-    parted = [f"{stage}: not there" for stage in trace if stage not in reference]
+def trace_differences(
+    trace: dict[str, list[float]], reference: dict[str, list[float]]
+) -> list[str]:
+    """`stage at step n: loss there, loss here` for every stage whose losses differ."""
+    differing = [f"{stage}: not there" for stage in trace if stage not in reference]
     for stage, expected in reference.items():
         found = trace.get(stage, [])
         if len(found) != len(expected):
-            parted.append(f"{stage}: {len(found)} steps here, {len(expected)} there")
+            differing.append(f"{stage}: {len(found)} steps here, {len(expected)} there")
             continue
         apart = ~(np.abs(np.subtract(found, expected)) <= TRACE_TOLERANCE)  # nan too
         if apart.any():
             step = int(apart.argmax())
-            parted.append(f"{stage} at step {step + 1}: {found[step]!r} and {expected[step]!r}")
-    return parted
+            differing.append(f"{stage} at step {step + 1}: {found[step]!r} and {expected[step]!r}")
+    return differing
 
 
-def trace_line(parted: list[str], reference: dict[str, Any]) -> str:
+def trace_line(diverged: list[str], reference: dict[str, Any]) -> str:
     losses = reference.get("trace") or {}
     stages, steps = len(losses), sum(map(len, losses.values()))
-    if parted:
-        return f"trace     parts in {len(parted)} of {stages} stages, first {parted[0]}"
+    if diverged:
+        return f"trace     differs in {len(diverged)} of {stages} stages, first {diverged[0]}"
     return f"trace     {steps} losses of {stages} stages equal to {TRACE_TOLERANCE:g}"
 
 
 def compare_runs(a: Run, b: Run) -> list[str]:
-    """What differs between two runs, in order of likely cause, and where their losses part."""
+    """What differs between two runs, in order of likely cause, and where their losses diverge."""
     here, there = a.manifest["environment"], b.manifest["environment"]
     config_a, config_b = (run.config().model_dump(mode="json") for run in (a, b))
     seeds = [(c.pop("seeds"), c["teacher"].pop("seed")) for c in (config_a, config_b)]
@@ -213,16 +215,16 @@ def compare_runs(a: Run, b: Run) -> list[str]:
     lines.append(f"{'hashes':<9} {len(same)} of {len(common)} equal")
     traces = losses_of(a), losses_of(b)
     stages = dict.fromkeys([*traces[0], *traces[1]])
-    parted = [line for stage in stages for line in where_they_part(stage, *traces)]
-    if parted:
-        lines.append(f"{'losses':<9} part: " + "; ".join(parted[:3]))
+    diverged = [line for stage in stages for line in first_difference(stage, *traces)]
+    if diverged:
+        lines.append(f"{'losses':<9} diverge: " + "; ".join(diverged[:3]))
     else:
         lines.append(f"{'losses':<9} equal")
     return lines
 
 
-def where_they_part(stage: str, a: dict, b: dict) -> list[str]:
-    """The first logged step of a stage at which two runs have other losses, or only one has any."""
+def first_difference(stage: str, a: dict, b: dict) -> list[str]:
+    """The first logged step of a stage at which two runs differ in loss, or only one has any."""
     here, there = a.get(stage, {}), b.get(stage, {})
     for step in sorted(here.keys() | there.keys()):
         if here.get(step) != there.get(step):
@@ -247,3 +249,51 @@ def artifacts_of(run: Run) -> dict[str, str]:
     stages = run.manifest["stages"].items()
     made = {stage: made["sha256"] for stage, made in stages if "sha256" in made}
     return {**run.manifest.get("data", {}), **made}
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def other_configs(stored: dict[str, Any], config: Config, ignored: tuple[str, ...]) -> list[str]:
+    """Where a stored config differs from this one, except in the keys `ignored`; a key that it does
+    not have is at its default."""
+    there = check_config(stored, "the stored config").model_dump(mode="json")
+    found = differences(there, config.model_dump(mode="json"))
+    return [line for line in found if not line.startswith(ignored)]
+
+
+def check_run(
+    run: Run, config: Config, name: str, results: Path, evaluate: Callable[[], None]
+) -> int:
+    """Compare a run with results/<name>.json and print the four lines of the check; 0 if it holds,
+    1 if it is different. Every model and shard is verified; a missing or outdated eval.json is made
+    anew by `evaluate`."""
+    file = results / f"{name}.json"
+    if not file.exists():
+        known = [found.stem for found in results.glob("*.json")]
+        raise LabError(f"no {file} to check against{nearest(name, known)}; there are {known}")
+    reference = read_json(file)
+    differing = other_configs(reference["config"], config, MACHINE)
+    if differing:
+        raise LabError(f"{run.folder} has another config than {file}: {differing[0]}")
+    for stage in run.manifest["stages"]:
+        (open_outputs if stage.startswith("outputs/") else open_model)(run, stage)
+    if not is_current(run):
+        evaluate()
+    result = read_json(run.folder / "eval.json")
+    tier, lines = check(result, reference)
+    print("\n".join(lines))
+    try:
+        write_atomically(run.folder / "check.html", render_check(result, reference, lines))
+    except OSError as error:  # a folder that can only be read
+        print(f"check.html is not written: {error}", file=sys.stderr)
+    return 1 if tier == "D" else 0
+
+
+def is_current(run: Run) -> bool:
+    """Whether eval.json describes these very models and outputs, by this very code."""
+    if not (run.folder / "eval.json").exists():
+        return False
+    result = read_json(run.folder / "eval.json")
+    same_code = result.get("environment", {}).get("evaluation") == evaluation_sha256()
+    return same_code and result.get("artifacts") == artifacts_of(run)

@@ -1,11 +1,10 @@
-"""A run's folder: where its files are, how they are written, and what happened in it.
+"""A run's folder: where its files are, and what happened in it.
 
-Everything is written to a temporary name and moved into place, so a reader, or a run that was
-killed, sees a file whole or not at all. JSON, YAML, safetensors and Arrow only: nothing here is
-ever unpickled.
+Every file is written to a temporary name and moved into place, so a reader, or a run that was
+killed, sees it complete or not at all. JSON, YAML, safetensors and Arrow only: nothing is
+unpickled.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -17,67 +16,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file
 
-from configs.reading import check_config, read_text, read_yaml
+from configs.files import (
+    differences,
+    read_json,
+    read_text,
+    read_yaml,
+    write_atomically,
+    write_json,
+)
 from configs.schema import Config, LabError
+from experiment.reading import check_config
 
-SCHEMA = 1
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a small file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """LabError where the file is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LabError(f"no {path}; is this the folder of a run that train.py made?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LabError(f"{path} is damaged ({error}); run train.py on its config again") from None
-
-
-def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """One hash over names, types, shapes and bytes: the same model has the same hash, whatever
-    the bytes of its file (the order of safetensors metadata is not stable)."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def sha256_of_model(folder: Path) -> str:
-    """The tensor hash of a saved model. LabError if its file is missing or damaged."""
-    file = folder / "model.safetensors"
-    try:
-        return sha256_of_tensors(load_file(file))
-    except FileNotFoundError:
-        raise LabError(f"no {file}; run train.py on the config again") from None
-    except Exception as error:
-        raise LabError(
-            f"{file} is damaged ({error}); delete {folder} and run train.py on the config again"
-        ) from None
+SCHEMA = 2
 
 
 def now() -> str:
@@ -96,7 +49,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path, config: Config, environment: dict[str, Any]) -> "Run":
-        """Open or continue a run for training. LabError if the folder holds another config."""
+        """Open or resume a run for training. LabError if the folder holds another config."""
         run = cls(folder)
         settings = config.model_dump(mode="json")
         if (folder / "config.yaml").exists():
@@ -107,9 +60,9 @@ class Run:
                     "give this one another name=..., or delete the folder"
                 )
             run.reload().check_schema()
-            run.reopen_what_is_gone()
+            run.reopen_missing_stages()
         else:
-            begun = {"manifest.json", "ledger.json"}  # all there is if the very start was killed
+            begun = {"manifest.json", "ledger.json"}  # what a killed start leaves
             if any(p.name not in begun and p.name[:4] != "run." for p in folder.glob("[!.]*")):
                 raise LabError(f"{folder} exists and holds no run; choose another name=...")
             run.manifest = {"schema": SCHEMA, "started": now(), "finished": None, "stages": {}}
@@ -119,33 +72,33 @@ class Run:
                 folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, width=100)
             )
         if not run.manifest["finished"]:
-            run.note_environment(environment)
+            run.record_environment(environment)
             run.save()
         return run
 
     @classmethod
     def finished(cls, folder: str | Path) -> "Run":
-        """Open a finished run for reading. LabError if it is missing, half-written or too new."""
+        """Open a finished run for reading. LabError if it is missing, unfinished or too new."""
         run = cls(folder)
         if not run.folder.is_dir():
             raise LabError(f"no run folder {run.folder}; train.py CONFIG makes one under runs/")
         run.reload().check_schema()
         if not run.manifest.get("finished"):
-            raise LabError(f"{run.folder} is not finished; run train.py on its config to go on")
+            raise LabError(f"{run.folder} is not finished; run train.py on its config to resume")
         return run
 
     def reload(self) -> "Run":
-        """Read the books anew. LabError if they are not those of a run."""
+        """Read manifest and ledger again. LabError if they are not those of a run."""
         self.manifest = read_json(self.folder / "manifest.json")
         self.ledger = read_json(self.folder / "ledger.json")
-        books = isinstance(self.manifest, dict) and isinstance(self.ledger, list)
-        stages = self.manifest.get("stages") if books else None
+        valid = isinstance(self.manifest, dict) and isinstance(self.ledger, list)
+        stages = self.manifest.get("stages") if valid else None
         if not isinstance(stages, dict):
             raise LabError(f"{self.folder}: its manifest.json and ledger.json are not a run's")
         for stage in stages:
             if not re.fullmatch(r"[A-Za-z0-9_-][\w.+-]*(/[A-Za-z0-9_-][\w.+-]*)*", stage):
                 raise LabError(
-                    f"{self.folder / 'manifest.json'}: {stage[:40]!r} is no stage of a run; train "
+                    f"{self.folder / 'manifest.json'}: {stage[:40]!r} is not a stage of a run; train "
                     "again under another name=..."
                 )
         return self
@@ -158,24 +111,30 @@ class Run:
                 f"{SCHEMA}; train it again under another name=..."
             )
 
-    def reopen_what_is_gone(self) -> None:
-        """Stages whose folder somebody deleted, as damaged ones should be, are to be done again."""
+    def reopen_missing_stages(self) -> None:
+        """Stages whose folder was deleted, as damaged ones should be, are made again."""
         stages = self.manifest["stages"]
         for stage in [stage for stage in stages if not (self.folder / stage).is_dir()]:
-            print(f"{self.folder / stage} is gone: it is made again")
+            print(f"{self.folder / stage} is missing: it is made again")
             del stages[stage]
             self.manifest["finished"] = None
 
-    def note_environment(self, here: dict[str, Any]) -> None:
-        """Where the run goes on. What it was before is kept if it made any stage in another one."""
+    def record_environment(self, here: dict[str, Any]) -> None:
+        """Where the run continues. The environment before is kept if it made any stage."""
         before = self.manifest.get("environment")
-        if before and self.manifest["stages"] and differences(before, here):
-            self.manifest.setdefault("earlier_environments", []).append(before)
+        if before and self.manifest["stages"]:
+            self.keep_environment(before, here)
         self.manifest["environment"] = here
+
+    def keep_environment(self, other: dict[str, Any], here: dict[str, Any]) -> None:
+        """Another environment in which a stage of this run was made."""
+        earlier = self.manifest.setdefault("earlier_environments", [])
+        if differences(other, here) and other not in earlier:
+            earlier.append(other)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder against a second writer. The lock goes with the process that has it."""
+        """Keep a second writer out of the folder; the lock ends with its process."""
         lock = FileLock(self.folder / "run.lock")
         self.folder.mkdir(parents=True, exist_ok=True)
         holder = self.folder / "run.holder"
@@ -204,7 +163,7 @@ class Run:
         return self.folder / "teacher"
 
     def checkpoints(self, stage: str) -> Path:
-        """Where a stage under way keeps its checkpoints and its log."""
+        """Where a stage in progress keeps its checkpoints and its log."""
         return self.folder / "checkpoints" / stage.replace("/", "-")
 
     # -- what happened ------------------------------------------------------------------------
@@ -216,9 +175,9 @@ class Run:
     def stage_done(self, stage: str) -> bool:
         return stage in self.manifest["stages"]
 
-    def close_stage(self, stage: str, cost: dict[str, Any], artifact: dict[str, Any]) -> None:
-        """Enter a finished stage: its cost in the ledger, its artifact in the manifest, its log in
-        metrics.jsonl. Its checkpoints go."""
+    def record_stage(self, stage: str, cost: dict[str, Any], artifact: dict[str, Any]) -> None:
+        """Record a finished stage: its cost in the ledger, its artifact in the manifest, its log in
+        metrics.jsonl. Its checkpoints are removed."""
         self.ledger = [row for row in self.ledger if row["stage"] != stage]
         self.ledger.append({"stage": stage, **cost})
         lines = [line for line in self.metrics() if line["stage"] != stage]
@@ -230,6 +189,40 @@ class Run:
         self.save()
         shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
 
+    def find_stage(self, stage: str, made_from: str) -> "Run | None":
+        """A sibling run with a finished stage of this name that was made from the same things by
+        the same code."""
+        code = self.manifest["environment"].get("code")
+        for file in sorted(self.folder.parent.glob("*/manifest.json")):
+            if file.parent == self.folder:
+                continue
+            try:
+                other = Run(file.parent).reload()
+            except LabError:
+                continue  # not one to take anything from
+            made = other.manifest["stages"].get(stage, {})
+            same = made.get("made_from") == made_from and made.get("code") == code
+            if same and (other.folder / stage).is_dir():
+                return other
+        return None
+
+    def copy_stage(self, stage: str, other: "Run") -> None:
+        """Take over a finished stage of another run: files, cost, log and environment."""
+        partial = self.folder / f".{stage.replace('/', '-')}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(other.folder / stage, partial)
+        (self.folder / stage).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial, self.folder / stage)
+        cost = {k: v for k, v in other.cost_of(stage).items() if k != "stage"}
+        log = [line for line in other.metrics() if line["stage"] == stage]
+        write_atomically(
+            self.checkpoints(stage) / "metrics.jsonl",
+            "".join(json.dumps(line) + "\n" for line in log),
+        )
+        self.keep_environment(other.manifest["environment"], self.manifest["environment"])
+        made = {**other.manifest["stages"][stage], "copied_from": other.folder.name}
+        self.record_stage(stage, {**cost, "copied_from": other.folder.name}, made)
+
     def close(self) -> None:
         self.manifest["finished"] = now()
         self.save()
@@ -238,14 +231,14 @@ class Run:
         return next(row for row in self.ledger if row["stage"] == stage)
 
     def log(self, stage: str, **line: Any) -> None:
-        """Append a line to the log of a stage that is under way."""
+        """Append a line to the log of a stage in progress."""
         folder = self.checkpoints(stage)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, **line}) + "\n")
 
     def metrics(self, folder: Path | None = None) -> list[dict[str, Any]]:
-        """The log of the finished stages, or that in the folder of one under way."""
+        """The log of the finished stages, or that in the folder of one in progress."""
         file = (folder or self.folder) / "metrics.jsonl"
         lines = read_text(file).splitlines() if file.exists() else []
         try:
@@ -256,19 +249,8 @@ class Run:
             ) from None
 
     def forget_metrics(self, stage: str, after: int) -> None:
-        """Drop lines logged past the checkpoint that a stage goes on from."""
+        """Drop lines logged after the checkpoint that a stage resumes from."""
         folder = self.checkpoints(stage)
         kept = [line for line in self.metrics(folder) if line["step"] <= after]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(folder / "metrics.jsonl", text)
-
-
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """`key: old there, new here` for every leaf in which two nested dicts differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for name in dict.fromkeys([*old, *new])
-            for line in differences(old.get(name), new.get(name), f"{key}.{name}".strip("."))
-        ]
-    return [] if old == new else [f"{key}: {old!r} there, {new!r} here"]

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import torch
 
-from configs.schema import LabError, Task
-from tasks import load_task
+from configs.schema import LabError
+from tasks import TASKS
 
 PACKAGES = (
     "torch",
@@ -24,14 +24,14 @@ PACKAGES = (
     "datasets",
     "accelerate",
     "numpy",
-    "pocketsphinx",
+    *(task.package for task in TASKS.values() if task.package),
 )
-# What a commit must hold for a run to be made again.
+# What a commit must contain for a run to be reproduced.
 CODE = (":/*.py", ":/configs", ":/constraints.txt", ":/pyproject.toml")
 
 
 def environment(threads: int, workers: int = 1, processes: int = 1) -> dict[str, Any]:
-    """What a rerun needs to know about this one."""
+    """What a rerun needs to know."""
     return {
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
@@ -58,7 +58,7 @@ def version_of(package: str) -> str | None:
 
 
 def environment_facts() -> list[tuple[bool, str]]:
-    """What a bug report needs, each with whether it is as it should be."""
+    """(whether it is as it should be, fact) for everything that a bug report needs."""
     found = environment(torch.get_num_threads())
     facts = [
         (sys.version_info >= (3, 11), f"Python {found['python']} (3.11 or newer)"),
@@ -81,11 +81,13 @@ def environment_facts() -> list[tuple[bool, str]]:
     disk = shutil.disk_usage(Path.cwd()).free / 2**30
     facts.append((disk > 2, f"{disk:.1f} GB of disk free (2 are needed)"))
     facts.append((os.access(Path.cwd(), os.W_OK), f"{Path.cwd()} can be written to"))
-    try:
-        load_task(Task())
-        facts.append((True, "the pronouncing dictionary is the tested one"))
-    except LabError as error:
-        facts.append((False, str(error)))
+    for name, task in TASKS.items():
+        if task.package:
+            try:
+                task()
+                facts.append((True, f"task {name}: its data are the tested ones"))
+            except LabError as error:
+                facts.append((False, f"task {name}: {error}"))
     commit = found["commit"] or "no git checkout"
     facts.append((True, f"commit {commit}{', with changes' if found['dirty'] else ''}"))
     return facts
@@ -102,17 +104,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def code_sha256() -> str:
-    """Of the code that a training runs: a commit that only touches a text leaves it alone, and it
-    is there without git."""
-    files = [ROOT / "train.py", ROOT / "measure" / "cost.py"]  # which says how many steps
-    for room in ("configs", "tasks", "teacher", "student"):
+    """Of the code that a training runs: it does not change with documentation, and needs no git."""
+    files = [ROOT / "train.py"]
+    for room in ("configs", "models", "tasks", "teacher", "student", "experiment"):
         files += sorted((ROOT / room).glob("*.py"))
     return sha256_of_code(files)
 
 
-def judging_sha256() -> str:
+def evaluation_sha256() -> str:
     """Of the code that an evaluation runs on top of that."""
-    return sha256_of_code([ROOT / "eval.py", *sorted((ROOT / "measure").glob("*.py"))])
+    return sha256_of_code([ROOT / "eval.py", *sorted((ROOT / "measure").rglob("*.py"))])
 
 
 def sha256_of_code(files: list[Path]) -> str:

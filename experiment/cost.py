@@ -1,7 +1,7 @@
-"""What things cost: FLOPs, seconds, memory, joules and money, stage by stage.
+"""The cost of each stage: FLOPs, seconds, memory, joules and money.
 
-FLOPs are counted by torch's FlopCounterMode on the real model and shapes, forward and backward;
-not guessed as 6ND. Element-wise work and the optimiser are not counted (FlopCounterMode sees
+FLOPs are counted by torch's FlopCounterMode on the real model and shapes, forward and backward,
+not estimated as 6ND. Element-wise work and the optimiser are not counted (FlopCounterMode sees
 matrix products), for teacher and student alike.
 """
 
@@ -30,8 +30,8 @@ class TrainingFlops:
     """FLOPs of forward and backward for one row of L tokens, counted once per L; models of one
     shape share the figures.
 
-    All matrix products of a step are linear in its rows, so one row tells; a test compares the
-    sum with a count of the whole step.
+    All matrix products of a step are linear in its rows, so one row is enough; a test compares the
+    sum with a count of the full step.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,44 +44,44 @@ class TrainingFlops:
         if length not in self.per_row:
             with FlopCounterMode(display=False) as counter:
                 ids = torch.zeros((1, length), dtype=torch.long, device=self.model.device)
-                shown = self.model(ids, use_cache=False)
-                projected = getattr(shown, "projected", None)  # a student that matches states
-                total = shown.logits.sum() + (0 if projected is None else projected.sum())
+                output = self.model(ids, use_cache=False)
+                projected = getattr(output, "projected", None)  # of a student that matches states
+                total = output.logits.sum() + (0 if projected is None else projected.sum())
                 total.backward()
             self.model.zero_grad(set_to_none=True)
             self.per_row[length] = counter.get_total_flops()
         return self.per_row[length]
 
     def of_batch(self, lengths: np.ndarray) -> int:
-        """Of a batch of rows padded to the longest."""
+        """For a batch of rows padded to the longest."""
         return len(lengths) * self.of_row(int(lengths.max()))
 
 
 def affordable_steps(
-    whole: TrainingFlops,
+    with_projections: TrainingFlops,
     plain: TrainingFlops,
     lengths: np.ndarray,
     order: Callable[[int], np.ndarray],
-    budget: float,
-    looks: Callable[[int], int],
+    max_flops: float,
+    hidden_steps: Callable[[int], int],
 ) -> int:
-    """How many steps on rows of these lengths fit into a budget of FLOPs: the first looks(steps) of
-    them cost `whole`, the others `plain`."""
-    spent, extra = [0], [0]  # after so many steps: plain, and on top by those that look inside
-    while spent[-1] <= budget:
+    """How many steps on rows of these lengths a budget of FLOPs affords. Of n steps the first
+    hidden_steps(n) cost `with_projections`, the others `plain`."""
+    spent, extra = [0], [0]  # after n steps: plain, and in addition with hidden states
+    while spent[-1] <= max_flops:
         batch = lengths[order(len(spent) - 1)]
         spent.append(spent[-1] + plain.of_batch(batch))
-        extra.append(extra[-1] + whole.of_batch(batch) - plain.of_batch(batch))
-    affordable = [n for n in range(len(spent)) if spent[n] + extra[looks(n)] <= budget]
+        extra.append(extra[-1] + with_projections.of_batch(batch) - plain.of_batch(batch))
+    affordable = [n for n in range(len(spent)) if spent[n] + extra[hidden_steps(n)] <= max_flops]
     return max(affordable, default=0)
 
 
 def expected_steps(
-    plain: TrainingFlops, policy: Any, lengths: np.ndarray, batch_rows: int, budget: float
+    plain: TrainingFlops, policy: Any, lengths: np.ndarray, batch_rows: int, max_flops: float
 ) -> tuple[int, float]:
-    """(About how many steps fit into a budget, the FLOPs of the dearest possible step), if the rows
-    of some are written on the spot, as long as those of these lengths. What they cost shows only
-    in the training, which ends by it."""
+    """(about how many steps a budget affords, the FLOPs of the most expensive possible step), where
+    the student writes the rows of some steps, about as long as these lengths. The exact cost is
+    known only in the training, which ends when the budget is spent."""
 
     def per_row(length: int, share: float) -> float:
         scoring, step = 0.0, plain.of_row(length)
@@ -95,9 +95,9 @@ def expected_steps(
     rows = min(batch_rows, len(lengths))
     share = float(np.mean([policy.share(progress) for progress in np.linspace(0, 1, 101)]))
     longest = int(policy.rows.prompt_lengths.max()) + policy.longest
-    dearest = rows * per_row(longest, 1.0)
-    steps = (budget - dearest) / (rows * per_row(round(float(lengths.mean())), share))
-    return max(0, int(steps)), dearest
+    max_step_flops = rows * per_row(longest, 1.0)
+    mean_step_flops = rows * per_row(round(float(lengths.mean())), share)
+    return max(0, int((max_flops - max_step_flops) / mean_step_flops)), max_step_flops
 
 
 # FLOPs per row of a forward pass, by the shape of the model (its config), tokens, cached tokens and
@@ -137,7 +137,7 @@ class CountedForward:
 
 
 class Stopwatch:
-    """What one stage costs. `seconds` and `joules` of an earlier, interrupted part are added."""
+    """The cost of one stage; `seconds` and `joules` of an interrupted part before are added."""
 
     def __init__(self, cost: Cost, threads: int, before: dict[str, Any] | None = None) -> None:
         self.cost, self.threads = cost, threads
@@ -187,8 +187,8 @@ def read_energy() -> float | None:
 
 
 def peak_memory() -> int:
-    """Of this process so far, in bytes; on a CPU with the pages of mapped files that it touched,
-    which the system can take back."""
+    """Of this process so far, in bytes; on a CPU including the pages of mapped files that it
+    touched, which the system can reclaim."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

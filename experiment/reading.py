@@ -1,13 +1,13 @@
-"""Read a config: YAML and overrides on top, checked, or refused in one line."""
+"""Read a config: YAML with overrides on top, checked, or rejected in one line."""
 
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from configs.rules import objections
+from configs.files import read_text, read_yaml
 from configs.schema import Config, LabError, Section, nearest
+from experiment.rules import objections
 
 
 def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -36,42 +36,16 @@ def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return check_config(settings, str(path))
 
 
-def read_text(file: Path) -> str:
-    """LabError where a file is not UTF-8."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LabError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
 def check_config(settings: dict, source: str) -> Config:
-    """Validate settings; LabError names the first key at fault, or the first rule broken."""
+    """Validate settings; LabError names the first wrong key, or the first rule broken."""
     try:
         config = Config.model_validate(settings)
     except ValidationError as error:
-        said = explain(error.errors()[0])  # a key may hold anything, line ends of all kinds too
-        raise LabError(f"{source}: {' '.join(said.splitlines())}") from None
+        message = explain(error.errors()[0])  # which may quote line breaks from the file
+        raise LabError(f"{source}: {' '.join(message.splitlines())}") from None
     for objection in objections(config):
         raise LabError(f"{source}: {objection}")
     return config
-
-
-def read_yaml(text: str, source: str) -> Any:
-    """Plain YAML only: no tags that build objects, no aliases that blow up."""
-    try:
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise LabError(f"{source}: YAML aliases (*{event.anchor}) are not accepted")
-        return yaml.safe_load(text)
-    except (ValueError, RecursionError) as error:  # a 13th month, a thousand brackets
-        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise LabError(f"{source}: not plain YAML: {what}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise LabError(
-            f"{source}: not plain YAML{where}: {getattr(error, 'problem', None) or error}"
-        ) from None
 
 
 def explain(error: Any) -> str:
@@ -94,9 +68,9 @@ def explain(error: Any) -> str:
 
 
 def section_of(section: Any, key: str) -> Any:
-    """The schema class under `key`, looking through dicts and lists of sections."""
+    """The schema class under `key`, through dicts and lists of sections."""
     if section is None or key not in getattr(section, "model_fields", {}):
-        return section  # the name of a recipe, or a place in a list
+        return section  # the name of a recipe, or an index in a list
     annotation = section.model_fields[key].annotation
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     for candidate in candidates:

@@ -7,55 +7,55 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from configs.runs import Run
+from measure.evaluate import Evaluation
 from measure.fidelity import ECE_BINS
-from measure.judged import Judged
-from measure.laws import Law, alike
-from measure.tables import OPINION
+from measure.laws import Law, students_differing_in
+from measure.report.tables import SHORT_RESULT, by_split, models_in, task_of, value_in
+from tasks.task import Task
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-NAMES = {"flops": "FLOPs", "seconds": "time"}
-
-
-MANY = 12  # arms in one plot; more of them get a plot each
-# A legend beside the lines, which those of many arms would hide.
+COST = {"flops": "FLOPs", "seconds": "time"}
+ACCESS_KEYS = ("access", "outputs.k")
+TEACHERS = ("teacher", "second_teacher")
+MANY = 12  # models in one plot; more of them get a plot each
+# A legend beside the axes, where the lines of many models do not hide it.
 BESIDE = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
 
 
-def learning_curves(run: Run, colours: dict[str, str]) -> str:
-    """Validation loss against training FLOPs, a line per seed. Of many arms each has a plot of its
-    own, with the teacher and the first student in grey to compare."""
+def learning_curves(log: list[dict[str, Any]], colours: dict[str, str]) -> str:
+    """Validation loss against training FLOPs, a line per seed. Each of many models has a plot of
+    its own, with the teacher and the first student in grey to compare."""
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for line in run.metrics():
+    for line in log:
         if "validation_nll" in line:
             stage = line["stage"]
-            arm = stage.split("/")[1] if "/" in stage else stage
-            points = curves.setdefault(arm, {}).setdefault(stage, [])
+            name = stage.split("/")[1] if "/" in stage else stage
+            points = curves.setdefault(name, {}).setdefault(stage, [])
             points.append((line["flops"], line["validation_nll"]))
 
-    def draw(axes: plt.Axes, arm: str, **style: Any) -> None:
-        for number, points in enumerate(curves.get(arm, {}).values()):
-            axes.plot(*zip(*points, strict=True), label=None if number else arm, **style)
+    def draw(axes: plt.Axes, name: str, **style: Any) -> None:
+        for number, points in enumerate(curves.get(name, {}).values()):
+            axes.plot(*zip(*points, strict=True), label=None if number else name, **style)
 
     if len(curves) <= MANY:
         figure, axes = plt.subplots(figsize=(7, 4))
-        for arm in curves:
-            draw(axes, arm, color=colours[arm], lw=1.4)
+        for name in curves:
+            draw(axes, name, color=colours[name], lw=1.4)
         axes.set(xscale="log", yscale="log")
         axes.set(xlabel="training FLOPs", ylabel="validation loss (nats)")
         axes.legend(frameon=False)
         return picture(figure)
-    columns, first = 5, next(arm for arm in curves if arm not in ("teacher", "twin"))
+    columns, first = 5, next(name for name in curves if name not in TEACHERS)
     rows = -(-len(curves) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(11, 1.7 * rows), sharex=True, sharey=True)
-    for axes, arm in zip(grid.flat, curves, strict=False):
+    for axes, name in zip(grid.flat, curves, strict=False):
         for other in ("teacher", first):
             draw(axes, other, color="#bbb", lw=0.8)
-        draw(axes, arm, color="#1b6ca8", lw=1.2)
+        draw(axes, name, color="#1b6ca8", lw=1.2)
         axes.set(xscale="log", yscale="log")
-        axes.set_title(arm, fontsize=8)
+        axes.set_title(name, fontsize=8)
     for axes in grid.flat[len(curves) :]:
         axes.axis("off")
     figure.supxlabel("training FLOPs", fontsize=9)
@@ -63,27 +63,27 @@ def learning_curves(run: Run, colours: dict[str, str]) -> str:
     return picture(figure)
 
 
-def fidelity_against_cost(
-    result: dict[str, Any], arms: dict[str, Any], colours: dict[str, str], key: str
-) -> str:
-    """What each arm cost, its outputs included, in % of the teacher's training: of its FLOPs or its
-    seconds. The front: nothing cheaper is as faithful. A twin costs as much as the teacher."""
-    figure, axes = plt.subplots(figsize=(7, max(4, 0.2 * len(arms))))
+def fidelity_against_cost(result: dict[str, Any], colours: dict[str, str], key: str) -> str:
+    """What each model cost, its outputs included, in % of the teacher's training FLOPs or seconds;
+    and the Pareto front. A second teacher costs as much as the first."""
+    models = models_in(result)
+    figure, axes = plt.subplots(figsize=(7, max(4, 0.2 * len(models))))
     shares = result["cost"]["fraction_of_teacher_by_student"]
+    # of whole answers, or of their final numbers
+    agreement = next(iter(task_of(result).agreement), "sequence_agreement")
     points = []
-    for arm, entry in arms.items():
-        fidelity = entry["fidelity"]  # of whole answers, or of the numbers that they come to
-        metric = fidelity.get("answer_agreement") or fidelity.get("sequence_agreement")
-        if metric is None:
+    for name, entry in models.items():
+        value = value_in(entry, agreement)
+        if value is None:
             continue
-        x, y = 100 * shares[arm][key] if arm in shares else 100.0, 100 * metric["mean"]
-        error = [[y - 100 * metric["ci95"][0]], [100 * metric["ci95"][1] - y]]
-        axes.errorbar(x, y, yerr=error, fmt="o", color=colours[arm], capsize=3)
-        points.append((y, x, arm))
+        x, y = 100 * shares[name][key] if name in shares else 100.0, 100 * value["mean"]
+        error = [[y - 100 * value["ci95"][0]], [100 * value["ci95"][1] - y]]
+        axes.errorbar(x, y, yerr=error, fmt="o", color=colours[name], capsize=3)
+        points.append((y, x, name))
     front = pareto_front([(x, y) for y, x, _ in points])
     axes.plot(*zip(*front, strict=True), color="#999", lw=1, ls="--", zorder=0)
     spread_labels(axes, points)
-    axes.set(xlabel=f"% of the teacher's training {NAMES[key]}", ylabel="same answer %")
+    axes.set(xlabel=f"% of the teacher's training {COST[key]}", ylabel="same answer %")
     axes.set(xscale="log", xlim=(min(x for _, x, _ in points) / 1.6, 250))
     ticks = [1, 2, 5, 10, 20, 50, 100]
     axes.set_xticks(ticks, labels=map(str, ticks))
@@ -92,7 +92,7 @@ def fidelity_against_cost(
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (cost, worth), those that nothing cheaper or as cheap exceeds, by cost."""
+    """The points (cost, worth) that none of at most the same cost exceeds, by cost."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or y > front[-1][1]:
@@ -102,7 +102,7 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 def spread_labels(axes: plt.Axes, points: list[tuple[float, float, str]]) -> None:
     """Names of points (y, x, name), in a column to the right in the order of y, with a line to
-    each. No two are nearer to each other than a line of text."""
+    each, at least a line of text apart."""
     points = sorted(points)
     low, high = axes.get_ylim()
     height = axes.figure.get_size_inches()[1]
@@ -119,36 +119,36 @@ def spread_labels(axes: plt.Axes, points: list[tuple[float, float, str]]) -> Non
     axes.set_ylim(low, high)
 
 
-def bytes_against_kl(result: dict[str, Any], arms: dict[str, Any], colours: dict[str, str]) -> str:
-    """How many bytes a token of the outputs takes, and how far the student ends from the teacher:
-    for recipes that differ in access alone."""
+def bytes_against_kl(result: dict[str, Any], colours: dict[str, str]) -> str:
+    """KL to the teacher against bytes per token of the outputs, for recipes that differ in access
+    alone."""
     figure, axes = plt.subplots(figsize=(7, 4))
     weights = {a: s["bytes_per_token"] for a, s in result["cost"]["outputs_by_student"].items()}
     points = []
-    for arm in alike(result, ("access", "k", "stored_as")):
-        metric = arms[arm]["fidelity"]["kl_teacher_student"]
+    for name in students_differing_in(result, ACCESS_KEYS):
+        metric = result["students"][name]["fidelity"]["kl_teacher_student"]
         y, (low, high) = metric["mean"], metric["ci95"]
         error = [[y - low], [high - y]]
-        axes.errorbar(weights[arm], y, yerr=error, fmt="o", color=colours[arm], capsize=3)
-        points.append((y, weights[arm], arm))
+        axes.errorbar(weights[name], y, yerr=error, fmt="o", color=colours[name], capsize=3)
+        points.append((y, weights[name], name))
     spread_labels(axes, points)
     axes.set(xscale="log", xlabel="bytes per token of the outputs", ylabel="KL to teacher, nats")
     return picture(figure)
 
 
 def scaling(
-    arms: dict[str, Any], study: dict[str, Any], label: str, colours: dict[str, str]
+    result: dict[str, Any], study: dict[str, Any], label: str, colours: dict[str, str]
 ) -> str:
-    """KL to the teacher against how much of something there was, with the fitted law."""
+    """KL to the teacher against x, with the fitted law."""
     figure, axes = plt.subplots(figsize=(7, 4))
     points = []
-    for arm, x in study["x"].items():
-        metric = arms[arm]["fidelity"]["kl_teacher_student"]
+    for name, x in study["x"].items():
+        metric = result["students"][name]["fidelity"]["kl_teacher_student"]
         y, (low, high) = metric["mean"], metric["ci95"]
-        axes.errorbar(x, y, yerr=[[y - low], [high - y]], fmt="o", color=colours[arm], capsize=3)
-        points.append((x, y, arm))
-    for x, y, arm in points:
-        axes.annotate(arm, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=7)
+        axes.errorbar(x, y, yerr=[[y - low], [high - y]], fmt="o", color=colours[name], capsize=3)
+        points.append((x, y, name))
+    for x, y, name in points:
+        axes.annotate(name, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=7)
     if study["law"]:
         law, along = Law(*study["law"]), np.geomspace(min(points)[0], max(points)[0], 100)
         axes.plot(along, law(along), color="#999", lw=1, ls="--", zorder=0)
@@ -158,14 +158,12 @@ def scaling(
     return picture(figure)
 
 
-def agreement_by_temperature(
-    result: dict[str, Any], arms: dict[str, Any], colours: dict[str, str]
-) -> str:
+def agreement_by_temperature(result: dict[str, Any]) -> str:
     """For recipes that differ in temperature alone."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    students, same = result["students"], alike(result, ("temperature",))
-    found = sorted((students[arm]["recipe"]["temperature"], arm) for arm in same)
-    metrics = [arms[arm]["fidelity"]["sequence_agreement"] for _, arm in found]
+    students, names = result["students"], students_differing_in(result, ("temperature",))
+    found = sorted((students[name]["recipe"]["temperature"], name) for name in names)
+    metrics = [students[name]["fidelity"]["sequence_agreement"] for _, name in found]
     heats, means = [heat for heat, _ in found], [100 * metric["mean"] for metric in metrics]
     error = [
         [100 * (m["mean"] - m["ci95"][0]) for m in metrics],
@@ -178,56 +176,70 @@ def agreement_by_temperature(
     return picture(figure)
 
 
-STEPS = range(1, 9)  # of the problems of task reason; 6 and more are of the split `long`
-
-
-def accuracy_by_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
-    """Right answers by number of steps; beyond 5 no model has trained."""
+def accuracy_by_steps(result: dict[str, Any], colours: dict[str, str]) -> str:
+    """Right answers by number of steps; the later splits have more steps than the training."""
+    task = task_of(result)
     figure, axes = plt.subplots(figsize=(8.2, 4.4))
-    for arm, entry in arms.items():
-        quality = entry.get("long", {}).get("quality", {}) | entry["quality"]
-        found = {n: quality[f"accuracy_{n}"] for n in STEPS if f"accuracy_{n}" in quality}
-        means = [100 * metric["mean"] for metric in found.values()]
-        bounds = [[100 * bound for bound in metric["ci95"]] for metric in found.values()]
+    for name, entry in models_in(result).items():
+        quality: dict[str, Any] = {}
+        for values in by_split(entry, result).values():
+            quality = values.get("quality", {}) | quality
+        numbers = [n for n in all_steps(task) if task.accuracy_at(n) in quality]
+        metrics = [quality[task.accuracy_at(n)] for n in numbers]
+        means = [100 * metric["mean"] for metric in metrics]
+        bounds = [[100 * bound for bound in metric["ci95"]] for metric in metrics]
         error = [
             [max(0, m - low) for m, (low, _) in zip(means, bounds, strict=True)],
             [max(0, high - m) for m, (_, high) in zip(means, bounds, strict=True)],
         ]
         axes.errorbar(
-            list(found), means, yerr=error, marker="o", ms=3, capsize=2, lw=1.2,
-            color=colours[arm], label=arm,
+            numbers, means, yerr=error, marker="o", ms=3, capsize=2, lw=1.2,
+            color=colours[name], label=name,
         )  # fmt: skip
-    axes.axvspan(5.5, 8.3, color="#999", alpha=0.12, lw=0)
+    trained = max(task.steps[task.evaluation_splits[0]])
+    axes.axvspan(trained + 0.5, max(all_steps(task)) + 0.3, color="#999", alpha=0.12, lw=0)
     axes.set(xlabel="steps of the problem (grey: more than in training)", ylabel="right answers %")
     axes.legend(**BESIDE)
     return picture(figure)
 
 
-def thinking_longer(arms: dict[str, Any], colours: dict[str, str]) -> str:
-    """Right answers against tokens and FLOPs per problem: thinking longer, and more votes; below on
-    problems longer than any in training."""
-    found = [{arm: entry["reasoning"] for arm, entry in arms.items()}]
-    found += [{arm: told["long"] for arm, told in found[0].items() if "long" in told}]
-    figure, grid = plt.subplots(2, 2, figsize=(11, 7.4), sharex="col", sharey="row")
+def all_steps(task: type[Task]) -> list[int]:
+    return sorted({n for steps in task.steps.values() for n in steps})
+
+
+def thinking_longer(result: dict[str, Any], colours: dict[str, str]) -> str:
+    """Right answers against tokens and FLOPs per problem, for longer reasoning and more votes; a
+    row of plots per split."""
+    task = task_of(result)
+    models = {n: e["reasoning"] for n, e in models_in(result).items() if "reasoning" in e}
+    first, *others = (split for split in task.evaluation_splits if task.steps.get(split))
+    rows = {first: models}
+    for split in others:
+        rows[split] = {name: curves[split] for name, curves in models.items() if split in curves}
+    size = (11, 3.7 * len(rows))
+    figure, grid = plt.subplots(
+        len(rows), 2, figsize=size, sharex="col", sharey="row", squeeze=False
+    )
     keys = ("tokens_per_problem", "flops_per_problem")
-    for curves, row, what in zip(found, grid, ("1 to 5 steps", "6 to 8 steps"), strict=True):
+    for (split, curves), row in zip(rows.items(), grid, strict=True):
         for axes, key in zip(row, keys, strict=True):
-            for arm, told in curves.items():
-                for curve, style in (("thinking", "o-"), ("voting", "s--")):
-                    line(axes, told[curve] or [], key, style, colours[arm], arm)
+            for name, by_kind in curves.items():
+                for kind, style in (("thinking", "o-"), ("voting", "s--")):
+                    line(axes, by_kind[kind] or [], key, style, colours[name], name)
             axes.set(xscale="log", ylim=(-3, 103))
-        row[0].set_ylabel(f"right answers %, {what}")
-    for axes, key in zip(grid[1], keys, strict=True):
+        steps = task.steps[split]
+        row[0].set_ylabel(f"right answers %, {min(steps)} to {max(steps)} steps")
+    for axes, key in zip(grid[-1], keys, strict=True):
         axes.set_xlabel(key.replace("_", " ").replace("flops", "FLOPs"))
     handles, labels = grid[0][1].get_legend_handles_labels()
-    grid[0][1].legend(handles[1::2], labels[1::2], **BESIDE)  # each arm has two
+    grid[0][1].legend(handles[1::2], labels[1::2], **BESIDE)  # every model has two
     return picture(figure)
 
 
 def line(
-    axes: plt.Axes, points: list[dict[str, Any]], key: str, style: str, colour: str, arm: str
+    axes: plt.Axes, points: list[dict[str, Any]], key: str, style: str, colour: str, name: str
 ) -> None:
-    """Of a curve of test-time scaling, with its intervals; empty where there are no points."""
+    """A curve of test-time scaling, with its intervals."""
     y, ends = [100 * p["accuracy"] for p in points], [p["ci95"] for p in points]
     error = [
         [max(0.0, here - 100 * low) for here, (low, _) in zip(y, ends, strict=True)],
@@ -235,24 +247,29 @@ def line(
     ]
     axes.errorbar(
         [p[key] for p in points], y, yerr=error if points else None, fmt=style, ms=3, lw=1.2,
-        elinewidth=0.5, color=colour, label=arm,
+        elinewidth=0.5, color=colour, label=name,
     )  # fmt: skip
 
 
-def first_wrong_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
-    """Of the problems of 5 steps: at which step a trace first goes wrong, in %."""
+def first_wrong_steps(result: dict[str, Any], colours: dict[str, str]) -> str:
+    """Of the longest problems as in training: at which step a trace first goes wrong, in %."""
+    task = task_of(result)
+    longest = max(task.steps[task.evaluation_splits[0]])
     figure, axes = plt.subplots(figsize=(8.2, 4.4))
-    shown = {
-        arm: entry["reasoning"]["first_wrong_step"]["5"]
-        for arm, entry in arms.items()
-        if entry["reasoning"]["first_wrong_step"]
+    histograms = {
+        name: entry["reasoning"]["first_wrong_step"][str(longest)]
+        for name, entry in models_in(result).items()
+        if entry.get("reasoning", {}).get("first_wrong_step")
     }
-    width = 0.8 / max(1, len(shown))
-    for place, (arm, counts) in enumerate(shown.items()):
-        at = np.arange(1, len(counts)) + (place - len(shown) / 2 + 0.5) * width
-        axes.bar(at, 100 * np.array(counts[1:]) / sum(counts), width, color=colours[arm], label=arm)
-    axes.set_xticks(range(1, 7), labels=[*"12345", "one too many"])
-    axes.set(xlabel="first wrong step", ylabel="% of the problems of 5 steps")
+    width = 0.8 / max(1, len(histograms))
+    for place, (name, counts) in enumerate(histograms.items()):
+        at = np.arange(1, len(counts)) + (place - len(histograms) / 2 + 0.5) * width
+        shares = 100 * np.array(counts[1:]) / sum(counts)
+        axes.bar(at, shares, width, color=colours[name], label=name)
+    axes.set_xticks(
+        range(1, longest + 2), labels=[*map(str, range(1, longest + 1)), "one too many"]
+    )
+    axes.set(xlabel="first wrong step", ylabel=f"% of the problems of {longest} steps")
     axes.legend(**BESIDE)
     return picture(figure)
 
@@ -260,27 +277,30 @@ def first_wrong_steps(arms: dict[str, Any], colours: dict[str, str]) -> str:
 def where_traces_pay(result: dict[str, Any]) -> str:
     """A map: what traces gain over answers alone at equal FLOPs, in points of right answers, by
     pair of students and number of steps."""
+    task = task_of(result)
     students, shares = result["students"], result["cost"]["fraction_of_teacher_by_student"]
     cells = {(cell["claim"], cell["steps"]): cell for cell in result["map"]}
     claims = list(dict.fromkeys(cell["claim"] for cell in result["map"]))
-    gains = np.array([[100 * cells[claim, n]["difference"] for n in STEPS] for claim in claims])
+    steps = [n for n in all_steps(task) if (claims[0], n) in cells]
+    gains = np.array([[100 * cells[claim, n]["difference"] for n in steps] for claim in claims])
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.45 * len(claims)))
     axes.imshow(gains, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
     for (row, column), gain in np.ndenumerate(gains):
-        opinion = OPINION[cells[claims[row], STEPS[column]]["result"]].replace("beats", "")
+        outcome = SHORT_RESULT[cells[claims[row], steps[column]]["result"]].replace("beats", "")
         colour = "white" if abs(gain) > 60 else "black"
-        text = f"{gain:+.0f} {opinion}".strip()
+        text = f"{gain:+.0f} {outcome}".strip()
         axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     labels = []
     for claim in claims:
-        arm, _, other = claim.split()
-        cost = 100 * shares[arm]["flops"]
-        size = students[arm]["params"] / 1000
-        rows = result["cost"]["outputs_by_student"][arm]["rows"]
-        labels.append(f"{arm} over {other} ({size:.0f} k, {rows:,}, {cost:.1f} %)")
-    axes.axvline(4.5, color="#555", lw=1)
+        name, _, other = claim.split()
+        cost = 100 * shares[name]["flops"]
+        size = students[name]["params"] / 1000
+        rows = result["cost"]["outputs_by_student"][name]["rows"]
+        labels.append(f"{name} over {other} ({size:.0f} k, {rows:,}, {cost:.1f} %)")
+    trained = max(task.steps[task.evaluation_splits[0]])
+    axes.axvline(steps.index(trained) + 0.5, color="#555", lw=1)
     axes.set_yticks(range(len(claims)), labels=labels, fontsize=8)
-    axes.set_xticks(range(len(STEPS)), labels=STEPS)
+    axes.set_xticks(range(len(steps)), labels=steps)
     axes.set_xlabel("steps of the problem (right of the line: more than in training)")
     return picture(figure)
 
@@ -301,12 +321,12 @@ def strips(found: dict[str, list[float]], bands: dict[str, Any]) -> str:
     return picture(figure)
 
 
-def reliability(first: dict[str, Judged], colours: dict[str, str]) -> str:
-    """Accuracy against confidence; of many arms the first ones alone."""
+def reliability(first: dict[str, Evaluation], colours: dict[str, str]) -> str:
+    """Accuracy against confidence; only the first of many models are drawn."""
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
     axes.plot([0, 1], [0, 1], color="#999", lw=1, ls="--")
-    for arm, judged in list(first.items())[:MANY]:
-        count, confidence, hits = np.split(judged.columns["calibration"].sum(0), 3)
+    for name, evaluation in list(first.items())[:MANY]:
+        count, confidence, hits = np.split(evaluation.columns["ece"].sum(0), 3)
         filled = count > 0
         axes.plot(
             confidence[filled] / count[filled],
@@ -314,8 +334,8 @@ def reliability(first: dict[str, Judged], colours: dict[str, str]) -> str:
             marker="o",
             ms=3,
             lw=1.2,
-            color=colours[arm],
-            label=arm,
+            color=colours[name],
+            label=name,
         )
     axes.set(xlabel=f"confidence ({ECE_BINS} bins)", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     axes.legend(**BESIDE)
@@ -323,7 +343,7 @@ def reliability(first: dict[str, Judged], colours: dict[str, str]) -> str:
 
 
 def picture(figure: plt.Figure) -> str:
-    """A figure as an SVG data address, the same bytes for the same figure."""
+    """A figure as an SVG data URI, the same bytes for the same figure."""
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "lab", "svg.fonttype": "none"}):
         figure.tight_layout()

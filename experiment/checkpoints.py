@@ -1,4 +1,4 @@
-"""Checkpoints of a training under way: whole, recognised when damaged, the last two kept."""
+"""Checkpoints of a training in progress: complete, verified when read, the last two kept."""
 
 import hashlib
 import json
@@ -19,8 +19,8 @@ def checkpoint(
     flops: float,
     cost: dict[str, Any],
 ) -> None:
-    """Weights, both moments of AdamW, the step and what it cost so far. The order of the data
-    follows from the step."""
+    """Weights, both moments of AdamW, the step and its cost so far. The order of the data follows
+    from the step."""
     tensors = {f"model/{name}": p for name, p in model.named_parameters()}
     for key in ("exp_avg", "exp_avg_sq"):
         tensors |= {
@@ -32,7 +32,7 @@ def checkpoint(
 def restore(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, float, dict[str, Any] | None]:
-    """Put the newest checkpoint back: the step to go on from, FLOPs and cost so far."""
+    """Load the newest checkpoint: the step to resume from, FLOPs and cost so far."""
     found = load_checkpoint(folder)
     if found is None:
         return 0, 0.0, None
@@ -60,12 +60,12 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], m
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The newest checkpoint that is whole, or None; says so when it passes over a damaged one."""
+    """The newest undamaged checkpoint, or None; says so when it skips a damaged one."""
     damaged = False
     for file in sorted(folder.glob("step-*.safetensors"), reverse=True):
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest()[:16] != file.name.split(".")[1]:
-            print(f"checkpoint {file} is damaged (sha256 differs); going on from the one before it")
+            print(f"checkpoint {file} is damaged (sha256 differs); resuming from the one before it")
             damaged = True
             file.unlink()  # or it would count as one of the two that are kept
             continue
@@ -73,5 +73,5 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         meta = json.loads(json.loads(content[8 : 8 + header])["__metadata__"]["lab"])
         return load_file(file), meta
     if damaged:
-        print(f"no checkpoint in {folder} is whole; the stage begins again")
+        print(f"every checkpoint in {folder} is damaged; the stage starts again")
     return None

@@ -18,7 +18,7 @@ def row_id(text: str) -> int:
 
 
 class Chunks:
-    """Arrays read as if they were one. They may be memory-mapped files: only what is asked for is
+    """Arrays read as if they were one. They may be memory-mapped files: only what is indexed is
     copied, so that a million rows take no more memory than a thousand."""
 
     def __init__(self, arrays: list[np.ndarray]) -> None:
@@ -81,7 +81,7 @@ class Rows:
         if len(empty):
             raise LabError(
                 f"row {ids[empty[0]]} is empty ({lengths[empty[0]]} tokens, "
-                f"{prompt_lengths[empty[0]]} of them the prompt); leave it out"
+                f"{prompt_lengths[empty[0]]} of them the prompt); remove it"
             )
         return cls(ids, tokens, np.concatenate([[0], np.cumsum(lengths)]), prompt_lengths)
 
@@ -93,7 +93,7 @@ class Rows:
         return np.diff(self.offsets).astype(np.int32)
 
     def lengths_of(self, indices: np.ndarray) -> np.ndarray:
-        """Of some rows, without looking at all of them."""
+        """The lengths of some rows, without reading all."""
         return (self.offsets[indices + 1] - self.offsets[indices]).astype(np.int32)
 
     def row(self, i: int) -> np.ndarray:
@@ -128,11 +128,13 @@ class Rows:
 
 @dataclass
 class Batch:
-    """Right-padded rows. input_ids [B, L]; positions [B, L]: another token of the row follows;
-    counted [B, L]: logits at t, which predict token t+1, count for the loss; targets [M]: the
-    tokens that the M counted positions must predict; weights [M]: 1 for a token of a completion,
-    less for one of a prompt."""
+    """Right-padded rows. ids [B] of the rows, indices [B] of their places in the rows they come
+    from; input_ids [B, L]; positions [B, L]: another token of the row follows; counted [B, L]: the
+    logits at t, which predict token t+1, count for the loss; targets [M]: the tokens that the M
+    counted positions must predict; weights [M]: 1 for a token of a completion, less for one of a
+    prompt."""
 
+    ids: np.ndarray
     indices: np.ndarray
     input_ids: torch.Tensor
     positions: torch.Tensor
@@ -142,9 +144,9 @@ class Batch:
 
 
 def collate(rows: Rows, indices: np.ndarray, pad: int, prompt_weight: float = 0.0) -> Batch:
-    """Pad rows to the longest. Supervised are the tokens of the completion, from its first to its
-    end mark, and, if prompt_weight is above 0, those of the prompt but its first. Causal
-    attention looks only to the left, so padding on the right needs no attention mask.
+    """Pad rows to the longest. The tokens of the completion are supervised, from the first to the
+    end mark, and with a prompt_weight above 0 those of the prompt except the first. Attention is
+    causal, so padding on the right needs no attention mask.
     """
     lengths = rows.lengths_of(indices)
     place = np.arange(int(lengths.max()))[None, :]
@@ -157,12 +159,12 @@ def collate(rows: Rows, indices: np.ndarray, pad: int, prompt_weight: float = 0.
     targets = np.roll(input_ids, -1, axis=1)[counted]
     weights = np.where(answering, np.float32(1), np.float32(prompt_weight))[counted]
     arrays = (input_ids, positions, counted, targets, weights)
-    return Batch(indices, *(torch.from_numpy(array) for array in arrays))
+    return Batch(rows.ids[indices], indices, *(torch.from_numpy(array) for array in arrays))
 
 
 def weight_of(rows: Rows, indices: np.ndarray, prompt_weight: float) -> tuple[float, int]:
-    """(sum of the weights, number of positions that a token follows) of a batch, without making
-    it: the denominators of a step that is done in parts."""
+    """(sum of the weights, number of positions that a token follows) of a batch that is not built:
+    the denominators of a step that is computed in micro-batches."""
     lengths, prompts = rows.lengths_of(indices), rows.prompt_lengths[indices]
     completions = int((lengths - prompts).sum())
     weight = completions + prompt_weight * int((prompts - 1).sum())
@@ -170,12 +172,12 @@ def weight_of(rows: Rows, indices: np.ndarray, prompt_weight: float) -> tuple[fl
 
 
 def batch_order(lengths: np.ndarray, batch_rows: int, seed: int) -> Callable[[int], np.ndarray]:
-    """A function from step number to row indices: pure in (seed, step), so that a run continues
-    where it stopped without a saved sampler state.
+    """A function from step number to row indices: pure in (seed, step), so that a run resumes
+    without a saved sampler state.
 
     Every epoch is a new permutation. Pools of batches are sorted by length so that a batch needs
-    little padding; the batches of a pool are shuffled again. The ragged end of an epoch is left
-    out (other rows each time).
+    little padding; the batches of a pool are shuffled again. The incomplete last batch of an epoch
+    is dropped (different rows each time).
     """
     batch_rows = min(batch_rows, len(lengths))
     per_epoch = len(lengths) // batch_rows

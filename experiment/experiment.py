@@ -1,0 +1,440 @@
+"""The experiment: what every stage of a run works with, and what a student starts from.
+
+Training and the checks of a finished run open it in the same way, so that both mean the same
+training sets and weights.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from configs.schema import Config, LabError, Model, Recipe, Training
+from experiment.plan import Plan
+from experiment.run import Run
+from measure.metrics import metrics_of
+from models.language import (
+    Averaged,
+    Forward,
+    build_model,
+    initialise,
+    load_model,
+    load_pretrained,
+    load_tokenizer,
+    pretrained_layers,
+    sha256_of_model,
+    take_layers,
+)
+from models.rows import Rows, batch_order
+from models.vocabulary import first_differing_id, require_same_vocabulary
+from student.hidden import WithProjections
+from student.loss import Loss
+from student.on_policy import OnPolicy
+from student.recipe import (
+    compares_ids,
+    hidden_loss_of,
+    learns_from_rewards,
+    objective_of,
+    uses_relations,
+)
+from student.training_set import TrainingSet, lowest_ids, smoothed_labels, without_reasoning
+from tasks import load_task
+from tasks.task import Task
+from teacher.access import ACCESS
+from teacher.outputs import OutputsRequest, sha256_of_outputs
+from teacher.shards import Outputs
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Counted = Callable[[nn.Module], Forward]  # wraps a model so that its forward passes are counted
+
+RUN_AGAIN = "delete that folder and run train.py on the config again"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    config: Config
+    run: Run
+    task: Task
+    rows: Rows  # the training split
+    validation: Rows
+    accelerator: "Accelerator | None" = None  # where something is trained
+
+    @cached_property
+    def plan(self) -> Plan:
+        return Plan(self.config)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.accelerator is None or self.accelerator.is_main_process
+
+
+def open_experiment(
+    config: Config, run: Run, accelerator: "Accelerator | None" = None
+) -> Experiment:
+    task = load_task(config.task)
+    return Experiment(config, run, task, task.rows("train"), task.rows("validation"), accelerator)
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def new_model(experiment: Experiment, settings: Model, seed: int) -> nn.Module:
+    """An untrained model for the task, in the precision of the config; or a pretrained one."""
+    precision = getattr(torch, experiment.config.precision)
+    if settings.pretrained:
+        return load_pretrained(settings.pretrained).to(precision)
+    return initialise(build_model(settings, experiment.task).to(precision), seed)
+
+
+def new_student(
+    experiment: Experiment, recipe: Recipe, training_set: TrainingSet, seed: int
+) -> nn.Module:
+    """A student before its first step: the same weights per seed in all recipes of one shape, or
+    layers of its teacher (where that is a recipe, of its student of the same seed); with
+    projections if it matches hidden states."""
+    model = new_model(experiment, experiment.config.model_of(recipe), seed)
+    if recipe.student.initial_layers:
+        source = experiment.run.folder / experiment.plan.stage(recipe.teachers[0], seed)
+        model = take_layers(model, load_model(source), recipe.student.initial_layers)
+    if not hidden_loss_of(recipe):
+        return model
+    return WithProjections(model, training_set.hidden_width, seed, uses_relations(recipe))
+
+
+def loss_of(experiment: Experiment, recipe: Recipe, training: Training) -> Loss:
+    """What a training minimises."""
+    task = experiment.task
+    return Loss(
+        objective_of(recipe),
+        hidden_loss_of(recipe),
+        task.pad,
+        task.vocabulary,
+        training.prompt_weight,
+    )
+
+
+def open_model(run: Run, stage: str) -> nn.Module:
+    """A model of the run, verified against the hash in the manifest."""
+    folder = run.folder / stage
+    model = load_model(folder)
+    if sha256_of_model(folder) != run.manifest["stages"][stage]["sha256"]:
+        raise LabError(
+            f"{folder} is not the model that this run trained (sha256 differs); {RUN_AGAIN}"
+        )
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def teacher_of(experiment: Experiment, recipe: Recipe, counted: Counted) -> Forward:
+    """The model that teaches a recipe; of several, their mean."""
+    plan, task = experiment.plan, experiment.task
+    folders = [experiment.run.folder / plan.stage(name) for name in recipe.teachers]
+    if compares_ids(recipe) and task.tokenizer is not None:
+        for folder in folders:
+            tokenizer = load_tokenizer(folder)
+            require_same_vocabulary(tokenizer, task.tokenizer, f"access {recipe.access}")
+    accelerator = experiment.accelerator
+    device = accelerator.device if accelerator else torch.device("cpu")
+    models = [counted(load_model(folder).to(device)) for folder in folders]
+    return models[0] if len(models) == 1 else Averaged(models, task.vocabulary)
+
+
+def teacher_task(config: Config, run: Run, task: Task, names: Sequence[str] = ("teacher",)) -> Task:
+    """The task with the tokenizer of whoever teaches: another one only for a pretrained teacher."""
+    if not config.teacher.model.pretrained or names[0] != "teacher":
+        return task
+    if first_differing_id(load_tokenizer(run.teacher), task.tokenizer) is None:
+        return task
+    changed = config.task.model_copy(update={"tokenizer": str(run.teacher)})
+    return load_task(changed)
+
+
+# -- outputs and training sets ---------------------------------------------------------------------
+
+
+def teacher_sha256(experiment: Experiment, recipe: Recipe, seed: int | None = None) -> str:
+    """Of the teachers of a recipe; with a seed, of those that its student of that seed starts
+    from."""
+    stages = experiment.run.manifest["stages"]
+    paired = seed if recipe.student.initial_layers else None
+    names = [experiment.plan.stage(name, paired) for name in recipe.teachers]
+    return "+".join(stages[name]["sha256"] for name in names)
+
+
+def tokenizer_sha256(task: Task) -> str:
+    """Of a task without tokenizer, of nothing."""
+    text = task.tokenizer.backend_tokenizer.to_str() if task.tokenizer is not None else ""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def data_of(experiment: Experiment) -> dict[str, str]:
+    """The hashes of what a run learns from."""
+    return {"rows": experiment.rows.digest(), "tokenizer": tokenizer_sha256(experiment.task)}
+
+
+def teacher_made_from(experiment: Experiment, seed: int) -> str:
+    """The hash of all that a teacher depends on: equal teachers need not be trained twice."""
+    config = experiment.config
+    made_from = {
+        **experiment.run.manifest["data"],
+        "task": config.task.model_dump(mode="json"),
+        "teacher": config.teacher.model_dump(mode="json", exclude={"seed"}),
+        "precision": config.precision,
+        "log_every": config.log_every,
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def binding_of(experiment: Experiment, recipe: Recipe, request: OutputsRequest) -> dict[str, Any]:
+    """What the outputs of a recipe must be bound to in this run."""
+    return request.binding(
+        teacher_sha256=teacher_sha256(experiment, recipe),
+        tokenizer_sha256=experiment.run.manifest["data"]["tokenizer"],
+        rows=experiment.rows,
+        seed=experiment.config.teacher.seed,
+    )
+
+
+def outputs_of(experiment: Experiment, recipe: Recipe) -> Outputs:
+    request = experiment.plan.request(recipe)
+    folder = experiment.run.folder / request.stage
+    return Outputs(folder, binding_of(experiment, recipe, request))
+
+
+def open_outputs(run: Run, stage: str) -> Outputs:
+    """Outputs of the run, verified against the hash in the manifest."""
+    outputs = Outputs(run.folder / stage)
+    if sha256_of_outputs(run.folder / stage) != run.manifest["stages"][stage]["sha256"]:
+        raise LabError(
+            f"{run.folder / stage} does not hold the outputs that this run made (sha256 differs); "
+            f"{RUN_AGAIN}"
+        )
+    return outputs
+
+
+def teacher_training_set(experiment: Experiment, seed: int) -> TrainingSet:
+    """The task's own rows, in the order of a seed."""
+    rows, batch_rows = experiment.rows, experiment.config.teacher.training.batch_rows
+    return TrainingSet(rows, order=batch_order(rows.lengths, batch_rows, seed))
+
+
+def training_set_of(
+    experiment: Experiment, recipe: Recipe, seed: int, counted: Counted
+) -> TrainingSet:
+    """The rows that a recipe trains on, the signal at each of their positions, and their order."""
+    data = stored_training_set(experiment, recipe, seed)
+    batch_rows = experiment.config.students.training.batch_rows
+    data = replace(data, order=batch_order(data.rows.lengths, batch_rows, seed))
+    if not recipe.writes_itself:
+        return data
+    task, rewarded = experiment.task, learns_from_rewards(recipe)
+    policy = OnPolicy(
+        rows=asked_rows(experiment, recipe),
+        teacher=None if rewarded else teacher_of(experiment, recipe, counted),
+        rewards=task.rewards if rewarded else None,
+        counted=counted,
+        recipe=recipe,
+        seed=seed,
+        batch_rows=batch_rows,
+        longest=task.longest_answer,
+        end=task.end,
+        vocabulary=task.vocabulary,
+    )
+    return replace(data, on_policy=policy)
+
+
+def asked_rows(experiment: Experiment, recipe: Recipe) -> Rows:
+    """The rows whose prompts a student answers itself."""
+    return experiment.rows.take(OutputsRequest.of(recipe).indices(experiment.rows))
+
+
+def stored_training_set(experiment: Experiment, recipe: Recipe, seed: int) -> TrainingSet:
+    """What is there before the training: outputs of the teacher, or rows of the data."""
+    task, rows, control = experiment.task, experiment.rows, recipe.control
+    request = experiment.plan.request(recipe)
+    if request:
+        outputs = outputs_of(experiment, recipe)
+        if control.shuffled:
+            outputs = outputs.shuffled(seed)
+        if recipe.outputs.traces == "right":
+            outputs = right_ones(outputs, task, request)
+        if recipe.outputs.traces == "none":
+            return TrainingSet(without_reasoning(outputs.rows, task))
+        if request.layers:
+            width = outputs.width
+            return TrainingSet(outputs.rows, outputs.signal, outputs.hidden, width)
+        return TrainingSet(outputs.rows, outputs.signal)
+    if recipe.sequences == "student":
+        return TrainingSet(asked_rows(experiment, recipe))
+    if control.smoothed:
+        entropy = outputs_of(experiment, experiment.plan.softest).mean_entropy()
+        return TrainingSet(rows, smoothed_labels(task.vocabulary, entropy))
+    return TrainingSet(lowest_ids(rows, control.label_fraction))
+
+
+def right_ones(outputs: Outputs, task: Task, request: OutputsRequest) -> Outputs:
+    """Rejection sampling: the rows that end with the right answer."""
+    right = [i for i in range(len(outputs.rows)) if task.is_right(outputs.rows, i)]
+    if not right:
+        raise LabError(
+            f"{request.stage}: no row ends with the right answer, so outputs.traces: right leaves "
+            "nothing to learn from; use a better teacher or more outputs.transfer_rows"
+        )
+    return outputs.keep(np.asarray(right, int))
+
+
+# -- checks that need the task or the models loaded ------------------------------------------------
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """LabError for what only the task or the models can tell, before a run folder is made."""
+    config, task, words = experiment.config, experiment.task, len(experiment.rows)
+    check_vocabularies(experiment)
+    check_model(experiment, config.teacher.model)
+    for name, recipe in experiment.plan.recipes.items():
+        check_model(experiment, config.model_of(recipe))
+        check_layers(experiment, name, recipe)
+        outputs = recipe.outputs
+        if ACCESS[recipe.access].uses_k and outputs.k > task.vocabulary:
+            raise LabError(
+                f"recipes.{name}.outputs.k: found {outputs.k}, expected at most {task.vocabulary}, "
+                "the size of the vocabulary"
+            )
+        if outputs.prompts == "train" and (outputs.transfer_rows or 0) > words:
+            raise LabError(
+                f"recipes.{name}.outputs.transfer_rows: found {outputs.transfer_rows}, expected at "
+                f"most {words}, the training {task.item_noun}; with prompts: extended there is no "
+                "limit"
+            )
+
+
+def check_model(experiment: Experiment, settings: Model) -> None:
+    """One row through a model of this shape."""
+    if settings.pretrained:
+        return  # it has run before
+    try:
+        length = int(experiment.rows.lengths.min())
+        ids = torch.zeros((1, length), dtype=torch.long)
+        build_model(settings, experiment.task)(ids, use_cache=False)
+    except LabError:
+        raise
+    except Exception as error:  # each library has its own
+        raise LabError(
+            f"a model of this shape cannot run: {settings.model_dump(exclude_defaults=True)} "
+            f"({' '.join(str(error).split())}); choose other sizes"
+        ) from None
+
+
+def check_layers(experiment: Experiment, name: str, recipe: Recipe) -> None:
+    """The layers that a recipe names exist, one for each of the student's."""
+    config = experiment.config
+    model, taught_by = config.model_of(recipe), config.teacher_model_of(recipe)
+    named = {
+        "outputs.layers": recipe.outputs.layers,
+        "student.initial_layers": recipe.student.initial_layers,
+    }
+    for key, layers in named.items():
+        if not layers:
+            continue
+        if experiment.task.tokenizer is None:
+            raise LabError(f"recipes.{name}.{key}: a classifier reveals no layers; remove it")
+        shallow, deep = (
+            pretrained_layers(m.pretrained) if m.pretrained else m.num_hidden_layers
+            for m in (model, taught_by)
+        )
+        if len(layers) != shallow or not all(1 <= n <= deep for n in layers):
+            raise LabError(
+                f"recipes.{name}.{key} {layers}: expected {shallow} layers, one for each of the "
+                f"student's, from 1 to the teacher's {deep}"
+            )
+
+
+def check_vocabularies(experiment: Experiment) -> None:
+    """Pretrained models have the tokens that they need. A student must have those of the task; a
+    teacher may have its own where no token ids are compared."""
+    config, task = experiment.config, experiment.task
+    models = {"students.model": config.students.model}
+    models |= {
+        f"recipes.{name}.student.model": recipe.student.model
+        for name, recipe in config.recipes.items()
+        if recipe.student.model
+    }
+    for key, model in models.items():
+        if not model.pretrained:
+            continue
+        tokenizer = load_tokenizer(model.pretrained)
+        if first_differing_id(tokenizer, task.tokenizer) is not None:
+            raise LabError(
+                f"{key}.pretrained {model.pretrained!r} has another tokenizer than task "
+                f"{task.name}, whose tokenizer is that of its students"
+            )
+    if not config.teacher.model.pretrained:
+        return
+    theirs = load_tokenizer(config.teacher.model.pretrained)
+    if first_differing_id(theirs, task.tokenizer) is None:
+        return
+    if "tokenizer" not in type(task).Settings.model_fields or config.teacher.epochs > 0:
+        require_same_vocabulary(
+            theirs,
+            task.tokenizer,
+            "teacher.model.pretrained",
+            "the teacher unchanged (epochs 0), on a task with a setting `tokenizer`",
+        )
+    for recipe in config.recipes.values():
+        reads = recipe.sequences != "teacher" or recipe.writes_itself
+        if ACCESS[recipe.access].teacher and (compares_ids(recipe) or reads):
+            require_same_vocabulary(theirs, task.tokenizer, f"access {recipe.access}")
+    metrics = metrics_of(task)
+    for claim in config.claims():
+        if metrics[claim.metric].positions:
+            raise LabError(
+                f"verdict {claim.claim!r}: {claim.metric} compares token by token, and the teacher "
+                "has another tokenizer than its students; choose another metric"
+            )
+
+
+def check_budgets(experiment: Experiment, training_flops: Callable, counted: Counted) -> None:
+    """LabError for a budget that leaves no FLOPs for training, estimated from shapes before
+    anything trains: outputs are taken to be as long as the data's own answers."""
+    config, plan, rows = experiment.config, experiment.plan, experiment.rows
+    if not config.students.budget or config.teacher.model.pretrained:
+        return  # in TFLOPs, or a share of what only a training can tell
+    teacher = training_flops(new_model(experiment, config.teacher.model, 0))
+    order = batch_order(rows.lengths, config.teacher.training.batch_rows, 0)
+    mean_length = round(float(rows.lengths.mean()))
+    teacher_steps = max(1, round(config.teacher.epochs * order.per_epoch))
+    teacher_rows = teacher_steps * min(config.teacher.training.batch_rows, len(rows))
+    whole_budget = config.students.budget * teacher_rows * teacher.of_row(mean_length)
+    for name, recipe in plan.recipes.items():
+        budget = recipe.student.budget_fraction * whole_budget
+        request = plan.request(recipe)
+        if request and recipe.outputs.charged and set(recipe.teachers) <= set(plan.teachers):
+            count = request.transfer_rows or len(rows)
+            budget -= count * len(recipe.teachers) * teacher.of_row(mean_length) / 3
+        settings = config.model_of(recipe)
+        if settings.pretrained:
+            continue
+        student = training_flops(new_model(experiment, settings, 0))
+        step = min(config.students.training.batch_rows, len(rows)) * student.of_row(
+            int(rows.lengths.min())
+        )
+        if budget < step:
+            raise no_budget(config, name)
+
+
+def no_budget(config: Config, name: str) -> LabError:
+    key = "budget" if config.students.budget else "tflops"
+    value = config.students.budget or config.students.tflops
+    return LabError(
+        f"{name}: students.{key} {value:g} leaves no FLOPs for training after the outputs; raise "
+        "it, or lower the recipe's outputs.transfer_rows"
+    )

@@ -1,0 +1,107 @@
+"""The plan: a config resolved once into stages, their order, prerequisites and budgets."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from configs.schema import Config, Recipe
+from student.recipe import control_recipe, uses_relations
+from teacher.access import ACCESS, needs_outputs
+from teacher.outputs import OutputsRequest
+
+TEACHERS = ("teacher", "second_teacher")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment consists of. A stage is a folder of the run: `teacher`, `second_teacher`,
+    `outputs/...` or `students/NAME/seed-N`."""
+
+    config: Config
+
+    @cached_property
+    def recipes(self) -> dict[str, Recipe]:
+        """Every student and every control that is one, by name. Controls follow the first
+        recipe; a second teacher is not a student."""
+        first = next(iter(self.config.recipes.values()))
+        controls = {
+            name: control_recipe(name, first)
+            for name in self.config.controls
+            if name not in TEACHERS
+        }
+        return {**self.config.recipes, **controls}
+
+    @property
+    def teachers(self) -> dict[str, int]:
+        """{stage: seed} of the teachers that are trained."""
+        seed = self.config.teacher.seed
+        return {
+            name: seed + number
+            for number, name in enumerate(TEACHERS)
+            if name == "teacher" or name in self.config.controls
+        }
+
+    @cached_property
+    def training_order(self) -> list[list[str]]:
+        """Names of students and controls in groups: whoever teaches others is in an earlier group.
+        Controls come last, as some need outputs of a recipe. Recipes that teach each other in a
+        circle are in no group."""
+        waiting, trained = dict(self.config.recipes), set(TEACHERS)
+        groups: list[list[str]] = []
+        while ready := [n for n, r in waiting.items() if trained.issuperset(r.teachers)]:
+            groups.append(ready)
+            trained.update(ready)
+            for name in ready:
+                del waiting[name]
+        if groups:
+            groups[-1] += [name for name in self.recipes if name not in self.config.recipes]
+        return groups
+
+    def seeds_of(self, name: str) -> list[int]:
+        """The seeds of a student or control; a teacher is one model."""
+        return [0] if name in TEACHERS else self.config.seeds
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Every student and control, in the order of the config."""
+        return [*self.recipes, *(name for name in self.teachers if name != "teacher")]
+
+    def stage(self, name: str, seed: int | None = None) -> str:
+        """Where a model is; without a seed, the first one of a recipe."""
+        if name in TEACHERS:
+            return name
+        return f"students/{name}/seed-{self.config.seeds[0] if seed is None else seed}"
+
+    def request(self, recipe: Recipe) -> OutputsRequest | None:
+        """The outputs that a recipe needs, if any."""
+        return OutputsRequest.of(recipe, uses_relations(recipe)) if needs_outputs(recipe) else None
+
+    def requests(self, names: list[str] | None = None) -> dict[str, Recipe]:
+        """{stage of outputs: a recipe that needs them} of these students, or of all."""
+        found = {}
+        for name in names or self.recipes:
+            request = self.request(self.recipes[name])
+            if request:
+                found.setdefault(request.stage, self.recipes[name])
+        return found
+
+    def prerequisites(self, recipe: Recipe, *, uncharged: bool = False) -> list[str]:
+        """The stages that a student of this recipe pays for before it trains: its outputs (those
+        with `charged: false` only if `uncharged`), and an assistant that teaches it or gives it its
+        layers. The teacher itself exists already."""
+        request = self.request(recipe)
+        pays = recipe.outputs.charged or uncharged
+        stages = [request.stage] if request and pays else []
+        for name in recipe.teachers:
+            learns = ACCESS[recipe.access].teacher or recipe.student.initial_layers
+            if name in self.config.recipes and learns:
+                stages.append(self.stage(name))
+                stages += self.prerequisites(self.config.recipes[name], uncharged=True)
+        return list(dict.fromkeys(stages))
+
+    @property
+    def softest(self) -> Recipe | None:
+        """The first recipe whose stored outputs give the entropy of the teacher."""
+        for recipe in self.config.recipes.values():
+            if "distribution" in ACCESS[recipe.access].reveals and needs_outputs(recipe):
+                return recipe
+        return None

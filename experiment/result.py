@@ -1,0 +1,212 @@
+"""The result of a run: what eval.json says, put together from evaluations, ledger and config."""
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs.schema import Config, Verdict
+from experiment.environment import environment, evaluation_sha256
+from experiment.plan import Plan
+from experiment.run import Run
+from measure.evaluate import Evaluation, TeacherReference, free_running, summaries
+from measure.metrics import metrics_of
+from measure.reasoning import pairs_of_traces, reasoning, steps_by_split
+from measure.statistics import Estimate, share_of_gap
+from measure.verdicts import Comparison, verdicts
+from models.language import Forward
+from models.rows import Rows
+from tasks.task import Task
+
+# {model: {split: {"quality" or "fidelity": {metric: estimate}}}}
+Estimates = dict[str, dict[str, dict[str, dict[str, Estimate]]]]
+
+
+def writes_reasoning(plan: Plan, name: str) -> bool:
+    """Whether a model was taught to reason before it answers; teachers were."""
+    recipe = plan.recipes.get(name)
+    return recipe is None or recipe.outputs.traces != "none"
+
+
+def entry(
+    run: Run,
+    plan: Plan,
+    task: Task,
+    name: str,
+    estimates: dict[str, dict[str, dict[str, Estimate]]],
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    """What eval.json says of one model: its estimates by split, the main one at the top level, and
+    what was measured of it besides."""
+    stages = [plan.stage(name, seed) for seed in plan.seeds_of(name)]
+    recipe = plan.recipes.get(name)
+    ledger = [run.cost_of(stage) for stage in stages]
+    by_split = {
+        split: summaries(
+            groups,
+            metrics_of(task),
+            is_teacher=name == "teacher",
+            writes_reasoning=writes_reasoning(plan, name),
+        )
+        for split, groups in estimates.items()
+    }
+    first, *others = by_split
+    speed = measured.pop("speed")
+    return {
+        "params": run.manifest["stages"][stages[0]]["params"],
+        "sha256": [run.manifest["stages"][stage]["sha256"] for stage in stages],
+        "steps": [row["steps"] for row in ledger],
+        "recipe": recipe.model_dump(mode="json") if recipe else None,
+        **by_split[first],
+        **{split: by_split[split] for split in others},
+        "cost": {
+            "flops": statistics.mean(row["flops"] for row in ledger),
+            "seconds": statistics.mean(row["seconds"] for row in ledger),
+            **speed,
+        },
+        **measured,
+    }
+
+
+def reasoning_of(
+    model: Forward,
+    references: dict[str, TeacherReference],
+    evaluations: dict[str, list[Evaluation]],
+    reasons: bool,
+) -> dict[str, Any]:
+    """Test-time scaling of a model's first seed on every split, for a task whose problems have
+    steps."""
+    if not next(iter(references.values())).task.steps:
+        return {}
+    found = {
+        split: reasoning(
+            model,
+            reference.task,
+            reference.rows,
+            evaluations[split][0].answers.texts,
+            reasons,
+            seed=0,
+        )
+        for split, reference in references.items()
+    }
+    first, *others = found
+    return {"reasoning": found[first] | {split: found[split] for split in others}}
+
+
+def measure_speed(model: torch.nn.Module, task: Task, sample: Rows) -> dict[str, float]:
+    """Latency of one greedy answer (median of 20), and answers per second in one batch."""
+    times = []
+    for i in range(20):
+        started = time.perf_counter()
+        free_running(model, task, sample.take(np.array([i % len(sample)])))
+        times.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    free_running(model, task, sample)
+    return {
+        "latency_ms": 1000 * statistics.median(times),
+        "answers_per_second": len(sample) / (time.perf_counter() - started),
+    }
+
+
+def decide(config: Config, task: Task, estimates: Estimates, splits: list[str]) -> list[dict]:
+    """The verdicts on all claims of the config over these splits."""
+    claims = [claim for claim in config.claims() if claim.split in splits]
+    return verdicts([comparison(claim, task, estimates) for claim in claims])
+
+
+def comparison(claim: Verdict, task: Task, estimates: Estimates) -> Comparison:
+    """What a claim compares, with the threshold that the config fixed beforehand."""
+    first, second = (
+        estimates[name][claim.split]["quality"] | estimates[name][claim.split]["fidelity"]
+        for name in claim.names
+    )
+    sign = metrics_of(task)[claim.metric].sign
+    return Comparison(
+        claim.claim, claim.metric, sign, claim.threshold, first[claim.metric], second[claim.metric]
+    )
+
+
+def map_of_traces(config: Config, task: Task, estimates: Estimates) -> list[dict[str, Any]]:
+    """Where traces pay: a verdict for every pair of students and number of steps, all corrected
+    together."""
+    cells = [
+        (split, steps, Verdict(claim=claim, metric=task.accuracy_at(steps), split=split))
+        for name, other in pairs_of_traces(config.recipes)
+        for claim in [f"{name} beats {other}"]
+        for split, steps in steps_by_split(task, estimates["teacher"])
+    ]
+    decided = verdicts([comparison(claim, task, estimates) for _, _, claim in cells])
+    return [
+        {**verdict, "split": split, "steps": steps}
+        for verdict, (split, steps, _) in zip(decided, cells, strict=True)
+    ]
+
+
+def gaps(config: Config, task: Task, estimates: Estimates, split: str) -> dict[str, Any]:
+    """How much of the way from a control to the teacher each student went, in the headline metric
+    of the task."""
+    sign = metrics_of(task)[task.headline].sign
+    levels = {name: found[split]["quality"][task.headline] for name, found in estimates.items()}
+    return {
+        name: {
+            f"{control}_to_teacher": share_of_gap(
+                sign, levels[control], levels[name], levels["teacher"]
+            )
+            for control in ("low_data", "baseline")
+            if control in config.controls
+        }
+        for name in config.recipes
+    }
+
+
+def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """A row per stage, and outputs plus one student as a fraction of the teacher's training."""
+    teacher, seeds = run.cost_of("teacher"), plan.config.seeds
+    fractions, stored = {}, {}
+    for name, recipe in plan.recipes.items():
+        request = plan.request(recipe)
+        if request:
+            made = run.manifest["stages"][request.stage]
+            stored[name] = {
+                "rows": made["rows"],
+                "different": made.get("different"),
+                "bytes_per_token": run.cost_of(request.stage).get("bytes_per_token"),
+                "kept": run.cost_of(plan.stage(name)).get("rows"),
+            }
+        trained = [run.cost_of(plan.stage(name, seed)) for seed in seeds]
+        before = [run.cost_of(stage) for stage in plan.prerequisites(recipe, uncharged=True)]
+        fractions[name] = {
+            key: (statistics.median(row[key] for row in trained) + sum(row[key] for row in before))
+            / teacher[key]
+            if teacher["steps"] > 0  # else it was not trained here, at an unknown cost
+            else None
+            for key in ("flops", "seconds", "joules")
+        }
+    main = next(iter(fractions))
+    before = plan.prerequisites(plan.config.recipes[main], uncharged=True)
+    fixed = teacher["flops"] + sum(run.cost_of(stage)["flops"] for stage in before)
+    each = run.cost_of(plan.stage(main))["flops"]
+    amortised = {
+        str(count): (fixed + count * each) / (count * teacher["flops"])
+        for count in ((1, 10, 100) if teacher["flops"] else ())
+    }
+    return {
+        "stages": [*run.ledger, evaluation],
+        "fraction_of_teacher": fractions[main],
+        "fraction_of_teacher_by_student": fractions,
+        "outputs_by_student": stored,
+        "flops_per_student_with_teacher": amortised,
+        "joules_source": teacher["joules_source"],
+    }
+
+
+def environments(run: Run) -> dict[str, Any]:
+    """Where the run was evaluated and trained."""
+    return {
+        **environment(torch.get_num_threads()),
+        "evaluation": evaluation_sha256(),
+        "trained": run.manifest["environment"],
+        "earlier": run.manifest.get("earlier_environments", []),
+    }

@@ -1,0 +1,428 @@
+"""Rules: invalid combinations are rejected when the config is read.
+
+Each rule yields one line: what was found, what was expected, what to do. Only the first problem is
+reported, so a rule may rely on those before it.
+"""
+
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from configs.schema import (
+    CONTROLS,
+    Config,
+    Model,
+    Recipe,
+    Schedule,
+    Section,
+    Verdict,
+    extremes,
+    nearest,
+    value_at,
+)
+from experiment.plan import TEACHERS, Plan
+from measure.metrics import metrics_of
+from models.classifier import CLASSIFIERS
+from student.objectives import OBJECTIVES
+from student.recipe import learns_from_rewards
+from tasks import TASKS
+from tasks.task import Metric, Task
+from teacher.access import ACCESS
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+def objections(config: Config) -> Iterator[str]:
+    """Everything that is wrong with an experiment, what should be fixed first first."""
+    yield from check_task(config)
+    task = TASKS[config.task.name]
+    models = {"teacher.model": config.teacher.model, "students.model": config.students.model}
+    for name, recipe in config.recipes.items():
+        models[f"recipes.{name}.student.model"] = recipe.student.model
+    for key, model in models.items():
+        if model:
+            yield from (f"{key}: {problem}" for problem in check_model(model))
+    for name, recipe in config.recipes.items():
+        for rule in (check_names, check_objective, check_access, check_sequences, check_teachers):
+            yield from (f"recipes.{name}: {problem}" for problem in rule(recipe))
+    yield from check_recipe_names(config)
+    for name, recipe in config.recipes.items():
+        yield from (f"recipes.{name}.{p}" for p in check_recipe_in_config(config, recipe, task))
+    yield from check_controls(config)
+    yield from check_budget(config)
+    yield from check_claims(config, task)
+
+
+def check_task(config: Config) -> Iterator[str]:
+    """Its name, and its own keys."""
+    name = config.task.name
+    if name not in TASKS:
+        yield f"task.name: no task {name!r}{nearest(name, TASKS)}; there are {', '.join(TASKS)}"
+        return
+    task = TASKS[name]
+    try:
+        settings: Section = task.Settings(**config.task.settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        known = task.Settings.model_fields
+        if first["type"] == "extra_forbidden":
+            hint = nearest(key, known) or f"; task {name} has {', '.join(known) or 'no keys'}"
+            yield f"unknown key 'task.{key}'{hint}"
+        else:
+            yield f"task.{key}: found {first['input']!r}; {first['msg'].lower()}"
+        return
+    yield from (f"task.{problem}" for problem in task.objections(settings))
+
+
+def check_model(model: Model) -> Iterator[str]:
+    needed = SIZES[:2] if model.architecture in CLASSIFIERS else SIZES
+    sizes = {key: getattr(model, key) for key in needed}
+    if model.pretrained:
+        given = [key for key, size in sizes.items() if size is not None]
+        if given or model.settings:
+            yield f"a pretrained model brings its sizes: remove {', '.join(given) or 'settings'}"
+        return
+    for key, size in sizes.items():
+        if size is None:
+            yield f"{key} is missing; this key is needed, or pretrained"
+    if model.num_attention_heads and model.hidden_size % model.num_attention_heads:
+        yield (
+            f"hidden_size {model.hidden_size} is not a multiple of num_attention_heads "
+            f"{model.num_attention_heads}; choose a divisor"
+        )
+
+
+def check_names(recipe: Recipe) -> Iterator[str]:
+    """Access and objectives are in their tables."""
+    if recipe.access not in ACCESS:
+        near = nearest(recipe.access, ACCESS)
+        yield f"no access {recipe.access!r}{near}; there are {', '.join(ACCESS)}"
+    for name in recipe.objective:
+        if name not in OBJECTIVES:
+            near = nearest(name, OBJECTIVES)
+            yield f"no objective {name!r}{near}; there are {', '.join(OBJECTIVES)}"
+
+
+def check_objective(recipe: Recipe) -> Iterator[str]:
+    """Weights and temperature."""
+    weights = recipe.objective.values()
+    if any(low < 0 or high <= 0 for low, high in map(extremes, weights)):
+        yield "objective weights must be above 0; remove the term instead"
+    total = sum(value_at(weight, 0.0) for weight in weights)
+    if abs(total - 1) > 1e-6:
+        yield (
+            f"objective weights sum to {total:g}, expected 1: a larger sum is a larger learning "
+            "rate in disguise"
+        )
+    for progress in (1.0, *(w.until for w in weights if isinstance(w, Schedule))):
+        total = sum(value_at(weight, progress) for weight in weights)
+        if not 0 < total <= 1 + 1e-6:
+            yield (
+                f"objective weights sum to {total:g} at {progress:g} of the training, expected "
+                "above 0 and at most 1"
+            )
+    if extremes(recipe.temperature)[0] <= 0:
+        yield f"temperature {recipe.temperature} must stay above 0"
+
+
+def check_access(recipe: Recipe) -> Iterator[str]:
+    """The teacher reveals what the objective needs, and what it reveals is used."""
+    terms = {name: OBJECTIVES[name] for name in recipe.objective}
+    access, reveals = recipe.access, ACCESS[recipe.access].reveals
+    over_states = [name for name, term in terms.items() if term.over_states]
+    if bool(over_states) != ("states" in reveals):
+        yield (
+            f"access {access!r} with objectives {', '.join(terms)}: hidden states are revealed "
+            f"by {offering('states')} alone, which need an objective such as hidden_mse"
+        )
+    if over_states and len(over_states) == len(terms):
+        yield (
+            f"objectives {', '.join(over_states)} alone leave the output layer untrained; add "
+            "forward_kl"
+        )
+    if bool(over_states) != bool(recipe.outputs.layers):
+        yield (
+            "outputs.layers names the teacher's layers whose states are matched, as in [2, 4]; "
+            f"found {recipe.outputs.layers} with access {access!r}"
+        )
+    yield from check_rewards(recipe)
+    traces = recipe.outputs.traces
+    if traces != "all" and recipe.sequences != "teacher":
+        yield f"outputs.traces: {traces} selects from what a teacher wrote: use sequences teacher"
+    if traces == "none" and ACCESS[access].probabilities:
+        yield (
+            "outputs.traces: none keeps the answers alone, for which the teacher's distributions "
+            "were not revealed: use access text"
+        )
+    for name, term in terms.items():
+        if term.needs != "reward" and term.needs not in reveals and not recipe.control.smoothed:
+            yield unrevealed(name, term.needs, access)
+    uses = any(term.compares_distributions for term in terms.values())
+    if ACCESS[access].probabilities and not uses:
+        yield (
+            f"access {access!r} is paid for but objective {', '.join(terms)} never uses its "
+            "probabilities; use access text, or add a divergence"
+        )
+    if uses and recipe.temperature != 1 and "distribution" not in reveals:
+        yield (
+            f"temperature other than 1 needs access {offering('distribution')}: what access "
+            f"{access} does not reveal cannot be softened"
+        )
+
+
+def unrevealed(name: str, needs: str, access: str) -> str:
+    """What an objective lacks under an access."""
+    if not ACCESS[access].probabilities:
+        return (
+            f"objective {name} compares distributions, but access {access!r} reveals none; use "
+            f"access {offering(needs)}, or objective cross_entropy"
+        )
+    return f"access {access} cannot serve objective {name}, which needs access {offering(needs)}"
+
+
+def offering(needs: str) -> str:
+    """The levels of access that reveal something."""
+    return " or ".join(name for name, access in ACCESS.items() if needs in access.reveals)
+
+
+def check_rewards(recipe: Recipe) -> Iterator[str]:
+    rewarded = learns_from_rewards(recipe)
+    alone = recipe.sequences == "student" and not ACCESS[recipe.access].teacher
+    if rewarded != alone:
+        yield (
+            "access none with sequences student needs objective policy_gradient, which learns from "
+            f"right and wrong alone, and the reverse; found access {recipe.access!r}, sequences "
+            f"{recipe.sequences!r}, objective {', '.join(recipe.objective)}"
+        )
+    if rewarded and recipe.student.temperature != 1:
+        yield (
+            f"student.temperature {recipe.student.temperature:g}: the policy gradient is that of "
+            "the policy at temperature 1; remove it"
+        )
+    if rewarded and len(recipe.objective) > 1:
+        yield "objective policy_gradient has a scale of its own: use it alone"
+
+
+def check_sequences(recipe: Recipe) -> Iterator[str]:
+    """Who writes the training text, and who may score it."""
+    access, sequences = recipe.access, recipe.sequences
+    if not ACCESS[access].teacher and sequences == "teacher":
+        yield "sequences teacher needs access to its text: use access text"
+    if ACCESS[access].teacher and not ACCESS[access].probabilities and sequences == "data":
+        yield (
+            f"access {access} over sequences data is training on the data itself, without the "
+            "teacher; use sequences teacher, or access none for a control"
+        )
+    if recipe.outputs.prompts != "train" and sequences != "teacher":
+        yield "invented prompts have no answers in the data: use sequences teacher"
+    can_score = ACCESS[access].probabilities and "states" not in ACCESS[access].reveals
+    if recipe.writes_itself and not (can_score or learns_from_rewards(recipe)):
+        scoring = [n for n, a in ACCESS.items() if a.probabilities and "states" not in a.reveals]
+        yield (
+            f"access {access!r} cannot score what the student writes: use access "
+            f"{', '.join(scoring)}"
+        )
+    text_only = [name for name in recipe.objective if OBJECTIVES[name].needs == "text"]
+    if recipe.writes_itself and text_only:
+        yield (
+            f"objective {text_only[0]} would teach a student the text that it writes itself: use "
+            "divergences alone"
+        )
+    on_policy = recipe.student.on_policy
+    if extremes(on_policy)[1] > 1:
+        yield f"student.on_policy {on_policy} is a share of the steps, at most 1"
+    if sequences == "student" and on_policy:
+        yield "with sequences student it writes at all steps: remove student.on_policy"
+
+
+def check_teachers(recipe: Recipe) -> Iterator[str]:
+    several = len(recipe.teachers) > 1
+    states = "states" in ACCESS[recipe.access].reveals
+    if several and (recipe.sequences != "data" or states):
+        yield (
+            "several teachers are averaged over sequences data and probabilities: their states "
+            "differ, and they would write different texts"
+        )
+    if len(set(recipe.teachers)) != len(recipe.teachers):
+        yield f"teachers {recipe.teachers} repeat"
+
+
+def check_recipe_names(config: Config) -> Iterator[str]:
+    """Names are unambiguous, and teachers exist."""
+    for name in config.recipes:
+        if name in (*CONTROLS, "teacher"):
+            yield f"recipes: {name!r} is the name of the teacher or a control; choose another"
+    if len(set(config.seeds)) != len(config.seeds):
+        yield f"seeds {config.seeds} repeat; every seed is one independent student"
+    plan = Plan(config)
+    known = (*config.recipes, *plan.teachers)
+    for name, recipe in config.recipes.items():
+        for teacher in recipe.teachers:
+            if teacher not in known:
+                yield (
+                    f"recipes.{name}.teachers: no teacher {teacher!r}"
+                    f"{nearest(teacher, ['teacher', *config.recipes])}; second_teacher must be one "
+                    "of controls"
+                )
+    if circle := {*config.recipes}.difference(*plan.training_order):
+        names = [name for name in config.recipes if name in circle]
+        yield f"recipes {', '.join(names)} teach each other in a circle"
+
+
+def check_recipe_in_config(config: Config, recipe: Recipe, task: type[Task]) -> Iterator[str]:
+    """A recipe with its teacher, its model and its task; each line begins with a key of it."""
+    prompt_weight, access = config.students.training.prompt_weight, ACCESS[recipe.access]
+    if prompt_weight > 0 and access.probabilities:
+        yield (
+            f"access: {recipe.access} reveals probabilities for completions only, but "
+            f"students.training.prompt_weight is {prompt_weight:g}, expected 0"
+        )
+    if prompt_weight > 0 and learns_from_rewards(recipe):
+        yield (
+            "objective: rewards are for answers alone, but students.training.prompt_weight is "
+            f"{prompt_weight:g}, expected 0"
+        )
+    invents = recipe.outputs.prompts != "train"
+    if invents and not task.invents_prompts:
+        yield (
+            f"outputs.prompts: task {task.name} cannot use prompts that a teacher invented; use "
+            "prompts train"
+        )
+    taught_by_recipe = {*recipe.teachers} & {*config.recipes}
+    if invents and (config.teacher.training.prompt_weight == 0 or taught_by_recipe):
+        yield (
+            "outputs.prompts: a teacher that invents prompts needs "
+            "teacher.training.prompt_weight > 0"
+        )
+    reasons = recipe.outputs.traces != "all" or learns_from_rewards(recipe)
+    if reasons and not task.shows_reasoning:
+        able = [name for name, other in TASKS.items() if other.shows_reasoning]
+        yield (
+            "outputs.traces: they and rewards need a task with reasoning: use task.name "
+            f"{' or '.join(able)}"
+        )
+    yield from check_initial_layers(config, recipe)
+
+
+def check_initial_layers(config: Config, recipe: Recipe) -> Iterator[str]:
+    """A student that starts from layers of its teacher has its sizes, and is not its teacher."""
+    layers = recipe.student.initial_layers
+    model, taught_by = config.model_of(recipe), config.teacher_model_of(recipe)
+    if not layers:
+        return
+    deep = taught_by.num_hidden_layers or 0
+    all_of_it = layers == [*range(1, deep + 1)] and model.num_hidden_layers == deep
+    if all_of_it and recipe.writes_itself and ACCESS[recipe.access].teacher:
+        yield (
+            "student.initial_layers: with all layers of its teacher the student writes what the "
+            "teacher would, and is scored by itself; take fewer layers, or start from random "
+            "weights"
+        )
+    ignored = {"num_hidden_layers", "initializer_range"}
+    if model.model_dump(exclude=ignored) != taught_by.model_dump(exclude=ignored):
+        yield (
+            "student.initial_layers: layers can be copied only if the student's model has the "
+            "teacher's sizes, except num_hidden_layers"
+        )
+
+
+def check_controls(config: Config) -> Iterator[str]:
+    first = next(iter(config.recipes.values()))
+    if "smoothed" in config.controls and Plan(config).softest is None:
+        yield (
+            "the control smoothed takes the entropy of stored distributions: it needs a recipe "
+            f"with access {offering('distribution')}, and not sequences student"
+        )
+    if "shuffled" in config.controls and not ACCESS[first.access].teacher:
+        yield "the control shuffled permutes the first recipe's outputs, but it has none"
+    if "shuffled" in config.controls and first.writes_itself:
+        yield (
+            "the control shuffled permutes stored outputs, but students of the first recipe write "
+            "their own text; put another recipe first"
+        )
+    extra = [name for name in config.controls if name in TEACHERS]
+    if extra and config.teacher.epochs == 0:
+        yield f"the control {extra[0]} is trained from another seed: remove it"
+
+
+def check_budget(config: Config) -> Iterator[str]:
+    """The cost of the teacher, and what a student may cost."""
+    pretrained = config.teacher.epochs == 0
+    if pretrained != bool(config.students.tflops):
+        yield (
+            "teacher.epochs 0 keeps a pretrained teacher unchanged, so the students' budget cannot "
+            "be a fraction of its training and is students.tflops; set both or neither"
+        )
+    if (config.students.budget is None) == (config.students.tflops is None):
+        yield "students: set one of budget and tflops, to say what they may cost"
+    if pretrained and not config.teacher.model.pretrained:
+        yield "teacher.epochs 0 needs teacher.model.pretrained: it learns nothing"
+
+
+def check_claims(config: Config, task: type[Task]) -> Iterator[str]:
+    """What the evaluation is to decide."""
+    metrics = metrics_of(task)
+    names = {*config.recipes, *config.controls}
+    for claim in config.claims():
+        yield from check_claim(claim, task)
+    for name in config.compare.against if config.compare else []:
+        if name not in names:
+            yield f"compare.against: no student or control {name!r}{nearest(name, names)}"
+    for verdict in config.verdicts:
+        for name in verdict.names:
+            if name not in names | {"teacher"}:
+                yield (
+                    f"verdict {verdict.claim!r}: no student or control {name!r}"
+                    f"{nearest(name, names | {'teacher'})}"
+                )
+        yield from check_threshold(verdict, metrics[verdict.metric])
+
+
+def check_claim(claim: Verdict, task: type[Task]) -> Iterator[str]:
+    """The metric exists, and its split too."""
+    metrics = metrics_of(task)
+    if claim.metric not in metrics:
+        yield (
+            f"verdict {claim.claim!r}: task {task.name} has no metric {claim.metric!r}"
+            f"{nearest(claim.metric, metrics)}; there are {', '.join(metrics)}"
+        )
+        return
+    if claim.split not in task.evaluation_splits:
+        splits = ", ".join(task.evaluation_splits)
+        yield (
+            f"verdict {claim.claim!r}: task {task.name} has no split {claim.split}; there are "
+            f"{splits}"
+        )
+        return
+    wanted, there = metrics[claim.metric].steps, task.steps.get(claim.split, ())
+    if not {*wanted} <= {*there}:
+        yield (
+            f"verdict {claim.claim!r}: split {claim.split} has problems of {min(there)} to "
+            f"{max(there)} steps, none for {claim.metric}"
+        )
+
+
+def check_threshold(verdict: Verdict, metric: Metric) -> Iterator[str]:
+    """It has the unit of the metric, and suits the claim."""
+    threshold = verdict.threshold
+    if " keeps " in verdict.claim and not 0 < threshold < 1:
+        yield (
+            f"verdict {verdict.claim!r}: threshold {threshold:g}, expected the share that is to be "
+            "kept, above 0 and below 1"
+        )
+    if abs(threshold) >= 1 and metric.is_share:
+        yield (
+            f"verdict {verdict.claim!r}: threshold {threshold:g} of {verdict.metric}, a share; did "
+            f"you mean {threshold / 100:g}?"
+        )
+    if " keeps " in verdict.claim and metric.lower_is_better:
+        yield (
+            f"verdict {verdict.claim!r}: lower is better for {verdict.metric}, so `keeps` does not "
+            "apply; use matches or beats"
+        )
+    if " matches " in verdict.claim and threshold <= 0:
+        yield (
+            f"verdict {verdict.claim!r} needs a threshold above 0: two models are never equal, "
+            "only within a margin"
+        )

@@ -1,0 +1,72 @@
+"""Stages: run them in this process or in workers, and record what they cost and made."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from configs.schema import Config
+from experiment.experiment import Experiment, open_experiment
+from experiment.run import Run
+from experiment.workers import side_by_side
+
+# What a finished stage hands back: its cost for the ledger, what it made for the manifest. None in
+# processes that do not write.
+StageResult = tuple[dict[str, Any], dict[str, Any]] | None
+
+
+def run_stages(experiment: Experiment, jobs: dict[str, tuple]) -> None:
+    """Run the stages that are not done yet: {stage: (function, *arguments)}.
+
+    With `workers` above 1 that many processes share the threads. The result of a stage does not
+    depend on when it runs, nor on what runs beside it.
+    """
+    run, config = experiment.run, experiment.config
+    waiting = {stage: job for stage, job in jobs.items() if not run.stage_done(stage)}
+    if config.workers == 1 or len(jobs) == 1:
+        for stage, (function, *arguments) in waiting.items():
+            record_stage(experiment, stage, function(experiment, stage, *arguments))
+        return
+    tasks = {stage: (work, function, stage, *rest) for stage, (function, *rest) in waiting.items()}
+    for stage, result in side_by_side(tasks, config.workers, open_worker, (config, run.folder)):
+        record_stage(experiment, stage, result)
+
+
+def record_stage(experiment: Experiment, stage: str, result: StageResult) -> None:
+    """The main process records the stage; the others reload the manifest."""
+    if experiment.is_main:
+        experiment.run.record_stage(stage, *result)
+    experiment.accelerator.wait_for_everyone()
+    if not experiment.is_main:
+        experiment.run.reload()
+
+
+def reuse_stage(experiment: Experiment, stage: str, made_from: str) -> bool:
+    """Take over a finished stage that another run beside this one made from the same things."""
+    run = experiment.run
+    if run.stage_done(stage):
+        return True
+    if experiment.is_main:
+        other = run.find_stage(stage, made_from)
+        if other is not None:
+            run.copy_stage(stage, other)
+            print(f"{stage}: copied from {other.folder}, which made it from the same things")
+    experiment.accelerator.wait_for_everyone()
+    if not experiment.is_main:
+        run.reload()
+    return run.stage_done(stage)
+
+
+def open_worker(config: Config, folder: Path) -> None:
+    """A worker opens the experiment once, for all the stages it runs."""
+    global worker_experiment
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    worker_experiment = open_experiment(config, Run(folder).reload(), accelerator)
+
+
+def work(function: Callable[..., StageResult], stage: str, *arguments: Any) -> StageResult:
+    """One stage, in a worker."""
+    worker_experiment.run.reload()
+    return function(worker_experiment, stage, *arguments)

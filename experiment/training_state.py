@@ -1,0 +1,140 @@
+"""The state of a training: steps, FLOPs and cost, resumed from a checkpoint, logged and saved."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from configs.files import write_json
+from configs.schema import LabError
+from experiment.checkpoints import checkpoint, restore
+from experiment.cost import Stopwatch, TrainingFlops
+from experiment.experiment import Experiment
+from experiment.log import TrainingLog
+from experiment.stages import StageResult
+from models.language import (
+    parameter_count,
+    save_model,
+    sha256_of_model,
+    sha256_of_tensors,
+)
+from models.rows import Rows
+from student.hidden import student_of
+from student.training_set import TrainingSet
+
+
+class TrainingState:
+    """Training for a number of steps or, with max_flops, for about that many: until the FLOPs are
+    spent. Several processes hold the same state; the main one logs and saves."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        stage: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        max_flops: float | None = None,
+        validation: Rows | None = None,
+    ) -> None:
+        self.experiment, self.stage, self.model, self.optimizer = (
+            experiment,
+            stage,
+            model,
+            optimizer,
+        )
+        self.steps, self.max_flops = steps, max_flops
+        self.flops_with_projections = TrainingFlops(model)
+        self.plain_flops = TrainingFlops(student_of(model))
+        self.checkpoints = experiment.run.checkpoints(stage)
+        self.step, self.flops, cost = restore(self.checkpoints, model, optimizer)
+        self.watch = Stopwatch(experiment.config.cost, torch.get_num_threads(), cost)
+        self.writing_seconds = (cost or {}).get("writing_seconds", 0.0)
+        experiment.accelerator.wait_for_everyone()  # all have read it before one writes another
+        self.saved_at, self.saved_step = self.watch.elapsed(), self.step
+        self.log = None
+        if experiment.is_main:
+            rows = experiment.validation if validation is None else validation
+            total = None if max_flops else steps
+            self.log = TrainingLog(
+                experiment.run, stage, experiment.task, rows, total, self.step, self.progress
+            )
+
+    @property
+    def progress(self) -> float:
+        """The share of the training that is done."""
+        return self.flops / self.max_flops if self.max_flops else self.step / self.steps
+
+    @property
+    def schedule_step(self) -> float:
+        """The step as the learning rate sees it."""
+        return self.progress * self.steps if self.max_flops else self.step
+
+    def advance(
+        self, data: TrainingSet, indices: np.ndarray, uses_hidden: bool, loss: Tensor, norm: Tensor
+    ) -> None:
+        """Count a step on these rows, log it, save a checkpoint if one is due."""
+        lengths = data.rows.lengths_of(indices)
+        flops = self.flops_with_projections if uses_hidden else self.plain_flops
+        self.flops += data.flops + flops.of_batch(lengths)
+        self.writing_seconds += data.writing_seconds
+        self.step += 1
+        if self.log is None:
+            return
+        learner = self.model if uses_hidden else student_of(self.model)
+        tokens = len(indices) * int(lengths.max())
+        logged = self.log.record(self.step, self.progress, learner, loss, norm, self.flops, tokens)
+        # Only where a line of the log ends, so that a resumed run logs what a complete one does.
+        config = self.experiment.config
+        due = (
+            self.watch.elapsed() - self.saved_at > config.checkpoint_seconds
+            or self.step - self.saved_step >= config.checkpoint_steps
+        )
+        if logged and due and self.progress < 1:
+            cost = {**self.watch.read(self.flops), "writing_seconds": self.writing_seconds}
+            checkpoint(self.checkpoints, self.step, self.model, self.optimizer, self.flops, cost)
+            self.saved_at, self.saved_step = self.watch.elapsed(), self.step
+
+    def require_finite(self, loss: Tensor, norm: Tensor, ids: np.ndarray) -> None:
+        """LabError for a step without a number, with the ids of its rows saved; the last checkpoint
+        stays."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        file = self.checkpoints / "nonfinite.json"
+        if self.experiment.is_main:
+            values = {"loss": str(float(loss)), "gradient_norm": str(float(norm))}
+            where = {"stage": self.stage, "step": self.step + 1}
+            write_json(file, {**where, **values, "rows": ids.tolist()})
+        what = f"the norm of the gradient is {float(norm)}"
+        if not math.isfinite(loss):
+            what = f"the loss is {float(loss)}"
+        raise LabError(
+            f"{self.stage}: {what} at step {self.step + 1}; its rows are listed in {file}; lower "
+            "learning_rate under another name=..., the checkpoint before it is kept"
+        )
+
+    def finish(self, data: TrainingSet, lineage: str) -> StageResult:
+        """Save the model at <run>/<stage>; its cost, and what was made."""
+        if self.log is None:
+            return None
+        self.log.close()
+        model, folder = student_of(self.model), self.experiment.run.folder / self.stage
+        card = model_card(self.stage, model, lineage, self.step)
+        save_model(model, self.experiment.task.tokenizer, folder, card)
+        cost = {**self.watch.read(self.flops), "steps": self.step, "rows": len(data.rows)}
+        if data.on_policy:
+            cost["writing_seconds"] = round(self.writing_seconds, 3)
+            cost["writing_share"] = round(self.writing_seconds / cost["seconds"], 3)
+        return cost, {"sha256": sha256_of_model(folder), "params": parameter_count(model)}
+
+
+def model_card(stage: str, model: nn.Module, lineage: str, steps: int) -> str:
+    """What a model is and what it descends from."""
+    kind = "text-generation" if hasattr(model, "generate") else "image-classification"
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: {kind}\n---\n"
+        f"# {stage}\n\n{lineage}\n\n"
+        f"{model.config.model_type}, {parameter_count(model):,} parameters, {steps} steps, tensors "
+        f"sha256 {sha256_of_tensors(model.state_dict())[:16]}. Made by Distillation Lab.\n"
+    )

@@ -1,0 +1,47 @@
+"""The table METRICS: how faithful a model is to its teacher, for every task.
+
+What is particular to a task, its grades above all, stands in the task (`metrics`, `agreement`). To
+add a metric, add an entry: with `positions`, a function of what teacher and student expect at M
+positions; else as a ratio of columns of the evaluation.
+"""
+
+from typing import Any
+
+from measure.fidelity import (
+    calibration,
+    kl_student_teacher,
+    kl_teacher_student,
+    nll_gap,
+    top1_agreement,
+)
+from measure.statistics import expected_calibration_error
+from tasks import TASKS
+from tasks.task import Metric, Task
+
+METRICS: dict[str, Metric] = {
+    "sequence_agreement": Metric("same answer as teacher", "%", False, "same", needs_teacher=True),
+    "agreement_on_teacher_errors": Metric(
+        "its errors copied", "%", False, "copied", "errors", needs_teacher=True
+    ),
+    "kl_teacher_student": Metric(
+        "KL to teacher", "nats", True, positions=kl_teacher_student, needs_teacher=True
+    ),
+    "kl_student_teacher": Metric(
+        "KL from teacher", "nats", True, positions=kl_student_teacher, needs_teacher=True
+    ),
+    "top1_agreement": Metric(
+        "top-1 agreement", "%", False, positions=top1_agreement, needs_teacher=True
+    ),
+    "nll_gap": Metric("NLL gap", "nats", True, positions=nll_gap, needs_teacher=True),
+    "ece": Metric("ECE", "%", True, positions=calibration, statistic=expected_calibration_error),
+}
+
+
+def metrics_of(task: type[Task] | Task) -> dict[str, Metric]:
+    """Every metric of a task's models: its own, agreement of answers, fidelity."""
+    return {**task.metrics, **task.agreement, **METRICS}
+
+
+def metrics_in(result: dict[str, Any]) -> dict[str, Metric]:
+    """Those of the task that a result is about."""
+    return metrics_of(TASKS[result["config"]["task"]["name"]])

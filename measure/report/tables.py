@@ -1,0 +1,299 @@
+"""How results are written down: the same columns in the console, the README and the report."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from measure.laws import Law
+from measure.metrics import metrics_in
+from measure.verdicts import verdict_line
+from tasks import TASKS
+from tasks.task import Metric, Task
+
+SHORT_RESULT = {"beats": "beats", "does not beat": "no", "inconclusive": "?"}  # in a table cell
+BLOCK = re.compile(r"(<!-- results/(\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Columns = dict[str, Metric]
+
+
+def models_in(result: dict[str, Any]) -> dict[str, Any]:
+    """The entries of teacher, students and controls, by name."""
+    return {"teacher": result["teacher"], **result["students"], **result["controls"]}
+
+
+def task_of(result: dict[str, Any]) -> type[Task]:
+    return TASKS[result["config"]["task"]["name"]]
+
+
+def columns_of(result: dict[str, Any], short: bool = False) -> Columns:
+    """The metrics of the result's task, then those of all tasks; the short table has a few."""
+    metrics, task = metrics_in(result), task_of(result)
+    return {name: metrics[name] for name in task.table} if short and task.table else metrics
+
+
+def heading(metric: Metric) -> str:
+    return f"{metric.heading} %" if metric.is_share else f"{metric.heading}, {metric.unit}"
+
+
+def value_in(entry: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """{"mean", "ci95", "per_seed"} of a metric; None where it was not measured."""
+    return entry.get("quality", {}).get(name) or entry.get("fidelity", {}).get(name)
+
+
+def cells_of(entry: dict[str, Any], columns: Columns, interval: bool) -> list[str]:
+    """One cell per column: the mean and, if asked for, its 95 % interval."""
+    cells = []
+    for name, metric in columns.items():
+        value = value_in(entry, name)
+        if value is None:
+            cells.append("-")
+            continue
+        low, high = (fixed(metric.scale * bound, metric.digits) for bound in value["ci95"])
+        mean = fixed(metric.scale * value["mean"], metric.digits)
+        cells.append(f"{mean} [{low}, {high}]" if interval else mean)
+    return cells
+
+
+def fixed(value: float, digits: int) -> str:
+    """A number with this many digits, and no minus before a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def per_seed_values(result: dict[str, Any]) -> dict[str, list[float]]:
+    """{"states sequence_agreement": one value per seed} of all models, splits and metrics."""
+    found = {}
+    for name, entry in models_in(result).items():
+        for split, values in by_split(entry, result).items():
+            for group in ("quality", "fidelity"):
+                for metric, value in values.get(group, {}).items():
+                    key = f"{name} {metric}" + ("" if values is entry else f" ({split})")
+                    found[key] = value["per_seed"]
+    return found
+
+
+def by_split(entry: dict[str, Any], result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a model's entry says on each split; the main one stands at its top level."""
+    others = {split: entry[split] for split in task_of(result).evaluation_splits if split in entry}
+    return {result["split"]: entry, **others}
+
+
+# -- comparisons of many methods -------------------------------------------------------------------
+
+
+def compared_in(result: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """{heading: (other model, metric)} of the columns that `compare` of the config adds."""
+    compare = result["config"].get("compare")
+    if not compare:
+        return {}
+    metrics = metrics_in(result)
+    return {
+        f"{metrics[name].heading} against {other}": (other, name)
+        for name in compare["metrics"]
+        for other in compare["against"]
+    }
+
+
+def more_headings(result: dict[str, Any]) -> list[str]:
+    """Of a comparison of methods: total cost, bytes per token of the outputs, verdicts."""
+    compared = compared_in(result)
+    return ["cost %", "bytes per token", *compared] if compared else []
+
+
+def more_cells(result: dict[str, Any], name: str) -> list[str]:
+    """The cells under `more_headings`: differences in the unit of the metric."""
+    compared, cost, metrics = compared_in(result), result["cost"], metrics_in(result)
+    if not compared:
+        return []
+    share = cost["fraction_of_teacher_by_student"].get(name)
+    weight = cost["outputs_by_student"].get(name, {}).get("bytes_per_token")
+    cells = [
+        f"{100 * share['flops']:.1f}" if share and share["flops"] else "-",
+        f"{weight:.1f}" if weight else "-",
+    ]
+    verdicts = {(v["claim"], v["metric"]): v for v in result["verdicts"]}
+    for other, metric in compared.values():
+        verdict = verdicts.get((f"{name} beats {other}", metric))
+        if verdict is None:
+            cells.append("-")
+            continue
+        scale, digits = metrics[metric].scale, metrics[metric].digits
+        outcome = SHORT_RESULT[verdict["result"]]
+        cells.append(f"{scale * verdict['difference']:+.{digits}f} {outcome}")
+    return cells
+
+
+def comparison_summary(result: dict[str, Any]) -> str:
+    """How many comparisons the table makes, and their results."""
+    if not result["verdicts"]:
+        return "no comparisons on this split"
+    results = [verdict["result"] for verdict in result["verdicts"]]
+    counts = [f"{results.count(kind)} {kind}" for kind in dict.fromkeys(results)]
+    seeds = min(verdict["seeds"] for verdict in result["verdicts"])
+    over = f"over {seeds} seeds" if seeds > 1 else "over 1 seed (the intervals are over rows alone)"
+    return (
+        f"{len(results)} comparisons {over}: {', '.join(counts)} (in the table: beats, no, ?; "
+        "beats: significant after Holm's correction for all of them; no: the 95 % interval is not "
+        "above 0)"
+    )
+
+
+# -- sentences -------------------------------------------------------------------------------------
+
+
+def facts_of(result: dict[str, Any]) -> list[str]:
+    """Verdicts except those in the table, gaps closed and cost, a line each."""
+    metrics = metrics_in(result)
+    stated = [(v["claim"], v["metric"]) for v in result["config"].get("verdicts", [])]
+    facts = [
+        verdict_line(verdict, metrics)
+        for verdict in result["verdicts"]
+        if (verdict["claim"], verdict["metric"]) in stated or not compared_in(result)
+    ]
+    if compared_in(result):
+        return [*facts, comparison_summary(result)]
+    facts += where_traces_pay(result.get("map", []))
+    facts += accuracies_by_steps(result)
+    facts += traces_kept(result)
+    laws = result.get("laws", {})
+    facts += [law_line(result, name, study) for name, study in laws.items()]
+    main = next(iter(result["students"]))
+    studied = {name for study in laws.values() for name in study["x"]} - {main}
+    return facts + gaps_and_costs(result, studied)
+
+
+def gaps_and_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
+    """Gaps closed and cost; students with equal lines share one."""
+    measured = metrics_in(result)[task_of(result).headline].heading
+    students: dict[str, list[str]] = {}  # by line
+    for name, shares in result["gaps"].items():
+        if name in left_out:
+            continue
+        for gap, share in shares.items():
+            control = gap.removesuffix("_to_teacher")
+            line = f"{{}}: {control} already matches the teacher in {measured}, no gap to close"
+            if share["share"] is not None:
+                low, high = (100 * bound for bound in share["ci95"])
+                part = f"{100 * share['share']:.0f} % [{low:.0f}, {high:.0f}]"
+                line = f"{{}} closes {part} of the gap from {control} to teacher in {measured}"
+            students.setdefault(line, []).append(name)
+    for name in result["students"]:
+        share = result["cost"]["fraction_of_teacher_by_student"][name]["flops"]
+        if share is not None and name not in left_out:
+            line = f"outputs + {{}} = {100 * share:.1f} % of the teacher's training FLOPs"
+            students.setdefault(line, []).append(name)
+    return [line.format(list_of(names)) for line, names in students.items()]
+
+
+def list_of(names: list[str]) -> str:
+    """One name, or how many and which."""
+    return names[0] if len(names) == 1 else f"each of {len(names)} students ({', '.join(names)})"
+
+
+def traces_kept(result: dict[str, Any]) -> list[str]:
+    """A line for every student that learned only from traces with a right answer."""
+    made = result["cost"]["outputs_by_student"]
+    return [
+        f"{name} learned from {made[name]['kept']:,} of {made[name]['rows']:,} traces, those with "
+        "a right answer"
+        for name, entry in result["students"].items()
+        if entry["recipe"]["outputs"]["traces"] == "right" and made.get(name, {}).get("kept")
+    ]
+
+
+def where_traces_pay(cells: list[dict[str, Any]]) -> list[str]:
+    """A line for every pair of students in the map: at which numbers of steps traces pay."""
+    lines = []
+    for claim in dict.fromkeys(cell["claim"] for cell in cells):
+        parts = []
+        for result in ("beats", "inconclusive", "does not beat"):
+            steps = [c["steps"] for c in cells if c["claim"] == claim and c["result"] == result]
+            if steps:
+                parts.append(f"{result.upper()} at {', '.join(map(str, steps))}")
+        lines.append(f"{claim} by number of steps ({len(cells)} claims): {'; '.join(parts)}")
+    return lines
+
+
+def accuracies_by_steps(result: dict[str, Any]) -> list[str]:
+    """Of a task whose problems have steps, a line per model: right answers in %, with a bar between
+    the splits."""
+    task = task_of(result)
+    if not task.steps:
+        return []
+    lines = []
+    for name, entry in models_in(result).items():
+        parts = []
+        for split, values in by_split(entry, result).items():
+            steps = task.steps.get(split) or task.steps[task.evaluation_splits[0]]
+            quality = values.get("quality", {})
+            found = [quality[key] for n in steps if (key := task.accuracy_at(n)) in quality]
+            parts.append("  ".join(f"{100 * value['mean']:.0f}" for value in found))
+        shown = " | ".join(filter(None, parts))
+        lines.append(f"{name}: right answers % at 1, 2, ... steps: {shown}")
+    return lines
+
+
+def law_line(result: dict[str, Any], name: str, study: dict[str, Any]) -> str:
+    """How the divergence depends on the number of rows, or on the size of the student."""
+    best = min(
+        study["x"],
+        key=lambda one: result["students"][one]["fidelity"]["kl_teacher_student"]["mean"],
+    )
+    rows = f"the number of different {task_of(result).item_noun}"
+    x = rows if name == "rows" else "the student's share of the teacher's parameters"
+    law = f"KL to teacher = {Law(*study['law'])} nats, x {x}" if study["law"] else f"over {x}"
+    minimum = f"; minimum at {study['minimum_at']:.2g}" if study["minimum_at"] else ""
+    return f"{law}{minimum}; of those tried, {best} is closest to the teacher"
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def console_table(result: dict[str, Any]) -> Table:
+    table = Table(box=box.ASCII, title=f"{result['config']['name']}, {result['split']} split")
+    table.add_column("")
+    compared, columns = compared_in(result), columns_of(result, short=True)
+    for title in ("params", "TFLOPs", *map(heading, columns.values()), *more_headings(result)):
+        table.add_column(title, justify="right")
+    for name, entry in models_in(result).items():
+        size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
+        cells = cells_of(entry, columns, interval=not compared)
+        table.add_row(name, *size, *cells, *more_cells(result, name))
+    return table
+
+
+def with_tables(readme: str, results: Path) -> str:
+    """The text with every block `<!-- results/NAME.json --> ... <!-- end -->` rewritten from
+    results/NAME.json: by `eval.py RUN --update`, and by a test that compares."""
+
+    def block(match: re.Match) -> str:
+        file = results / f"{match[2]}.json"
+        if not file.exists():
+            return match[0]
+        return match[1] + markdown(json.loads(file.read_text(encoding="utf-8"))) + match[3]
+
+    return BLOCK.sub(block, readme)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One result as a Markdown table and a list of facts."""
+    columns = columns_of(result, short=True)
+    headings = ["", "parameters", "TFLOPs", *map(heading, columns.values()), *more_headings(result)]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for name, entry in models_in(result).items():
+        size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
+        cells = [*cells_of(entry, columns, interval=False), *more_cells(result, name)]
+        lines.append(f"| {' | '.join([name, *size, *cells])} |")
+    stages = result["cost"]["stages"]
+    where = result["environment"]["trained"]
+    facts = [
+        *facts_of(result),
+        f"{sum(stage['seconds'] for stage in stages) / 60:.0f} minutes of work, shared by "
+        f"{result['config']['workers']} processes of at most "
+        f"{max(stage['peak_memory_mb'] for stage in stages)} MB, on {where['cores']} cores of "
+        f"{where['cpu']}",
+    ]
+    return "\n".join([*lines, "", *(f"- {fact}" for fact in facts), ""])

@@ -1,0 +1,258 @@
+"""Verdicts: which claims hold, by a rule that is fixed beforehand and knows no names."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+
+from measure.statistics import RESAMPLES, Estimate, interval, ratio
+from tasks.task import Metric
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models in one metric, oriented so that a positive difference is better for the first.
+    sign: 1 if higher is better, else -1."""
+
+    claim: str
+    metric: str
+    sign: int
+    threshold: float
+    first: Estimate
+    second: Estimate
+
+    @property
+    def equivalence(self) -> bool:
+        return " matches " in self.claim
+
+    @property
+    def keeps(self) -> bool:
+        return " keeps " in self.claim
+
+    @cached_property
+    def reference(self) -> Estimate:
+        """What the first is compared with: the second, or the share of it that is to be kept."""
+        return self.second.times(self.threshold) if self.keeps else self.second
+
+    @property
+    def margin(self) -> float:
+        return 0.0 if self.keeps else self.threshold
+
+    @property
+    def paired(self) -> bool:
+        return len(self.first.per_seed) == len(self.second.per_seed) > 1
+
+    @property
+    def difference(self) -> float:
+        return self.sign * (self.first.mean - self.reference.mean)
+
+    @cached_property
+    def by_seed(self) -> np.ndarray:
+        """Differences seed by seed; one side may have a single seed, as a second teacher has."""
+        return self.sign * (self.first.per_seed - self.reference.per_seed)
+
+    @cached_property
+    def resamples(self) -> np.ndarray:
+        return self.sign * (self.first.resamples - self.reference.resamples)
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, of the hypothesis that the difference equals the threshold.
+
+        The resamples are as wide as the 95 % interval requires; Student's t gives the tails beyond,
+        which many comparisons need and 2,000 resamples do not reach.
+        """
+        freedom = max(len(self.first.per_seed), len(self.second.per_seed)) - 1
+        tails = stats.t(freedom) if freedom else stats.norm()
+        error = self.resamples.std() * stats.norm.ppf(0.975) / tails.ppf(0.975)
+        distance = abs(self.difference - self.margin)
+        return float(2 * tails.sf(distance / error)) if error > 0 else float(distance == 0)
+
+    @property
+    def p_equivalence(self) -> float:
+        """Of two one-sided tests (TOST, Schuirmann 1987) that the difference exceeds the margin: a
+        large p of a test for a difference would prove nothing."""
+        beyond = [
+            (self.resamples >= self.threshold).mean(),
+            (self.resamples <= -self.threshold).mean(),
+        ]
+        return float(max(*beyond, 1 / RESAMPLES))
+
+    def p_permutation(self) -> float | None:
+        """Two-sided, of the hypothesis that the two models are exchangeable: differences flip their
+        signs, seed by seed where both have several (n seeds cannot go below 2 / 2^n), else row by
+        row; None where rows have no values to exchange, as for an ECE.
+        """
+        if self.paired:
+            values = self.by_seed
+        elif self.first.statistic is not ratio or self.second.statistic is not ratio:
+            return None
+        else:
+            first, second = (
+                (m.columns[:, :, 0] / np.maximum(m.columns[:, :, 1], 1e-12)).mean(axis=0)
+                for m in (self.first, self.reference)
+            )
+            values = first - second
+        if not np.any(values):
+            return 1.0
+        found = stats.permutation_test(
+            (values,), np.mean, permutation_type="samples", n_resamples=2 * RESAMPLES,
+            vectorized=True, batch=100, rng=np.random.Generator(np.random.PCG64(0)),
+        )  # fmt: skip
+        return float(found.pvalue)
+
+    def effect_size(self) -> float | None:
+        """Cohen's d of the paired differences: their mean over their deviation between seeds."""
+        deviation = self.by_seed.std(ddof=1) if self.paired else 0.0
+        return float(self.by_seed.mean() / deviation) if deviation > 0 else None
+
+    def probability_of_improvement(self) -> float:
+        """That a seed of the first beats a seed of the second, ties count half (Agarwal et al.
+        2021, arXiv 2108.13264, section 4.3)."""
+        first, second = self.sign * self.first.per_seed, self.sign * self.reference.per_seed
+        wins = stats.mannwhitneyu(first, second, method="asymptotic").statistic
+        return float(wins / (len(first) * len(second)))
+
+    def seeds_needed(self, claims: int = 1) -> int | None:
+        """How many seeds would show a difference of this size beyond the threshold with power 0.8,
+        by the rule of `verdicts` for this number of claims; None where one seed cannot estimate it,
+        or where no number suffices, as row variance common to all seeds does not average out.
+        """
+        if not self.paired:
+            return None
+        seeds, size = len(self.by_seed), abs(self.difference - self.margin)
+        if self.equivalence:  # the nearer of the two margins is harder to show
+            size = abs(self.threshold - abs(self.difference))
+        values = self.sign * (self.first.over_rows - self.reference.over_rows)
+        mean = values.mean(axis=1)
+        # Row variance within each seed averages out over seeds; what all seeds share does not.
+        within = (values - mean[:, None]).var(axis=0).mean() * seeds / (seeds - 1)
+        common = max(0.0, mean.var() - within / seeds)
+        between = self.by_seed.var(ddof=1)
+
+        def power(n: int) -> float:
+            deviation = math.sqrt(between + within + n * common)
+            effect = size / max(deviation, 1e-12)
+            return float(TTestPower().power(effect, n, alpha=0.05 / claims))
+
+        counts = range(2, 10_000)
+        place = bisect_left(counts, 0.8, key=power)
+        return counts[place] if place < len(counts) else None
+
+
+def verdicts(comparisons: list[Comparison]) -> list[dict]:
+    """Decide all claims together.
+
+    From the 95 % interval of the paired difference: all of it at or below the threshold does not
+    beat; all of it above beats, if it is still significant at 5 % after Holm's correction for the
+    number of claims (Holm 1979); anything else is inconclusive. "A keeps a share of B" means that
+    it beats that share of it. "A matches B" is an equivalence test: it holds if the difference lies
+    within the margin at 5 %, fails if all of the 95 % interval lies outside.
+    """
+    if not comparisons:
+        return []
+    values = [c.p_equivalence if c.equivalence else c.p_value for c in comparisons]
+    _, corrected, _, _ = multipletests(values, method="holm")
+    claims = len(comparisons)
+    return [verdict(c, float(p), claims) for c, p in zip(comparisons, corrected, strict=True)]
+
+
+def verdict(comparison: Comparison, p_holm: float, claims: int) -> dict:
+    low, high = interval(comparison.resamples)
+    margin, significant = comparison.margin, p_holm <= 0.05
+    if comparison.equivalence:
+        outside = low > margin or high < -margin
+        result = "matches" if significant else "does not match" if outside else "inconclusive"
+    else:
+        beats = low > margin and significant
+        verb = "keep" if comparison.keeps else "beat"
+        result = f"{verb}s" if beats else f"does not {verb}" if high <= margin else "inconclusive"
+    kept = {}
+    if comparison.keeps:
+        first, second = comparison.first, comparison.second
+        shares = first.resamples / np.maximum(second.resamples, 1e-12)
+        kept = {"share": first.mean / max(second.mean, 1e-12), "share_ci95": interval(shares)}
+    return {
+        "claim": comparison.claim,
+        "metric": comparison.metric,
+        "result": result,
+        "difference": comparison.difference,
+        "ci95": [low, high],
+        **kept,
+        "threshold": comparison.threshold,
+        "seeds": len(comparison.first.per_seed),
+        "against": len(comparison.second.per_seed),
+        "p_permutation": comparison.p_permutation(),
+        "p_holm": p_holm,
+        "effect_size": comparison.effect_size(),
+        "probability_of_improvement": comparison.probability_of_improvement(),
+        "seeds_needed": comparison.seeds_needed(claims) if result == "inconclusive" else None,
+    }
+
+
+def verdict_line(verdict: dict, metrics: Mapping[str, Metric]) -> str:
+    """`states beats baseline by 3.1 points of word errors [2.2, 4.0] over 5 seeds: BEATS`; where it
+    does not beat, `not supported: states is 3.1 points of word errors worse than ...`."""
+    metric = metrics[verdict["metric"]]
+    first, verb, second = verdict["claim"].split()
+    scale, digits = metric.scale, metric.digits
+    low, high = (scale * bound for bound in verdict["ci95"])
+    seeds = seeds_behind(verdict)
+    more = f" ({what_would_decide(verdict)})" if verdict["result"] == "inconclusive" else ""
+    outcome = f"{verdict['result'].upper()}{more}"
+    if verb == "keeps":
+        low, high = (100 * bound for bound in verdict["share_ci95"])
+        return (
+            f"{first} keeps {100 * verdict['share']:.1f} % of the {metric.heading} of {second} "
+            f"[{low:.1f}, {high:.1f}] {seeds}, {100 * verdict['threshold']:g} % needed: {outcome}"
+        )
+    difference = scale * verdict["difference"]
+    of = f"{metric.difference_unit} of {metric.heading}"
+    bounds = f"[{low:.{digits}f}, {high:.{digits}f}] {seeds}"
+    if verb == "matches":
+        margin = f"margin {scale * verdict['threshold']:g}"
+        return f"{verdict['claim']} to {difference:.{digits}f} {of} {bounds}, {margin}: {outcome}"
+    needed = f", more than {scale * verdict['threshold']:g} needed" if verdict["threshold"] else ""
+    if verdict["result"] == "does not beat":
+        worse = difference < 0
+        if worse:
+            difference, low, high = -difference, -high, -low
+        return (
+            f"not supported: {first} is {difference:.{digits}f} {of} "
+            f"{'worse' if worse else 'better'} than {second} [{low:.{digits}f}, {high:.{digits}f}] "
+            f"{seeds}{needed}"
+        )
+    return f"{verdict['claim']} by {difference:.{digits}f} {of} {bounds}{needed}: {outcome}"
+
+
+def seeds_behind(verdict: dict) -> str:
+    if verdict["seeds"] == 1:
+        return "over 1 seed (the interval is over rows alone)"
+    one_reference = verdict.get("against") == 1  # whose own luck the interval does not know
+    return f"over {verdict['seeds']} seeds" + (" against one" if one_reference else "")
+
+
+def what_would_decide(verdict: dict) -> str:
+    """What an inconclusive claim of this size lacks."""
+    margin = 0.0 if " keeps " in verdict["claim"] else verdict["threshold"]
+    beyond = " matches " not in verdict["claim"] and verdict["ci95"][0] > margin
+    alone = "significant alone, not after correction for all claims; " if beyond else ""
+    return alone + seeds_that_would_decide(verdict)
+
+
+def seeds_that_would_decide(verdict: dict) -> str:
+    """How many seeds a claim of this size needs, or what it needs instead."""
+    needed = verdict["seeds_needed"]
+    if needed is None and verdict["seeds"] > 1 == verdict.get("against"):
+        return "more seeds of the reference are needed to estimate how many"
+    if needed is None and verdict["seeds"] > 1:
+        return "more held-out rows would decide it, more seeds would not"
+    if needed is None:
+        return "one seed cannot estimate how many are needed"
+    return f"{needed} seeds would show a difference of this size in 80 % of cases"

@@ -1,0 +1,160 @@
+"""Generation: a model answers prompts, in batches, greedily or sampled.
+
+No top-p, top-k or repetition penalty is applied anywhere.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from models.language import Forward, device_of
+from models.rows import Rows
+from models.states import states_of, states_options
+
+MAX_NUMBERS = 2**28  # of logits held at a time: 1 GB of float32
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote after a prompt of P tokens: n new tokens, end mark included, and their
+    log-probability in nats (at temperature 1, whatever the sampling temperature).
+
+    On request also all log-probabilities [n, V] there; the states [P + n - 1, layers, W] after some
+    layers, from the first token to the last but one; and the maps [P + n - 1, maps, P + n - 1] of
+    attention and value relations (see `states_of`).
+    """
+
+    tokens: Tensor
+    log_prob: float
+    log_probs: Tensor | None = None
+    hidden: Tensor | None = None
+    maps: Tensor | None = None
+
+
+def rows_at_once(most: int, tokens: int, vocabulary: int) -> int:
+    """How many rows of so many tokens may have all their logits in memory."""
+    return min(most, max(1, MAX_NUMBERS // (tokens * vocabulary)))
+
+
+def answers_of(
+    forward: Forward, rows: Rows, batch_rows: int = 512, **options: Any
+) -> Iterator[tuple[int, Generated]]:
+    """Let a model answer the prompts of all rows, in batches of similar prompt lengths, smaller
+    where a row needs much memory. The options are those of `generate`. Yields (index of the row,
+    answer)."""
+    # Logits of one token and what is computed from them, or of all tokens.
+    tokens = options["longest"] if options.get("keep_log_probs") else 16
+    batch_rows = rows_at_once(batch_rows, tokens, options.get("vocabulary") or 1)
+    order = np.argsort(rows.prompt_lengths, kind="stable")
+    for indices in np.array_split(order, -(-len(order) // batch_rows)):
+        answers = generate(forward, [rows.prompt(i) for i in indices], **options)
+        yield from zip(indices.tolist(), answers, strict=True)
+
+
+@torch.no_grad()
+def generate(
+    forward: Forward,
+    prompts: Sequence[np.ndarray | Tensor],
+    *,
+    longest: int,
+    end: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    separator: int | None = None,
+    prompt_temperature: float = 1.0,
+    keep_log_probs: bool = False,
+    keep_layers: Sequence[int] = (),
+    keep_relations: bool = False,
+    vocabulary: int | None = None,
+    max_thinking_tokens: int | None = None,
+    end_of_reasoning: int | None = None,
+) -> list[Generated]:
+    """Continue B prompts of any lengths, each up to the token `end` or by `longest` tokens.
+
+    All rows advance together, token by token: rows with longer prompts are still being read while
+    others already write. So nothing is padded, and no mask is needed.
+
+    Temperature 0 takes the most likely token. With a `separator`, tokens up to it are sampled at
+    `prompt_temperature` (a model that invents its own prompts), those after it at `temperature`.
+    `keep_layers` counts from 1. Ids from `vocabulary` on, which pad the matrices of some models,
+    are never written. After `max_thinking_tokens` without it, the token `end_of_reasoning` is
+    forced: the model must answer from what it has (Muennighoff et al. 2025 (s1), arXiv 2501.19393,
+    section 3).
+    """
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    ends = starts + longest
+    rows, width = len(prompts), int(ends.max())
+    filled = np.zeros((rows, width), np.int64)
+    for row, prompt in zip(filled, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    tokens = torch.from_numpy(filled)
+    alive = torch.arange(rows)
+    answering = torch.full((rows,), separator is None)
+    thinking = torch.full((rows,), max_thinking_tokens is not None)
+    log_prob = torch.zeros(rows, dtype=torch.float64)
+    log_probs: Tensor | None = None
+    hidden: Tensor | None = None
+    maps: Tensor | None = None
+    cache, device = DynamicCache(), device_of(forward)
+    options = {"use_cache": True} | states_options(keep_layers, keep_relations)
+    read = 0
+    for place in range(int(starts.min()), width):
+        inputs = tokens[alive, read:place].to(device)
+        # of a whole prompt the logits would be large, and the last ones are all that is needed
+        output = forward(inputs, past_key_values=cache, logits_to_keep=1, **options)
+        logits = output.logits if output.logits.ndim == 2 else output.logits[:, -1]
+        logits = logits[:, :vocabulary].cpu()
+        if keep_layers:
+            states, looks = (t.cpu() for t in states_of(output, keep_layers, keep_relations))
+            if hidden is None:
+                hidden = states.new_empty((rows, width - 1, *states.shape[2:]))
+                maps = states.new_zeros((rows, width - 1, looks.shape[2], width - 1))
+            hidden[alive, read:place] = states
+            maps[alive, read:place, :, :place] = looks
+        written = place - starts[alive]  # how many tokens each row has written
+        writes = written >= 0
+        expected = torch.log_softmax(logits[writes], dim=-1)
+        if keep_log_probs:
+            if log_probs is None:
+                log_probs = logits.new_empty((rows, longest, logits.shape[-1]))
+            log_probs[alive[writes], written[writes]] = expected
+        chosen = logits.argmax(-1)
+        for sampled, heat in ((answering, temperature), (~answering, prompt_temperature)):
+            sampled = sampled & writes
+            if heat > 0 and bool(sampled.any()):
+                probabilities = torch.softmax(logits[sampled] / heat, dim=-1)
+                chosen[sampled] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        if max_thinking_tokens is not None:
+            thinking = thinking & ~(writes & (chosen == end_of_reasoning))
+            chosen[thinking & (written >= max_thinking_tokens)] = end_of_reasoning
+            thinking = thinking & (written < max_thinking_tokens)
+        log_prob[alive[writes]] += expected.gather(-1, chosen[writes, None])[:, 0].double()
+        chosen = torch.where(writes, chosen, tokens[alive, place])
+        tokens[alive, place] = chosen
+        if separator is not None:
+            answering = answering | (chosen == separator)
+        over = writes & ((chosen == end) | (written == longest - 1))
+        ends[alive[over]] = place + 1
+        if bool(over.all()):
+            break
+        read = place
+        if bool(over.any()):
+            # Finished rows leave the batch, so that a few long ones do not hold up the rest.
+            keep = (~over).nonzero()[:, 0]
+            alive, answering, thinking = alive[keep], answering[keep], thinking[keep]
+            cache.batch_select_indices(keep.to(device))
+    return [
+        Generated(
+            tokens[row, start:stop],
+            float(log_prob[row]),
+            None if log_probs is None else log_probs[row, : stop - start],
+            None if hidden is None else hidden[row, : stop - 1],
+            None if maps is None else maps[row, : stop - 1, :, : stop - 1],
+        )
+        for row, (start, stop) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True))
+    ]

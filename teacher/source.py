@@ -1,0 +1,185 @@
+"""Who answers: a source writes answers to prompts, or scores the data's own answers.
+
+`score`, `answer` and `invent` are the three ways in which a local model does so. Each yields a
+`TeacherRow` as soon as it is made, with no more than was asked for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.schema import LabError
+from models.generate import answers_of, generate, rows_at_once
+from models.language import Forward, device_of, logits_at
+from models.rows import Rows, collate, row_id
+from models.states import states_of, states_options
+from tasks.task import Task
+
+BATCH_ROWS = 512
+MIN_WELL_FORMED = 0.02  # a teacher whose inventions are well formed less often is given up
+
+
+@dataclass(frozen=True)
+class TeacherRow:
+    """One row and what the teacher thought of it: tokens [L], of which the first prompt_length ask;
+    log_probs [L - prompt_length, V] at the completion; states [L - 1, layers, W] and maps
+    [L - 1, maps, L - 1] (see `states_of`). index: its place among the rows that were asked."""
+
+    index: int
+    id: int
+    tokens: np.ndarray
+    prompt_length: int
+    log_probs: Tensor | None = None
+    states: Tensor | None = None
+    maps: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model on this machine. task: what the students learn. own_task: the same with the teacher's
+    own tokenizer, where that is another one."""
+
+    forward: Forward
+    task: Task
+    own_task: Task
+    layers: tuple[int, ...] = ()
+    relations: bool = False
+
+    def score(self, rows: Rows) -> Iterator[TeacherRow]:
+        """Read the completions of the data and say what was expected at each of their tokens."""
+        task, layers = self.task, self.layers
+        order = np.argsort(rows.lengths, kind="stable")
+        at_once = rows_at_once(BATCH_ROWS, int(rows.lengths.max()), task.vocabulary)
+        for indices in np.array_split(order, -(-len(rows) // at_once)):
+            batch = collate(rows, indices, task.pad)
+            with torch.no_grad():
+                ids = batch.input_ids.to(device_of(self.forward))
+                output = self.forward(ids, **states_options(layers, self.relations))
+            log_probs = torch.log_softmax(logits_at(output, batch, task.vocabulary).cpu(), -1)
+            log_probs = log_probs.split(batch.counted.sum(1).tolist())
+            if layers:
+                states, maps = (t.cpu() for t in states_of(output, layers, self.relations))
+            for place, i in enumerate(indices):
+                n = rows.lengths[i] - 1
+                yield TeacherRow(
+                    int(i),
+                    int(rows.ids[i]),
+                    rows.row(i),
+                    int(rows.prompt_lengths[i]),
+                    log_probs[place],
+                    states[place, :n] if layers else None,
+                    maps[place, :n, ..., :n] if layers else None,
+                )
+
+    def answer(
+        self, rows: Rows, temperature: float, probabilities: bool, generator: torch.Generator
+    ) -> Iterator[TeacherRow]:
+        """Answer the prompts of some rows, in batches of similar prompt lengths."""
+        own = self.own_task
+        answers = answers_of(
+            self.forward,
+            prompts_for(own, self.task, rows),
+            BATCH_ROWS,
+            longest=own.longest_answer,
+            end=own.end,
+            temperature=temperature,
+            generator=generator,
+            keep_log_probs=probabilities,
+            keep_layers=self.layers,
+            keep_relations=self.relations,
+            vocabulary=own.vocabulary,
+        )
+        for i, answer in answers:
+            tokens, log_probs = answer.tokens.numpy(), answer.log_probs
+            if own is not self.task:
+                tokens, log_probs = retokenised(own, self.task, tokens, log_probs)
+            yield TeacherRow(
+                int(i),
+                int(rows.ids[i]),
+                np.concatenate([rows.prompt(i), tokens]),
+                int(rows.prompt_lengths[i]),
+                log_probs,
+                answer.hidden,
+                answer.maps,
+            )
+
+    def invent(
+        self,
+        count: int,
+        temperature: float,
+        probabilities: bool,
+        generator: torch.Generator,
+        taken: set[bytes],
+    ) -> Iterator[TeacherRow]:
+        """Write whole rows, prompts included.
+
+        A row is dropped if it is malformed, if its prompt belongs to an evaluation split or is
+        `taken`. A prompt may be invented twice; then both rows have one id.
+        """
+        task, made, tried = self.task, 0, 0
+        start = torch.full((BATCH_ROWS, 1), task.tokenizer.bos_token_id)
+        while made < count:
+            if made < tried * MIN_WELL_FORMED:
+                raise LabError(
+                    f"the teacher rarely invents well-formed {task.item_noun} ({made} of {tried} "
+                    "tries); train it longer or with a larger teacher.training.prompt_weight"
+                )
+            tried += BATCH_ROWS
+            for answer in generate(
+                self.forward,
+                start,
+                longest=task.longest_row - 1,
+                end=task.end,
+                temperature=temperature,
+                generator=generator,
+                separator=task.separator,
+                keep_log_probs=probabilities,
+                keep_layers=self.layers,
+                keep_relations=self.relations,
+                vocabulary=task.vocabulary,
+            ):
+                row = np.concatenate([[task.tokenizer.bos_token_id], answer.tokens.numpy()])
+                length = task.invented_prompt_length(row)
+                if length is None or made == count or bytes_of(row[:length]) in taken:
+                    continue
+                log_probs = answer.log_probs
+                yield TeacherRow(
+                    made,
+                    row_id(f"{task.name} {row[:length].tolist()}"),
+                    row,
+                    length,
+                    None if log_probs is None else log_probs[length - 1 :],
+                    answer.hidden,
+                    answer.maps,
+                )
+                made += 1
+
+
+def prompts_for(own_task: Task, task: Task, rows: Rows) -> Rows:
+    """The prompts of some rows in the tokens of `own_task`, the same task with another
+    tokenizer."""
+    if own_task is task:
+        return rows
+    prompts = [own_task.prompt(task.question(rows, i)) for i in range(len(rows))]
+    return Rows.build(rows.ids[np.arange(len(rows))].tolist(), prompts, [[] for _ in prompts])
+
+
+def retokenised(
+    own_task: Task, task: Task, tokens: np.ndarray, log_probs: Tensor | None
+) -> tuple[np.ndarray, Tensor | None]:
+    """An answer of n tokens of the teacher as m tokens of the student, and log-probabilities [m, V]
+    of the teacher beside them: the i-th of its own beside the i-th, the last beside all that follow
+    (Boizard et al. 2024 (ULD), arXiv 2402.12030, section 3, cut the longer text off)."""
+    ids = task.encode_answer(own_task.render(tokens.tolist()))
+    if tokens[-1] == own_task.end or not ids:
+        ids = [*ids, task.end]
+    if log_probs is not None:
+        log_probs = log_probs[np.minimum(np.arange(len(ids)), len(log_probs) - 1)]
+    return np.asarray(ids, np.int64), log_probs
+
+
+def bytes_of(prompt: np.ndarray) -> bytes:
+    return prompt.astype(np.int32).tobytes()
