@@ -140,6 +140,8 @@ def begin_run(experiment: Experiment, folder: Path) -> Experiment:
             f"{folder} was begun on other rows or with another tokenizer; train again under "
             "another name=..."
         )
+    if experiment.is_main:
+        experiment.run.save()  # workers read it
     return experiment
 
 

@@ -26,7 +26,31 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, formatted_json(content) + "\n")
+
+
+def formatted_json(content: Any, indent: str = "") -> str:
+    """JSON with a line for every innermost object, such as a metric, so that it can be read and
+    compared line by line."""
+    parts = content.values() if isinstance(content, dict) else content
+    if not isinstance(content, dict | list) or all(is_flat(part) for part in parts):
+        return json.dumps(content, ensure_ascii=False)
+    if isinstance(content, dict):
+        lines = [
+            f"{json.dumps(str(key), ensure_ascii=False)}: {formatted_json(value, indent + ' ')}"
+            for key, value in content.items()
+        ]
+    else:
+        lines = [formatted_json(value, indent + " ") for value in content]
+    opening, closing = "{}" if isinstance(content, dict) else "[]"
+    body = ",\n".join(f"{indent} {line}" for line in lines)
+    return f"{opening}\n{body}\n{indent}{closing}"
+
+
+def is_flat(value: Any) -> bool:
+    """A number or text, or a list of those."""
+    items = value if isinstance(value, list) else [value]
+    return not any(isinstance(item, dict | list) for item in items)
 
 
 def read_json(path: Path) -> Any:

@@ -19,9 +19,9 @@ from tasks import TASKS
 from tasks.task import Metric, Task
 
 METRICS: dict[str, Metric] = {
-    "sequence_agreement": Metric("same answer as teacher", "%", False, "same", needs_teacher=True),
+    "sequence_agreement": Metric("agreement with teacher", "%", False, "same", needs_teacher=True),
     "agreement_on_teacher_errors": Metric(
-        "its errors copied", "%", False, "copied", "errors", needs_teacher=True
+        "teacher errors copied", "%", False, "copied", "errors", needs_teacher=True
     ),
     "kl_teacher_student": Metric(
         "KL to teacher", "nats", True, positions=kl_teacher_student, needs_teacher=True

@@ -224,7 +224,7 @@ def verdict_line(verdict: dict, metrics: Mapping[str, Metric]) -> str:
         if worse:
             difference, low, high = -difference, -high, -low
         return (
-            f"not supported: {first} is {difference:.{digits}f} {of} "
+            f"not supported: {first} is {abs(difference):.{digits}f} {of} "
             f"{'worse' if worse else 'better'} than {second} [{low:.{digits}f}, {high:.{digits}f}] "
             f"{seeds}{needed}"
         )

@@ -103,9 +103,11 @@ def skewed_reverse_kl(
     return temperature**2 * kl(student, mixture(student, teacher, skew))
 
 
-def adaptive_kl(student_logits: Tensor, signal: Signal, temperature: float = 1.0) -> Tensor:
+def adaptive_kl(
+    student_logits: Tensor, signal: Signal, temperature: float = 1.0, head: float = 0.5
+) -> Tensor:
     """T^2 [w KL(p || q) + (1 - w) KL(q || p)], with w = the share of sum |p - q| that lies in the
-    teacher's head: the fewest outcomes that hold at least half of p. [M, V] -> [M] nats.
+    teacher's head: the fewest outcomes that hold at least `head` of p. [M, V] -> [M] nats.
 
     Early in training forward KL fits the head and reverse KL the tail; w favours the one that lags,
     and is not differentiated. Wu et al. 2024, arXiv 2404.02657, section 4.
@@ -114,7 +116,7 @@ def adaptive_kl(student_logits: Tensor, signal: Signal, temperature: float = 1.0
     with torch.no_grad():
         probabilities, order = teacher.exp().sort(-1, descending=True)
         gap = (probabilities - student.exp().gather(-1, order)).abs()
-        in_head = probabilities.cumsum(-1) - probabilities < 0.5
+        in_head = probabilities.cumsum(-1) - probabilities < head
         total = gap.sum(-1)
         forward_share = torch.where(total > 0, (gap * in_head).sum(-1) / total, 0.5)
     both = forward_share * kl(teacher, student) + (1 - forward_share) * kl(student, teacher)

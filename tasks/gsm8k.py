@@ -81,7 +81,7 @@ class Gsm8k(Task):
     metrics = {"accuracy": Metric("right answers", "%", False, "right", final_answer=True)}
     agreement = {
         "answer_agreement": Metric(
-            "same number as teacher", "%", False, "same_answer", final_answer=True,
+            "agreement on the number", "%", False, "same_answer", final_answer=True,
             needs_teacher=True,
         ),
     }  # fmt: skip

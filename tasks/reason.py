@@ -269,11 +269,11 @@ class Reason(Task):
     }
     agreement = {
         "answer_agreement": Metric(
-            "same number as teacher", "%", False, "same_answer", final_answer=True,
+            "agreement on the number", "%", False, "same_answer", final_answer=True,
             needs_teacher=True,
         ),
         "step_agreement": Metric(
-            "teacher's steps", "%", False, "same_steps", "teachers_steps", needs_teacher=True
+            "agreement on steps", "%", False, "same_steps", "teachers_steps", needs_teacher=True
         ),
     }  # fmt: skip
     headline = "accuracy"

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as judge
 import train
-from configs.runs import Run
-from measure.check import losses_of
+from experiment.check import losses_of
+from experiment.run import Run
 from tasks.pronounce import Pronounce
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,13 @@ def test_a_run_leaves_every_file_that_the_house_promises(tiny_run):
         "environment",
     }  # fmt: skip
     assert set(result["students"]) == {"distilled", "written", "top", "states", "invented"}
-    assert set(result["controls"]) == {"alone", "scarce", "shuffled", "smoothed", "twin"}
+    assert set(result["controls"]) == {
+        "baseline",
+        "low_data",
+        "shuffled",
+        "smoothed",
+        "second_teacher",
+    }
     for entry in [*result["students"].values(), *result["controls"].values()]:
         assert set(entry) >= {"params", "recipe", "quality", "fidelity", "cost", "long"}
         assert set(entry["fidelity"]) == {
@@ -78,7 +84,7 @@ def test_every_student_and_control_spends_the_budget_and_no_more(tiny_run):
         "distilled": "outputs/data-logits",
         "shuffled": "outputs/data-logits",
         "written": "outputs/teacher-text-train",
-        "top": "outputs/teacher-top_5-train",
+        "top": "outputs/teacher-top_k-5-train",
         "states": "outputs/teacher-hidden-1-train-300",
         "invented": "outputs/teacher-logits-invented-200",
     }
@@ -90,17 +96,13 @@ def test_every_student_and_control_spends_the_budget_and_no_more(tiny_run):
 
 
 def test_students_of_one_seed_start_from_the_same_weights():
-    from configs.reading import read_config
-    from student.recipe import recipes_of
-    from tasks.pronounce import build_tokenizer
-    from teacher.model import build_model, initialise
+    from experiment.plan import Plan
+    from experiment.reading import read_config
+    from models.language import build_model, initialise
 
-    config = read_config(TINY)
-    assert {"alone", "distilled"} <= set(recipes_of(config))
-    models = [
-        initialise(build_model(config.students.model, build_tokenizer(), 72), seed)
-        for seed in (0, 0, 1)
-    ]
+    config, task = read_config(TINY), Pronounce(limit=600)
+    assert {"baseline", "distilled"} <= set(Plan(config).recipes)
+    models = [initialise(build_model(config.students.model, task), seed) for seed in (0, 0, 1)]
     weights = [m.model.layers[0].mlp.up_proj.weight for m in models]
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])
@@ -113,7 +115,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(tiny_run):
 
 
 # Less of configs/tiny.yaml, whose stages must come out as they do there.
-PART = ("seeds=[0]", "controls=[alone,shuffled]")
+PART = ("seeds=[0]", "controls=[baseline,shuffled]")
 
 
 def without_times(result: dict) -> dict:
@@ -241,8 +243,8 @@ def test_two_workers_side_by_side_train_the_same_models_as_one(tiny_run, tmp_pat
     recipes = (
         "recipes={distilled: {access: logits}, invented: {access: logits, sequences: teacher, "
     )
-    recipes += "prompts: invented, transfer_rows: 200}}"
-    part = ("workers=2", "seeds=[0]", "controls=[alone,twin]", "verdicts=[]", recipes)
+    recipes += "outputs: {prompts: invented, transfer_rows: 200}}}"
+    part = ("workers=2", "seeds=[0]", "controls=[baseline,second_teacher]", "verdicts=[]", recipes)
     assert train_tiny(tmp_path, *part) == 0  # teacher and twin side by side too
     found, whole = tensor_hashes(tmp_path / "tiny"), tensor_hashes(tiny_run)
     assert len(found) == 7
@@ -253,7 +255,7 @@ def test_ask_prints_every_models_answer(tiny_run, capsys):
     listed, *pronunciations = next(iter(Pronounce(limit=600).words.items()))
     assert judge.main([str(tiny_run), "--ask", "deepseek", listed]) == 0
     printed = capsys.readouterr().out
-    for expected in ("deepseek", "teacher", "distilled", "alone", "p = ", "(not listed)"):
+    for expected in ("deepseek", "teacher", "distilled", "baseline", "p = ", "(not listed)"):
         assert expected in printed
     assert pronunciations[0][0] in printed  # the dictionary's own answer
 
@@ -281,47 +283,47 @@ def test_the_report_is_one_file_that_needs_no_other(tiny_run):
         (["recipes.distilled.access=text"], "access 'text' reveals none"),
         (["recipes.distilled.objective=forward_lk"], "did you mean 'forward_kl'?"),
         (["recipes.distilled.objective={forward_kl: 2}"], "sum to 2, expected 1"),
-        (["recipes.states.access=logits"], "and access hidden need each other"),
-        (["recipes.states.hidden_layers=[]"], "hidden_layers names the teacher's layers"),
-        (["recipes.states.hidden_layers=[2]"], "expected 1 layers, one for each of the student's"),
-        (["recipes.states.objective=hidden_match"], "leave the output layer untrained"),
-        (["recipes.top.temperature=2"], "temperature other than 1 needs access logits"),
+        (["recipes.states.access=logits"], "are revealed by hidden alone"),
+        (["recipes.states.outputs.layers=[]"], "outputs.layers names the teacher's layers"),
+        (["recipes.states.outputs.layers=[2]"], "expected 1 layers, one for each of the student's"),
+        (["recipes.states.objective=hidden_mse"], "leave the output layer untrained"),
+        (["recipes.top.temperature=2"], "temperature other than 1 needs access logits or hidden"),
         (["students.model.hidden_size=15"], "not a multiple of num_attention_heads"),
         (["teacher.model.architecture=lama"], "'lama' is not one that transformers has"),
         (["teacher.model.settings.rope=1"], "model.settings.rope is no setting of llama"),
-        (["students.budget=0.000001"], "leaves none for training"),
+        (["students.budget=0.000001"], "leaves no FLOPs for training"),
         (["nonsense"], "must read key=value"),
         (["name=a/b"], "name: found 'a/b'"),
         (["task={limit: &a 3, name: *a}"], "aliases"),
         (["task=!!python/object:os.system {}"], "not plain YAML"),
-        (["verdicts=[{claim: distiled beats alone}]"], "did you mean 'distilled'?"),
+        (["verdicts=[{claim: distiled beats baseline}]"], "did you mean 'distilled'?"),
         (
-            ["verdicts=[{claim: distilled beats alone, metric: words}]"],
-            "input should be 'word_error_rate'",
+            ["verdicts=[{claim: distilled beats baseline, metric: words}]"],
+            "task pronounce has no metric 'words'",
         ),
-        (["verdicts=[{claim: distilled matches alone}]"], "needs a threshold above 0"),
+        (["verdicts=[{claim: distilled matches baseline}]"], "needs a threshold above 0"),
         (
-            ["verdicts=[{claim: top keeps alone, metric: sequence_agreement, threshold: 95}]"],
+            ["verdicts=[{claim: top keeps baseline, metric: sequence_agreement, threshold: 95}]"],
             "expected the share that is to be kept",
         ),
         (
-            ["verdicts=[{claim: top keeps alone, metric: word_error_rate, threshold: 0.9}]"],
+            ["verdicts=[{claim: top keeps baseline, metric: word_error_rate, threshold: 0.9}]"],
             "use matches or beats",
         ),
-        (["recipes.teacher={access: logits}"], "names the teacher or a control"),
+        (["recipes.teacher={access: logits}"], "is the name of the teacher or a control"),
         (["seeds=[-1]"], "seeds.0: found -1"),
         (["teacher.training.betas=[0.9, 1.0]"], "betas.1: found 1.0"),
         (["teacher.epochs=.inf"], "teacher.epochs: found inf"),
         (["task.limit=10"], "task.limit: found 10"),
         (["students.model.hidden_size=18"], "a model of this shape cannot run"),
-        (["recipes.top.k=73"], "recipes.top.k: found 73, expected at most 72"),
-        (["recipes.top.k=0"], "recipes.top.k: found 0"),
-        (["recipes.top.access=sampled"], "access sampled can estimate forward_kl alone"),
-        (["recipes.top.teachers=[toop]"], "nobody is called 'toop'; did you mean 'top'?"),
+        (["recipes.top.outputs.k=73"], "recipes.top.outputs.k: found 73, expected at most 72"),
+        (["recipes.top.outputs.k=0"], "recipes.top.outputs.k: found 0"),
+        (["recipes.top.access=sampled"], "access sampled cannot serve objective reverse_kl"),
+        (["recipes.top.teachers=[toop]"], "no teacher 'toop'; did you mean 'top'?"),
         (["recipes.top.teachers=[top]"], "teach each other in a circle"),
-        (["recipes.top.initial_layers=[1]"], "has the teacher's sizes"),
-        (["recipes.invented.on_policy=2"], "a share of the steps, at most 1"),
-        (["recipes.written.on_policy=1"], "cannot score what the student writes"),
+        (["recipes.top.student.initial_layers=[1]"], "has the teacher's sizes"),
+        (["recipes.invented.student.on_policy=2"], "a share of the steps, at most 1"),
+        (["recipes.written.student.on_policy=1"], "cannot score what the student writes"),
         (["recipes.distilled.sequences=student"], "put another recipe first"),
         (["recipes.distilled.temperature={start: 2, end: 0}"], "must stay above 0"),
         (["recipes.distilled.temperature=.nan"], "recipes.distilled.temperature"),
@@ -335,15 +337,15 @@ def test_the_report_is_one_file_that_needs_no_other(tiny_run):
         ),
         (
             [
-                "recipes.distilled={access: logits, on_policy: 0.5, objective: {forward_kl: 0.5, "
+                "recipes.distilled={access: logits, student: {on_policy: 0.5}, objective: {forward_kl: 0.5, "
                 "cross_entropy: 0.5}}"
             ],
-            "the very text that it writes itself",
+            "the text that it writes itself",
         ),
-        (["teacher.training.prompt_weight=0"], "has learned to invent words"),
+        (["teacher.training.prompt_weight=0"], "needs teacher.training.prompt_weight > 0"),
         (
-            ["recipes.distilled.transfer_rows=600"],
-            "the training words; prompts: extended has no end",
+            ["recipes.distilled.outputs.transfer_rows=600"],
+            "the training words; with prompts: extended there is no limit",
         ),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
@@ -399,7 +401,7 @@ def test_a_run_that_is_not_finished_is_not_judged(copy, capsys):
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
 def test_a_damaged_model_is_refused_by_name(damage, copy, capsys):
-    file = copy / "students" / "alone" / "seed-1" / "model.safetensors"
+    file = copy / "students" / "baseline" / "seed-1" / "model.safetensors"
     content = bytearray(file.read_bytes())
     if damage == "missing":
         file.unlink()
@@ -408,14 +410,14 @@ def test_a_damaged_model_is_refused_by_name(damage, copy, capsys):
         file.write_bytes(content[:-60] if damage == "cut" else content)
     assert judge.main([str(copy)]) == 2
     error = capsys.readouterr().err
-    assert "alone/seed-1" in error
+    assert "baseline/seed-1" in error
     assert len(error.strip().splitlines()) == 1
 
 
 def test_a_student_of_another_vocabulary_is_refused(copy, capsys):
-    from teacher.model import load_model, save_model
+    from models.language import load_model, save_model
 
-    folder = copy / "students" / "alone" / "seed-0"
+    folder = copy / "students" / "baseline" / "seed-0"
     model = load_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model.resize_token_embeddings(80)
@@ -438,7 +440,7 @@ def test_a_damaged_output_stops_the_training_that_needs_it(copy, capsys):
 
 def test_the_lock_of_a_killed_process_is_taken_over(copy, capsys):
     hold = (
-        "import sys, time; from configs.runs import Run\n"
+        "import sys, time; from experiment.run import Run\n"
         f"with Run({str(copy)!r}).locked(): print('held', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE)
@@ -460,7 +462,7 @@ def test_two_runs_in_one_folder_are_refused(copy, capsys):
 
 def test_a_write_that_fails_says_so_in_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch):
     """A full disk, a read-only folder: the command goes on where it was once there is room."""
-    import configs.checkpoints
+    import experiment.checkpoints
 
     written = []
 
@@ -470,8 +472,8 @@ def test_a_write_that_fails_says_so_in_one_line_and_loses_nothing(tmp_path, caps
         written.append(file)
         return save_file(tensors, file, metadata)
 
-    save_file = configs.checkpoints.save_file
-    monkeypatch.setattr(configs.checkpoints, "save_file", full)
+    save_file = experiment.checkpoints.save_file
+    monkeypatch.setattr(experiment.checkpoints, "save_file", full)
     assert train_tiny(tmp_path, *PART, "checkpoint_seconds=0") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
@@ -500,7 +502,7 @@ def with_files_of_at_most(limit: int, *command: str) -> str:
     ("limit", "stage", "overrides"),
     [
         (20_000, "teacher", ()),  # enough for the books, too little for a model
-        (20_000, "teacher", ("workers=2", "controls=[alone,twin]", "verdicts=[]")),
+        (20_000, "teacher", ("workers=2", "controls=[baseline,second_teacher]", "verdicts=[]")),
         (100_000, "outputs/data-logits", ()),  # enough for models
     ],
 )
@@ -510,7 +512,7 @@ def test_a_file_that_cannot_grow_any_more_is_said_in_one_line_by_the_real_script
     part = (*PART, *overrides, "recipes={distilled: {access: logits}}", "--runs", str(tmp_path))
     error = with_files_of_at_most(limit, str(ROOT / "train.py"), TINY, *part)
     assert error.startswith("error: ")
-    assert "the same command goes on" in error
+    assert "rerun the same command to resume" in error
     assert not (tmp_path / "tiny" / stage).exists() or not list(
         (tmp_path / "tiny" / stage).glob("[!.]*.arrow")
     )
@@ -522,7 +524,7 @@ def test_an_evaluation_that_cannot_be_written_leaves_the_one_before(copy):
     before = (copy / "eval.json").read_bytes()
     error = with_files_of_at_most(8_000, str(ROOT / "eval.py"), str(copy))
     assert error.startswith("error: ")
-    assert "the same command goes on" in error
+    assert "rerun the same command to resume" in error
     assert (copy / "eval.json").read_bytes() == before
 
 
@@ -539,7 +541,7 @@ def test_a_run_that_goes_on_elsewhere_says_where_it_was(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["environment"]["cpu"] = "another"
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    shutil.rmtree(copy / "students" / "alone" / "seed-1")
+    shutil.rmtree(copy / "students" / "baseline" / "seed-1")
     assert train_tiny(copy.parent) == 0
     found = Run.finished(copy).manifest
     assert found["environment"]["cpu"] != "another"
@@ -576,10 +578,10 @@ def test_a_run_of_an_older_version_is_named(copy, capsys):
 
 def test_what_was_damaged_and_deleted_is_made_again_as_it_was(copy, tiny_run, capsys):
     """The advice that every such error gives."""
-    for stage in ("teacher", "students/alone/seed-1", "outputs/data-logits"):
+    for stage in ("teacher", "students/baseline/seed-1", "outputs/data-logits"):
         shutil.rmtree(copy / stage)
     assert train_tiny(copy.parent) == 0
-    assert f"{copy / 'teacher'} is gone: it is made again" in capsys.readouterr().out
+    assert f"{copy / 'teacher'} is missing: it is made again" in capsys.readouterr().out
     assert tensor_hashes(copy) == tensor_hashes(tiny_run)
     assert judge.main([str(copy), "--split", "validation"]) == 0
 
@@ -596,8 +598,8 @@ def test_a_run_that_was_begun_on_other_rows_is_refused(copy, capsys):
     ("file", "content"),
     [
         ("manifest.json", "[]"),
-        ("manifest.json", '{"schema": 1, "finished": "yes", "stages": {"../../x": {}}}'),
-        ("manifest.json", '{"schema": 1, "finished": "yes", "stages": {"/etc": {}}}'),
+        ("manifest.json", '{"schema": 2, "finished": "yes", "stages": {"../../x": {}}}'),
+        ("manifest.json", '{"schema": 2, "finished": "yes", "stages": {"/etc": {}}}'),
         ("metrics.jsonl", '{"stage": }\n'),
         ("metrics.jsonl", b"\xff\xfe}\n"),
         ("config.yaml", b"name: \xff"),
@@ -616,7 +618,7 @@ def test_damaged_books_are_said_in_one_line(file, content, copy, capsys):
 
 @pytest.mark.parametrize("what", ["folder", "file"])
 def test_a_model_that_is_a_link_out_of_the_run_is_refused(what, copy, tmp_path, capsys):
-    folder = copy / "students" / "alone" / "seed-0"
+    folder = copy / "students" / "baseline" / "seed-0"
     linked = folder if what == "folder" else folder / "model.safetensors"
     linked.rename(tmp_path / "elsewhere")
     linked.symlink_to(tmp_path / "elsewhere")
@@ -626,7 +628,9 @@ def test_a_model_that_is_a_link_out_of_the_run_is_refused(what, copy, tmp_path, 
 
 def test_held_out_rows_count_as_read_when_the_judging_begins(copy, monkeypatch):
     before = Run(copy).reload().manifest["heldout_reads"]
-    monkeypatch.setattr(judge, "Reference", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        judge, "TeacherReference", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert judge.main([str(copy)]) == 130
     assert Run(copy).reload().manifest["heldout_reads"] == before + 1
     assert judge.main([str(copy), "--split", "validation"]) == 130
@@ -651,7 +655,7 @@ def test_outputs_never_leave_their_folder(name, copy, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pickle", "remote code"])
 def test_a_model_that_carries_code_is_refused(kind, copy, capsys):
-    folder = copy / "students" / "alone" / "seed-0"
+    folder = copy / "students" / "baseline" / "seed-0"
     if kind == "pickle":
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     else:
@@ -661,7 +665,7 @@ def test_a_model_that_carries_code_is_refused(kind, copy, capsys):
         (folder / "evil.py").write_text("raise SystemExit('it ran')")
     assert judge.main([str(copy)]) == 2
     error = capsys.readouterr().err.strip()
-    assert "alone/seed-0" in error
+    assert "baseline/seed-0" in error
     assert len(error.splitlines()) == 1
 
 
@@ -692,7 +696,7 @@ def test_hash_of_a_file_is_not_what_identifies_a_model(tiny_run):
     """Two files of one model may differ in bytes; their tensors' hash is the same."""
     from safetensors.torch import load_file, save_file
 
-    from configs.runs import sha256_of_tensors
+    from models.language import sha256_of_tensors
 
     file = tiny_run / "teacher" / "model.safetensors"
     tensors = load_file(file)

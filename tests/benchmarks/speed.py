@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 
 import train
-from configs.reading import read_config
-from configs.runs import Run
 from configs.schema import Recipe
-from configs.workers import keep_freed_memory
-from measure.cost import CountedForward, TrainingFlops
-from student.lab import Lab, lessons_of, new_student
-from student.lessons import Lessons
-from student.recipe import FROM_TEXT, match_of, objective_of
-from tasks.rows import batch_order, collate
+from experiment.cost import CountedForward, TrainingFlops
+from experiment.experiment import Lab, new_student, training_set_of
+from experiment.reading import read_config
+from experiment.run import Run
+from experiment.workers import keep_freed_memory
+from models.rows import batch_order, collate
+from student.recipe import FROM_TEXT, hidden_loss_of, objective_of
+from student.training_set import TrainingSet
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, ROUNDS = 900, 3  # steps: about as many as the student of configs/quickstart.yaml takes
@@ -39,7 +39,7 @@ OUTPUTS = {
     "states": Recipe(
         access="hidden",
         hidden_layers=[2, 3],
-        objective={"forward_kl": 0.1, "hidden_match": 0.6, "attention_match": 0.3},
+        objective={"forward_kl": 0.1, "hidden_mse": 0.6, "attention_kl": 0.3},
     ),
 }
 MOST = {"loop": 1.10, "logits": 1.25, "top 5": 1.10, "12 draws": 1.10}  # states: as they come
@@ -53,11 +53,11 @@ def main() -> int:
     config = read_config(ROOT / "configs" / "quickstart.yaml", changes)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         run = Run.open(Path(folder), config, {})
-        lab = train.open_lab(config, run, train.Accelerator(cpu=True))
+        lab = train.open_experiment(config, run, train.Accelerator(cpu=True))
         run.manifest["data"] = {"rows": lab.rows.digest(), "tokenizer": ""}
         teacher = train.new_model(lab, config.teacher.model, 0)
-        closing = fit(lab, "teacher", teacher, Lessons(lab.rows), FROM_TEXT, 1)
-        run.close_stage("teacher", *closing)
+        closing = fit(lab, "teacher", teacher, TrainingSet(lab.rows), FROM_TEXT, 1)
+        run.record_stage("teacher", *closing)
         kinds: dict[str, Callable[[], None]] = {
             "bare": lambda: bare(lab),
             "loop": lambda: loop(lab, "loop", FROM_TEXT),
@@ -86,10 +86,12 @@ def main() -> int:
 
 
 def student(lab: Lab) -> torch.nn.Module:
-    return new_student(lab, FROM_TEXT, Lessons(lab.rows), 0)
+    return new_student(lab, FROM_TEXT, TrainingSet(lab.rows), 0)
 
 
-def fit(lab: Lab, stage: str, model: torch.nn.Module, lessons: Lessons, recipe: Recipe, steps: int):
+def fit(
+    lab: Lab, stage: str, model: torch.nn.Module, lessons: TrainingSet, recipe: Recipe, steps: int
+):
     return train.fit(
         lab,
         stage,
@@ -100,16 +102,16 @@ def fit(lab: Lab, stage: str, model: torch.nn.Module, lessons: Lessons, recipe: 
         steps=steps,
         seed=0,
         lineage="",
-        match=match_of(recipe),
+        match=hidden_loss_of(recipe),
     )
 
 
 def loop(lab: Lab, name: str, recipe: Recipe) -> None:
     """A whole training of STEPS steps, its model saved and its checkpoints removed."""
-    lessons = lessons_of(lab, recipe, 0, CountedForward)
+    lessons = training_set_of(lab, recipe, 0, CountedForward)
     stage = f"students/{name.replace(' ', '-')}/seed-0"
     closing = fit(lab, stage, new_student(lab, recipe, lessons, 0), lessons, recipe, STEPS)
-    lab.run.close_stage(stage, *closing)
+    lab.run.record_stage(stage, *closing)
 
 
 BATCHES: list = []

@@ -11,26 +11,41 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.reading import read_config
-from eval import other_configs
-from measure.fidelity import ECE_BINS, calibration_columns, compare, sum_by_row
+from experiment.check import other_configs
+from experiment.reading import read_config
+from measure.fidelity import ECE_BINS, Expectations, calibration, sum_by_row
 from measure.laws import Law, fit_law
-from measure.statistics import (
-    Comparison,
-    Metric,
-    expected_calibration_error,
-    share_of_gap,
-    verdict_line,
-    verdicts,
-)
-from measure.tables import BLOCK, with_tables
+from measure.metrics import METRICS, metrics_of
+from measure.report.tables import BLOCK, with_tables
+from measure.statistics import Estimate, expected_calibration_error, share_of_gap
+from measure.verdicts import Comparison, verdicts
+from measure.verdicts import verdict_line as line_of
+from tasks.pronounce import Pronounce
+from tasks.reason import Reason
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+
+
+KNOWN = metrics_of(Pronounce) | metrics_of(Reason)
+
+
+def verdict_line(verdict):
+    return line_of(verdict, KNOWN)
+
+
+def compared(claim, metric, threshold, first, second):
+    return Comparison(claim, metric, KNOWN[metric].sign, threshold, first, second)
+
+
+def fidelity(teacher, student, targets):
+    """Every metric over positions that is one number per position."""
+    at = Expectations(teacher, student, targets)
+    return {n: m.positions(at) for n, m in METRICS.items() if m.positions and not m.statistic}
 
 
 def test_fidelity_hand_values():
     p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
-    found = compare(p.log(), q.log(), torch.tensor([0]))
+    found = fidelity(p.log(), q.log(), torch.tensor([0]))
     assert found["kl_teacher_student"].item() == pytest.approx(0.25 * np.log(2))
     assert found["nll_gap"].item() == pytest.approx(np.log(2))  # -ln .25 + ln .5
     assert found["top1_agreement"].item() == 0
@@ -38,7 +53,7 @@ def test_fidelity_hand_values():
 
 def test_a_model_compared_with_itself_is_perfect(generator):
     logits = torch.randn(50, 9, generator=generator)
-    found = compare(logits, logits, torch.arange(50) % 9)
+    found = fidelity(logits, logits, torch.arange(50) % 9)
     assert found["top1_agreement"].min() == 1
     for name in ("kl_teacher_student", "kl_student_teacher", "nll_gap"):
         assert found[name].abs().max() == 0
@@ -48,7 +63,7 @@ def test_calibration_error_hand_value():
     # four positions at confidence 0.75, three of them right: calibrated; one at 0.9, wrong
     sure, surer = [0.75, 0.25, 0.0], [0.9, 0.05, 0.05]
     logits = (torch.tensor([sure] * 4 + [surer]) + 1e-12).log()
-    columns = calibration_columns(logits, torch.tensor([0, 0, 0, 1, 1]))
+    columns = calibration(Expectations(logits, logits, torch.tensor([0, 0, 0, 1, 1])))
     assert columns.shape == (5, 3 * ECE_BINS)
     assert expected_calibration_error(columns.sum(0).numpy()) == pytest.approx(0.9 / 5)
 
@@ -61,7 +76,7 @@ def test_sums_by_row():
 def coin(generator, seeds, rows, chance, spread=0.0):
     chances = chance + spread * generator.standard_normal((seeds, 1))
     hits = generator.random((seeds, rows)) < chances
-    return Metric(np.stack([hits, np.ones_like(hits)], axis=-1).astype(float))
+    return Estimate(np.stack([hits, np.ones_like(hits)], axis=-1).astype(float))
 
 
 def test_the_interval_of_one_seed_is_the_binomial_one():
@@ -80,12 +95,12 @@ def test_seeds_that_differ_widen_the_interval():
 
 
 def verdict(*comparison):
-    return verdicts([Comparison(*comparison)])[0]
+    return verdicts([compared(*comparison)])[0]
 
 
 def test_differences_are_paired_by_row_and_seed():
     metric = coin(np.random.default_rng(0), 3, 1000, 0.4)
-    shifted = Metric(metric.columns + np.array([0.1, 0.0]))
+    shifted = Estimate(metric.columns + np.array([0.1, 0.0]))
     found = verdict("a beats b", "sequence_agreement", 0.0, shifted, metric)
     assert found["difference"] == pytest.approx(0.1)
     assert found["ci95"] == pytest.approx([0.1, 0.1])
@@ -94,7 +109,7 @@ def test_differences_are_paired_by_row_and_seed():
 
 def test_differences_are_paired_by_row_between_one_seed_and_several():
     metric = coin(np.random.default_rng(0), 1, 1000, 0.4)
-    several = Metric(np.repeat(metric.columns, 3, axis=0))
+    several = Estimate(np.repeat(metric.columns, 3, axis=0))
     assert np.ptp(metric.resamples - several.resamples) < 1e-12
 
 
@@ -124,8 +139,8 @@ def simulated(generator, seeds, rows, truth, between_seeds, between_rows=0.3, ag
         level = better + luck * generator.standard_normal((count, 1))
         noise = between_rows * generator.standard_normal((count, rows))
         values = 0.5 + row + level + noise
-        arms.append(Metric(np.stack([values, np.ones_like(values)], axis=-1)))
-    return Comparison("a beats b", "sequence_agreement", 0.0, *arms)
+        arms.append(Estimate(np.stack([values, np.ones_like(values)], axis=-1)))
+    return compared("a beats b", "sequence_agreement", 0.0, *arms)
 
 
 def share_that_beats(truth, seeds, count, claims=1, between_seeds=0.01):
@@ -166,7 +181,7 @@ def test_arms_as_far_apart_as_the_margin_match_in_at_most_5_percent_of_simulated
     with patch("gc.collect"):
         for _ in range(500):
             one = simulated(generator, seeds, 150, 0.03, 0.01)
-            equal = Comparison("a matches b", one.metric, 0.03, one.first, one.second)
+            equal = compared("a matches b", one.metric, 0.03, one.first, one.second)
             matches += verdicts([equal])[0]["result"] == "matches"
     assert matches / 500 <= 0.05
 
@@ -192,7 +207,7 @@ def test_a_claim_that_can_not_be_decided_says_how_many_seeds_would():
     found = verdicts([simulated(generator, 3, 400, 0.01, 0.02)])[0]
     assert found["result"] == "inconclusive"
     assert found["seeds_needed"] > 3
-    assert f"({found['seeds_needed']} seeds would tell" in verdict_line(found)
+    assert f"({found['seeds_needed']} seeds would show" in verdict_line(found)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +217,7 @@ def test_a_claim_that_can_not_be_decided_says_how_many_seeds_would():
 def test_a_match_is_an_equivalence_test_with_a_margin_and_not_a_large_p(truth, rows, result):
     generator = np.random.default_rng(0)
     arms = simulated(generator, 5, rows, truth, between_seeds=0.005)
-    claim = Comparison("a matches b", "sequence_agreement", 0.05, arms.first, arms.second)
+    claim = compared("a matches b", "sequence_agreement", 0.05, arms.first, arms.second)
     found = verdicts([claim])[0]
     assert found["result"] == result
     assert "margin 5" in verdict_line(found)
@@ -215,13 +230,13 @@ def test_a_match_is_an_equivalence_test_with_a_margin_and_not_a_large_p(truth, r
 def test_a_share_is_kept_if_the_arm_beats_that_share_of_the_other(truth, rows, result):
     generator = np.random.default_rng(0)
     arms = simulated(generator, 5, rows, truth, between_seeds=0.005)
-    claim = Comparison("a keeps b", "accuracy", 0.95, arms.first, arms.second)
+    claim = compared("a keeps b", "accuracy", 0.95, arms.first, arms.second)
     found = verdicts([claim])[0]
     assert found["result"] == result
     assert found["share"] == pytest.approx(arms.first.mean / arms.second.mean)
     assert found["share_ci95"][0] < found["share"] < found["share_ci95"][1]
     assert found["difference"] == pytest.approx(arms.first.mean - 0.95 * arms.second.mean)
-    said = f"a keeps {100 * found['share']:.1f} % of the accuracy of b ["
+    said = f"a keeps {100 * found['share']:.1f} % of the right answers of b ["
     assert verdict_line(found).startswith(said)
     assert "95 % needed: " + result.upper() in verdict_line(found)
 
@@ -232,19 +247,19 @@ def test_a_law_is_found_again_from_its_points():
     falling = fit_law(x, (40 * x**-0.5 + 0.1) * noise)
     assert (falling.a, falling.b, falling.c) == pytest.approx((40, 0.5, 0.1), rel=0.15)
     assert falling.d == 0
-    assert falling.least_at is None
+    assert falling.minimum_at is None
     sizes = x / 1e6
     law = Law(0.002, 1.0, 0.3, 0.8)
-    turning = fit_law(sizes, law(sizes) * noise, turns=True)
-    assert turning.least_at == pytest.approx(law.least_at, rel=0.15)
-    assert law(np.array([0.5, 1, 2]) * law.least_at).argmin() == 1
+    turning = fit_law(sizes, law(sizes) * noise, has_minimum=True)
+    assert turning.minimum_at == pytest.approx(law.minimum_at, rel=0.15)
+    assert law(np.array([0.5, 1, 2]) * law.minimum_at).argmin() == 1
     assert fit_law(x[:3], x[:3]) is None  # three points fit any law
-    assert fit_law(x[:4], x[:4], turns=True) is None
+    assert fit_law(x[:4], x[:4], has_minimum=True) is None
 
 
 def test_statistics_hand_values():
     first, second = (
-        Metric(np.array([[[value, 1.0]] * 4 for value in values]))
+        Estimate(np.array([[[value, 1.0]] * 4 for value in values]))
         for values in ([0.5, 0.6, 0.7, 0.8], [0.4, 0.5, 0.6, 0.6])
     )
     found = verdict("a beats b", "sequence_agreement", 0.0, first, second)
@@ -258,7 +273,7 @@ def test_the_verdict_line_says_it_in_words():
     arms = (coin(np.random.default_rng(i), s, 4000, c) for i, s, c in ((0, 5, 0.6), (1, 5, 0.4)))
     line = verdict_line(verdict("a beats b", "sequence_agreement", 0.0, *arms))
     assert re.fullmatch(
-        r"a beats b by (19|20)\.\d points of sequence agreement \[1\d\.\d, 2\d\.\d\] over 5 seeds: "
+        r"a beats b by (19|20)\.\d points of agreement with teacher \[1\d\.\d, 2\d\.\d\] over 5 seeds: "
         "BEATS",
         line,
     )
@@ -275,24 +290,24 @@ def test_what_would_hold_alone_but_not_among_all_claims_says_so():
     low = found["ci95"][0]
     assert low > 0
     unsure = {**found, "result": "inconclusive", "seeds_needed": 9}
-    line = "taken alone it would hold, among all claims it may be chance; 9 seeds would tell"
+    line = "significant alone, not after correction for all claims; 9 seeds would show"
     assert line in verdict_line(unsure)
     assert line not in verdict_line({**unsure, "threshold": low + 0.01})
 
 
 def test_share_of_gap():
-    metrics = [Metric(np.full((1, 100, 2), [value, 1.0])) for value in (0.6, 0.4, 0.3)]
-    found = share_of_gap("word_error_rate", *metrics)
+    metrics = [Estimate(np.full((1, 100, 2), [value, 1.0])) for value in (0.6, 0.4, 0.3)]
+    found = share_of_gap(-1, *metrics)
     assert found["share"] == pytest.approx(2 / 3)
     assert found["ci95"] == pytest.approx([2 / 3, 2 / 3])
     low, student, _ = metrics
-    assert share_of_gap("word_error_rate", low, student, low)["share"] is None
+    assert share_of_gap(-1, low, student, low)["share"] is None
 
 
 def test_no_gap_to_close_where_the_control_is_better_than_the_teacher():
-    levels = [Metric(np.full((1, 100, 2), [value, 1.0])) for value in (1.0, 0.98, 0.97)]
-    assert share_of_gap("accuracy", *levels)["share"] is None
-    assert share_of_gap("accuracy", *levels[::-1])["share"] == pytest.approx(1 / 3)
+    levels = [Estimate(np.full((1, 100, 2), [value, 1.0])) for value in (1.0, 0.98, 0.97)]
+    assert share_of_gap(1, *levels)["share"] is None
+    assert share_of_gap(1, *levels[::-1])["share"] == pytest.approx(1 / 3)
 
 
 # -- properties ------------------------------------------------------------------------------------
@@ -304,7 +319,7 @@ def metrics(draw, seeds=None):
     seeds = seeds or draw(st.integers(1, 4))
     rows = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=12, max_size=12)
     columns = draw(st.lists(rows, min_size=seeds, max_size=seeds))
-    return Metric(np.array(columns, dtype=float))
+    return Estimate(np.array(columns, dtype=float))
 
 
 @given(metrics())
@@ -339,7 +354,7 @@ def test_a_comparison_turned_round_is_its_mirror_image(first, second):
 @given(st.lists(metrics(seeds=2), min_size=2, max_size=5))
 @settings(deadline=None, max_examples=10)
 def test_more_claims_never_make_one_of_them_surer(arms):
-    claims = [Comparison("a beats b", "ece", 0.0, arms[0], arm) for arm in arms[1:]]
+    claims = [compared("a beats b", "ece", 0.0, arms[0], arm) for arm in arms[1:]]
     together = verdicts(claims)
     for claim, found in zip(claims, together, strict=True):
         assert verdicts([claim])[0]["p_holm"] <= found["p_holm"] <= 1
@@ -372,4 +387,4 @@ def test_a_changed_result_would_change_the_readme(tmp_path):
 def test_a_committed_result_is_one_of_its_config(file):
     config = read_config(ROOT / "configs" / f"{file.stem}.yaml")
     stored = json.loads(file.read_text(encoding="utf-8"))["config"]
-    assert other_configs(stored, config, aside=()) == []
+    assert other_configs(stored, config, ignored=()) == []

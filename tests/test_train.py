@@ -12,17 +12,18 @@ import pytest
 import torch
 
 import train
-from configs.checkpoints import load_checkpoint, save_checkpoint
-from configs.reading import read_config
-from configs.runs import Run
 from configs.schema import LabError, Training
-from measure.cost import TrainingFlops
-from student.hidden import Projected
-from student.lessons import Lessons
-from student.recipe import FROM_TEXT, match_of, objective_of
+from experiment import training_state
+from experiment.checkpoints import load_checkpoint, save_checkpoint
+from experiment.cost import TrainingFlops
+from experiment.experiment import loss_of, open_experiment
+from experiment.reading import read_config
+from experiment.run import Run
+from models.language import build_model, initialise, load_model, parameter_count
+from models.rows import batch_order, collate
+from student.hidden import WithProjections
+from student.recipe import FROM_TEXT, objective_of
 from tasks.pronounce import split_of
-from tasks.rows import collate
-from teacher.model import build_model, initialise, load_model
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 
@@ -34,20 +35,23 @@ def lab(tmp_path):
     config = read_config(TINY, ["log_every=1"])
     (tmp_path / "run").mkdir()
     run = Run.open(tmp_path / "run", config, {})
-    lab = train.open_lab(config, run, train.Accelerator(cpu=True))
+    lab = open_experiment(config, run, train.Accelerator(cpu=True))
     run.manifest["data"] = {"rows": "rows", "tokenizer": "tokenizer"}
     return lab
 
 
-def fit(lab, objective=TEXT, steps=5, stage="teacher", **changed):
+def fit(lab, objective=None, steps=5, stage="teacher", **changed):
     settings = lab.config.teacher
-    model = build_model(settings.model, lab.task.tokenizer, lab.task.longest_row)
+    model = build_model(settings.model, lab.task)
     training = settings.training.model_copy(update=changed)
+    loss = loss_of(lab, FROM_TEXT, training)
+    if objective is not None:
+        loss = dataclasses.replace(loss, objective=objective)
     closing = train.fit(
-        lab, stage, initialise(model, 0), Lessons(lab.rows), objective, training,
+        lab, stage, initialise(model, 0), train.teacher_training_set(lab, 0), loss, training,
         steps=steps, seed=0, lineage="",
     )  # fmt: skip
-    lab.run.close_stage(stage, *closing)
+    lab.run.record_stage(stage, *closing)
     return closing
 
 
@@ -74,29 +78,27 @@ def test_the_loss_of_matched_states_does_not_depend_on_accumulation(lab, tmp_pat
     """Its denominator is another one: all positions, not those of the answers."""
     recipe = lab.config.recipes["states"]
     fit(lab)
-    train.produce_outputs(lab, recipe)
-    lessons = train.lessons_of(lab, recipe, 0, train.CountedForward)
+    train.produce_outputs(lab, lab.plan.request(recipe).stage, recipe)
+    data = train.training_set_of(lab, recipe, 0, train.CountedForward)
     settings = lab.config.students
     for stage, accumulation in (("whole", 1), ("parts", 5)):
-        model = build_model(settings.model, lab.task.tokenizer, lab.task.longest_row)
+        model = build_model(settings.model, lab.task)
         training = settings.training.model_copy(update={"accumulation": accumulation})
         closing = train.fit(
-            lab, stage, Projected(initialise(model, 0), lessons.width, 0), lessons,
-            objective_of(recipe), training, steps=3, seed=0, lineage="", match=match_of(recipe),
+            lab, stage, WithProjections(initialise(model, 0), data.hidden_width, 0), data,
+            loss_of(lab, recipe, training), training, steps=3, seed=0, lineage="",
         )  # fmt: skip
-        lab.run.close_stage(stage, *closing)
+        lab.run.record_stage(stage, *closing)
     np.testing.assert_allclose(losses(lab, "whole"), losses(lab, "parts"), rtol=1e-5)
     saved = load_model(lab.run.folder / "whole")  # without the projections
-    assert train.size_of(saved) == train.size_of(model)
+    assert parameter_count(saved) == parameter_count(model)
 
 
 def test_the_logged_norm_is_that_of_the_mean_loss(lab):
     """Divided by the tokens once: a second time would be hidden by AdamW, and clip nothing ever."""
     fit(lab, steps=1)
-    model = initialise(
-        build_model(lab.config.teacher.model, lab.task.tokenizer, lab.task.longest_row), 0
-    )
-    batch = collate(lab.rows, train.batch_order(lab.rows.lengths, 32, 0)(0), 0, 1.0)
+    model = initialise(build_model(lab.config.teacher.model, lab.task), 0)
+    batch = collate(lab.rows, batch_order(lab.rows.lengths, 32, 0)(0), 0, 1.0)
     logits = model(batch.input_ids).logits[batch.counted]
     torch.nn.functional.cross_entropy(logits, batch.targets).backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
@@ -115,11 +117,11 @@ def test_a_training_that_was_interrupted_goes_on_with_the_next_batch(dropout, la
         if step == 5:
             raise KeyboardInterrupt
 
-    save = train.checkpoint
-    monkeypatch.setattr(train, "checkpoint", stop)
+    save = training_state.checkpoint
+    monkeypatch.setattr(training_state, "checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         fit(lab, steps=8, stage="parts")
-    monkeypatch.setattr(train, "checkpoint", save)
+    monkeypatch.setattr(training_state, "checkpoint", save)
     parts = fit(lab, steps=8, stage="parts")
     assert parts[1]["sha256"] == whole[1]["sha256"]
     assert losses(lab, "parts") == losses(lab, "whole")
@@ -130,13 +132,13 @@ def test_checkpoints_are_written_by_step_too(lab, monkeypatch):
     """For those whose clock is no measure, as on a machine that sleeps."""
     config = lab.config.model_copy(update={"checkpoint_seconds": 1e9, "checkpoint_steps": 3})
     saved = []
-    save = train.checkpoint
+    save = training_state.checkpoint
 
     def noted(path, step, *rest):
         saved.append(step)
         save(path, step, *rest)
 
-    monkeypatch.setattr(train, "checkpoint", noted)
+    monkeypatch.setattr(training_state, "checkpoint", noted)
     fit(dataclasses.replace(lab, config=config), steps=10)
     assert saved == [3, 6, 9]
 
@@ -147,7 +149,7 @@ def test_training_never_sees_the_held_out_words(lab, monkeypatch):
     monkeypatch.setattr(
         type(lab.task), "rows", lambda self, split: asked.append(split) or rows(self, split)
     )
-    opened = train.open_lab(lab.config, lab.run, lab.accelerator)
+    opened = open_experiment(lab.config, lab.run, lab.accelerator)
     assert asked == ["train", "validation"]
     splits = {split_of(lab.task.by_id[int(i)]) for i in opened.validation.ids}
     assert splits == {"validation"}
@@ -177,11 +179,12 @@ def test_a_loaded_teacher_is_not_in_training_mode_and_keeps_no_gradients(lab):
         seen.append(teacher(*arguments, **options))
         return seen[-1]
 
-    recipe = lab.config.recipes["distilled"].model_copy(update={"transfer_rows": 20})
-    binding = train.binding_of(lab, recipe)
-    train.make_outputs(
-        lab.run.folder / "outputs" / "few", watched, lab.task, lab.rows, recipe, binding
+    request = dataclasses.replace(
+        lab.plan.request(lab.config.recipes["distilled"]), transfer_rows=20
     )
+    binding = request.binding("teacher", "tokenizer", lab.rows, 0)
+    folder = lab.run.folder / request.stage
+    train.make_outputs(folder, watched, lab.task, lab.rows, request, binding)
     assert seen
     assert not any(output.logits.requires_grad for output in seen)
 
@@ -189,10 +192,8 @@ def test_a_loaded_teacher_is_not_in_training_mode_and_keeps_no_gradients(lab):
 def test_the_first_loss_is_the_mean_per_counted_token(lab):
     """Once divided by the number of tokens: not twice, not by rows, not by padded positions."""
     fit(lab, steps=1, prompt_weight=0.0)
-    model = initialise(
-        build_model(lab.config.teacher.model, lab.task.tokenizer, lab.task.longest_row), 0
-    )
-    order = train.batch_order(lab.rows.lengths, 32, 0)
+    model = initialise(build_model(lab.config.teacher.model, lab.task), 0)
+    order = batch_order(lab.rows.lengths, 32, 0)
     batch = collate(lab.rows, order(0), 0)
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(
@@ -227,11 +228,11 @@ def test_what_is_no_number_stops_the_run_before_it_spoils_the_weights(what, lab)
             losses.register_hook(lambda gradient: gradient * float("nan"))
         return losses
 
-    with pytest.raises(LabError, match=f"teacher: {what} is nan at step 4; its rows are named"):
+    with pytest.raises(LabError, match=f"teacher: {what} is nan at step 4; its rows are listed"):
         fit(lab, objective=spoiled)
     folder = lab.run.checkpoints("teacher")
     found = json.loads((folder / "nonfinite.json").read_text("utf-8"))
-    order = train.batch_order(lab.rows.lengths, 32, 0)
+    order = batch_order(lab.rows.lengths, 32, 0)
     assert found["step"] == 4
     assert found["rows"] == lab.rows.ids[order(3)].tolist()
     tensors, meta = load_checkpoint(folder)
@@ -243,15 +244,17 @@ def test_flops_are_those_that_torch_counts_over_the_whole_step(lab):
     from torch.utils.flop_counter import FlopCounterMode
 
     closing, _ = fit(lab, steps=3)
-    model = build_model(lab.config.teacher.model, lab.task.tokenizer, lab.task.longest_row)
-    order = train.batch_order(lab.rows.lengths, 32, 0)
+    model = build_model(lab.config.teacher.model, lab.task)
+    order = batch_order(lab.rows.lengths, 32, 0)
     with FlopCounterMode(display=False) as counter:
         for step in range(3):
             ids = collate(lab.rows, order(step), 0).input_ids
             model(ids, use_cache=False).logits.sum().backward()
     assert closing["flops"] == counter.get_total_flops()
     # and are not what 6ND says: toy models are mostly attention and vocabulary
-    assert TrainingFlops(model).of_row(16) == pytest.approx(6 * 16 * train.size_of(model), rel=0.3)
+    assert TrainingFlops(model).of_row(16) == pytest.approx(
+        6 * 16 * parameter_count(model), rel=0.3
+    )
 
 
 def test_warm_up_then_cosine():
@@ -290,7 +293,7 @@ def test_the_log_of_a_killed_stage_loses_its_torn_line_and_what_the_checkpoint_l
 STEPS = """
 import resource
 import numpy
-from configs.workers import keep_freed_memory
+from experiment.workers import keep_freed_memory
 
 def steps(count):
     for _ in range(count):

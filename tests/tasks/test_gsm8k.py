@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,16 +12,17 @@ from transformers import PreTrainedTokenizerFast
 
 import eval as judge
 import train
-from configs.runs import Run
 from configs.schema import LabError, Model
-from student.lab import open_lab, outputs_of, teachers_task
-from student.lessons import answers_alone
+from experiment.experiment import open_experiment, outputs_of, teacher_task
+from experiment.run import Run
+from models.language import build_model, initialise, save_model
+from models.rows import Rows, collate
+from student.training_set import without_reasoning
 from tasks.gsm8k import Gsm8k, final_number, read_problems
-from tasks.rows import Rows, collate
-from teacher.model import build_model, initialise, save_model
-from teacher.outputs import translated
+from teacher.source import retokenised
+from tests.helpers import task_with
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "gsm8k.yaml")
 REAL = ROOT.parent / "shared" / "data" / "gsm8k"
 real_files = pytest.mark.skipif(not REAL.is_dir(), reason=f"no GSM8K files in {REAL}")
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
         ("large", 32, tokenizer), ("small", 16, tokenizer), ("stranger", 32, other)
     ):  # fmt: skip
         shape = Model(hidden_size=width, num_hidden_layers=1, num_attention_heads=2)
-        model = initialise(build_model(shape, tokens, 1024), 0)
+        model = initialise(build_model(shape, task_with(tokens, 1024)), 0)
         save_model(model, tokens, place / name, "a model of a test")
     return place
 
@@ -90,7 +90,7 @@ def test_a_solution_ends_with_its_number():
 
 
 def test_problems_become_rows_and_are_graded_by_their_last_number(folder):
-    task = Gsm8k(str(folder / "large"), str(folder))
+    task = Gsm8k(tokenizer=str(folder / "large"), folder=str(folder))
     assert len(task.rows("heldout")) == 30
     assert len(task.rows("train")) + len(task.rows("validation")) == 120
     rows = task.rows("heldout")
@@ -102,12 +102,12 @@ def test_problems_become_rows_and_are_graded_by_their_last_number(folder):
     answers[0], answers[1] = "I do not know", "#### 7"
     assert task.grade(rows.ids, answers)["right"].tolist() == [0, 0, *[1] * 28]
     assert task.agree(["no"], ["no"])["same_answer"].tolist() == [0]
-    alone = answers_alone(rows, task)
+    alone = without_reasoning(rows, task)
     assert task.render(alone.completion(4).tolist()) == "#### 251"
     assert all(task.is_right(alone, i) for i in range(30))
     boxed = task.tokenizer("First, 2+3=5. So it is 5.")["input_ids"]
-    assert task.render(task.without_trace(boxed)) == "#### 5"  # no mark, and yet no trace
-    assert task.without_trace(task.tokenizer("I do not know")["input_ids"]) == []
+    assert task.render(task.without_reasoning(boxed)) == "#### 5"  # no mark, and yet no trace
+    assert task.without_reasoning(task.tokenizer("I do not know")["input_ids"]) == []
     ends = rows.completion(4).tolist()
     unended = Rows.build([int(rows.ids[4])] * 2, [[1], [1]], [ends, ends[:-1]])
     assert [task.is_right(unended, i) for i in (0, 1)] == [True, False]
@@ -117,7 +117,7 @@ def test_problems_become_rows_and_are_graded_by_their_last_number(folder):
 def test_the_published_files_load_and_every_solution_is_right_by_its_own_grader(folder):
     problems = {split: read_problems(str(REAL), split) for split in ("train", "test")}
     assert (len(problems["train"]), len(problems["test"])) == (7473, 1319)
-    task = Gsm8k(str(folder / "large"), str(REAL))
+    task = Gsm8k(tokenizer=str(folder / "large"), folder=str(REAL))
     truths = [final_number(p["answer"]) for part in problems.values() for p in part]
     assert None not in truths
     held = task.by_split["heldout"]
@@ -149,13 +149,13 @@ def test_pretrained_models_go_through_the_whole_story(folder, tmp_path, capsys):
     assert train.main([CONFIG, *overrides, "--runs", str(tmp_path)]) == 2
     assert "no row" in capsys.readouterr().err  # a teacher that knows nothing has no right trace
     traces = "{traces: {access: text, sequences: teacher, objective: cross_entropy}}"
-    claim = "{claim: traces beats alone, metric: accuracy}"
+    claim = "{claim: traces beats baseline, metric: accuracy}"
     overrides += ["name=known", f"recipes={traces}", f"verdicts=[{claim}]"]
     assert train.main([CONFIG, *overrides, "--runs", str(tmp_path)]) == 0
     assert judge.main([str(tmp_path / "known")]) == 0
     run = Run.finished(tmp_path / "known")
     assert run.cost_of("teacher")["flops"] == run.cost_of("teacher")["steps"] == 0
-    for arm in ("traces", "alone"):
+    for arm in ("traces", "baseline"):
         spent = run.cost_of(f"students/{arm}/seed-0")["flops"]
         spent += run.cost_of("outputs/teacher-text-train")["flops"] if arm == "traces" else 0
         assert 0.8 * 0.02e12 < spent <= 0.02e12
@@ -171,10 +171,10 @@ def test_pretrained_models_go_through_the_whole_story(folder, tmp_path, capsys):
     [
         ("students.tflops=null", "set both or neither"),
         ("students.budget=0.1", "set one of budget and tflops"),
-        ("teacher.model.hidden_size=16", "brings its own sizes: leave hidden_size away"),
-        ("controls=[alone,twin]", "leave it away"),
+        ("teacher.model.hidden_size=16", "brings its sizes: remove hidden_size"),
+        ("controls=[baseline,second_teacher]", "remove it"),
         ("task.tokenizer=null", "task.tokenizer: missing"),
-        ("recipes.right.initial_layers=[1]", "not known here"),
+        ("recipes.right.student.initial_layers=[1]", "can be copied only if"),
         ("teacher.model={architecture: llama}", "hidden_size is missing"),
     ],
 )
@@ -187,22 +187,22 @@ def test_what_cannot_be_pretrained_is_refused_in_one_line(override, said, tmp_pa
 
 def strangers(folder, *recipes):
     return [
-        "name=strangers", "threads=1", "students.tflops=0.006", "controls=[alone]",
+        "name=strangers", "threads=1", "students.tflops=0.006", "controls=[baseline]",
         f"task={{name: gsm8k, tokenizer: {folder / 'small'}, folder: {folder}}}",
         f"teacher.model={{pretrained: {folder / 'stranger'}}}",
         f"students.model={{pretrained: {folder / 'small'}}}",
         f"recipes={{{', '.join(recipes)}}}",
-        "verdicts=[{claim: text beats alone, metric: accuracy}]",
+        "verdicts=[{claim: text beats baseline, metric: accuracy}]",
     ]  # fmt: skip
 
 
 TEXT = (
-    "text: {access: text, sequences: teacher, objective: cross_entropy, transfer_rows: 12, "
-    "sampling_temperature: 1}"
+    "text: {access: text, sequences: teacher, objective: cross_entropy, "
+    "outputs: {transfer_rows: 12, temperature: 1}}"
 )
 SORTED = (
-    "sorted: {access: logits, sequences: teacher, transfer_rows: 12, "
-    "objective: {cross_entropy: 0.5, sorted_distance: 0.5}}"
+    "sorted: {access: logits, sequences: teacher, outputs: {transfer_rows: 12}, "
+    "objective: {cross_entropy: 0.5, uld: 0.5}}"
 )
 
 
@@ -216,8 +216,8 @@ def test_a_teacher_with_other_tokens_teaches_by_text_and_by_sorted_probabilities
     assert judge.main([str(tmp_path / "strangers")]) == 0
     run = Run.finished(tmp_path / "strangers")
     config = run.config()
-    lab = open_lab(config, run)
-    own = teachers_task(config, run, lab.task)
+    lab = open_experiment(config, run)
+    own = teacher_task(config, run, lab.task)
     assert len(own.tokenizer) == 300 < len(lab.task.tokenizer) == 400
     for name in ("text", "sorted"):
         stored = outputs_of(lab, config.recipes[name])
@@ -237,7 +237,7 @@ def test_a_teacher_with_other_tokens_teaches_by_text_and_by_sorted_probabilities
     assert {"sequence_agreement", "answer_agreement"} <= {*result["students"]["text"]["fidelity"]}
     assert judge.main([str(run.folder), "--selfcheck"]) == 0
     said = capsys.readouterr().out
-    assert "12 of 12 answers written again alike" in said
+    assert "12 of 12 answers equal when rewritten" in said
     assert judge.main([str(run.folder), "--ask", "How many?"]) == 0
 
 
@@ -245,7 +245,7 @@ def test_outputs_of_other_tokens_are_those_of_the_teacher_one_beside_the_other()
     class Words:
         def __init__(self, size):
             self.size = size
-            self.tokenizer = SimpleNamespace(eos_token_id=0)
+            self.end = 0
 
         def render(self, tokens):
             return "".join(chr(96 + t) * self.size for t in tokens if t)
@@ -254,10 +254,10 @@ def test_outputs_of_other_tokens_are_those_of_the_teacher_one_beside_the_other()
             return [ord(text[i]) - 96 for i in range(0, len(text), self.size)]
 
     own, task, log_probs = Words(2), Words(1), torch.arange(3.0)[:, None]
-    ids, beside = translated(own, task, np.array([5, 6, 0]), log_probs)
+    ids, beside = retokenised(own, task, np.array([5, 6, 0]), log_probs)
     assert ids.tolist() == [5, 5, 6, 6, 0]
     assert beside[:, 0].tolist() == [0, 1, 2, 2, 2]
-    ids, beside = translated(task, own, np.array([5, 5, 6, 6]), torch.arange(4.0)[:, None])
+    ids, beside = retokenised(task, own, np.array([5, 5, 6, 6]), torch.arange(4.0)[:, None])
     assert ids.tolist() == [5, 6]  # it was cut off: no end mark
     assert beside[:, 0].tolist() == [0, 1]
 
@@ -265,14 +265,20 @@ def test_outputs_of_other_tokens_are_those_of_the_teacher_one_beside_the_other()
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["recipes.kl={access: logits, sequences: teacher}"], "What remains: access text, or"),
-        (["recipes.kl={access: top_k, sequences: teacher}"], "access top_k: the teacher's 300"),
+        (["recipes.kl={access: logits, sequences: teacher}"], "Use access text, or"),
         (
-            ["recipes.kl={access: logits, sequences: student, objective: sorted_distance}"],
-            "What remains: access text, or",
+            ["recipes.kl={access: top_k, sequences: teacher}"],
+            "access top_k: teacher and student have different vocabularies",
         ),
-        (["verdicts=[{claim: text beats alone, metric: ece}]"], "choose another metric"),
-        (["teacher.epochs=1", "students.tflops=null", "students.budget=1"], "as it is"),
+        (
+            ["recipes.kl={access: logits, sequences: student, objective: uld}"],
+            "Use access text, or",
+        ),
+        (["verdicts=[{claim: text beats baseline, metric: ece}]"], "choose another metric"),
+        (
+            ["teacher.epochs=1", "students.tflops=null", "students.budget=1"],
+            "the teacher unchanged",
+        ),
     ],
 )
 def test_what_other_tokens_cannot_teach_is_refused_in_one_line(

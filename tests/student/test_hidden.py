@@ -7,34 +7,42 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Model, Recipe, value_at
-from measure.cost import TrainingFlops, affordable_steps
-from student.hidden import Projected, attention_match, hidden_match, relation_match
-from student.recipe import match_of, objective_of
+from experiment.cost import TrainingFlops, affordable_steps
+from models.language import build_model, initialise
+from models.states import value_relation
+from student.hidden import StudentOutput, WithProjections
+from student.objectives import attention_kl, hidden_mse, value_relation_kl
+from student.recipe import hidden_loss_of, objective_of
 from tasks.pronounce import Pronounce
-from teacher.model import build_model, initialise
-from teacher.signal import Inside, Signal, relation_of
+from teacher.signal import HiddenSignal, Signal
 
 
 @pytest.fixture(scope="module")
 def student():
     task = Pronounce(limit=100)
     shape = Model(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    return initialise(build_model(shape, task.tokenizer, 72), 0)
+    return initialise(build_model(shape, task), 0)
 
 
-def inside_of(hidden):
-    return Inside(hidden, hidden)
+def shown(projected=None, attention=None, relations=None):
+    """A student at some positions."""
+    return StudentOutput(None, projected, attention, relations)
+
+
+def revealed(states=None, attention=None, relations=None):
+    """A teacher there."""
+    return HiddenSignal(states, attention, relations)
 
 
 def test_hand_value():
     teacher = torch.tensor([[[-1.0, 1.0], [0.0, 2.0]]])
-    found = hidden_match(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), inside_of(teacher))
+    found = hidden_mse(shown(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])), revealed(teacher))
     assert found.tolist() == [(1 + 0 + 0 + 4) / 4]
 
 
 def test_zero_and_without_gradient_at_the_teachers_own_states(generator):
     own = torch.randn(5, 2, 8, generator=generator).requires_grad_()
-    loss = hidden_match(own, inside_of(own.detach()))
+    loss = hidden_mse(shown(own), revealed(own.detach()))
     loss.sum().backward()
     assert loss.tolist() == [0] * 5
     assert not own.grad.any()
@@ -42,9 +50,9 @@ def test_zero_and_without_gradient_at_the_teachers_own_states(generator):
 
 def test_attention_hand_value():
     teacher = torch.tensor([[[0.75, 0.25], [1.0, 0.0]]])  # one position, two layers
-    inside = inside_of(teacher)
-    assert attention_match(teacher, inside).tolist() == [0.0]
-    found = attention_match(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]), inside)
+    signal = revealed(attention=teacher)
+    assert attention_kl(shown(attention=teacher), signal).tolist() == [0.0]
+    found = attention_kl(shown(attention=torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])), signal)
     expected = (0.75 * math.log(1.5) + 0.25 * math.log(0.5) + math.log(2)) / 2
     torch.testing.assert_close(found, torch.tensor([expected]), atol=1e-3, rtol=0)
 
@@ -53,7 +61,7 @@ def test_relation_hand_value():
     """Three positions, one head of two dimensions, the last two of them new: each is compared with
     those up to it, itself included."""
     values = torch.tensor([[[[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]]])
-    found = relation_of(values, new=2)[0]
+    found = value_relation(values, new=2)[0]
     heat = 2**0.5
     second = torch.softmax(torch.tensor([0.0, 4.0]) / heat, -1)
     third = torch.softmax(torch.tensor([1.0, 2.0, 2.0]) / heat, -1)
@@ -61,22 +69,22 @@ def test_relation_hand_value():
 
 
 def test_relations_are_matched_beside_attention_and_neither_sees_the_other():
-    states, own = torch.zeros(1, 1, 4), torch.tensor([[[0.5, 0.5], [0.9, 0.1]]])
-    teacher = Inside(states, torch.tensor([[[0.75, 0.25], [0.9, 0.1]]]))
-    assert relation_match(own, teacher).tolist() == [0.0]
+    uniform, same = torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[0.9, 0.1]]])
+    student = shown(attention=uniform, relations=same)
+    teacher = revealed(attention=torch.tensor([[[0.75, 0.25]]]), relations=same)
+    assert value_relation_kl(student, teacher).tolist() == [0.0]
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    torch.testing.assert_close(
-        attention_match(own, teacher), torch.tensor([expected]), atol=1e-3, rtol=0
-    )
+    found = attention_kl(student, teacher)
+    torch.testing.assert_close(found, torch.tensor([expected]), atol=1e-3, rtol=0)
 
 
 def test_relations_are_shown_and_carry_a_gradient(student, generator):
     ids = torch.randint(1, 70, (3, 9), generator=generator)
-    shown = Projected(student, width=24, seed=0, relations=True)(ids)
-    plain = Projected(student, width=24, seed=0)(ids)
-    torch.testing.assert_close(shown.logits, plain.logits)
-    torch.testing.assert_close(shown.attention[:, :, :2], plain.attention)
-    relations = shown.attention[:, :, 2:]
+    output = WithProjections(student, width=24, seed=0, relations=True)(ids)
+    plain = WithProjections(student, width=24, seed=0)(ids)
+    torch.testing.assert_close(output.logits, plain.logits)
+    torch.testing.assert_close(output.attention, plain.attention)
+    relations = output.relations
     torch.testing.assert_close(relations.sum(-1), torch.ones(3, 9, 2))
     assert not relations[:, 3, :, 4:].any()
     values = student.model.layers[1].self_attn.v_proj.weight
@@ -86,63 +94,66 @@ def test_relations_are_shown_and_carry_a_gradient(student, generator):
 
 def test_projections_change_nothing_that_the_student_says(student, generator):
     ids = torch.randint(1, 70, (3, 9), generator=generator)
-    shown = Projected(student, width=24, seed=0)(ids)
-    assert torch.equal(shown.logits, student(ids, use_cache=False).logits)
-    assert shown.projected.shape == (3, 9, 2, 24)
-    assert shown.attention.shape == (3, 9, 2, 9)  # batch, position, layers, position
-    torch.testing.assert_close(shown.attention.sum(-1), torch.ones(3, 9, 2))
-    assert not shown.attention[:, 3, :, 4:].any()
-    again = Projected(student, width=24, seed=0)(ids)
-    assert torch.equal(shown.projected, again.projected)
-    assert not torch.equal(shown.projected, Projected(student, width=24, seed=1)(ids).projected)
+    output = WithProjections(student, width=24, seed=0)(ids)
+    assert torch.equal(output.logits, student(ids, use_cache=False).logits)
+    assert output.projected.shape == (3, 9, 2, 24)
+    assert output.attention.shape == (3, 9, 2, 9)  # batch, position, layers, position
+    torch.testing.assert_close(output.attention.sum(-1), torch.ones(3, 9, 2))
+    assert not output.attention[:, 3, :, 4:].any()
+    again = WithProjections(student, width=24, seed=0)(ids)
+    assert torch.equal(output.projected, again.projected)
+    assert not torch.equal(
+        output.projected, WithProjections(student, width=24, seed=1)(ids).projected
+    )
 
 
 def test_the_ledger_charges_the_projections(student):
     plain = TrainingFlops(student).of_row(10)
-    charged = TrainingFlops(Projected(student, width=24, seed=0)).of_row(10)
+    charged = TrainingFlops(WithProjections(student, width=24, seed=0)).of_row(10)
     per_token = 3 * 2 * 2 * 16 * 24  # forward and backward twice, 2 FLOPs, 2 layers of 16 x 24
     assert charged - plain == 10 * per_token
     with FlopCounterMode(display=False) as counter:
-        shown = Projected(student, width=24, seed=0)(torch.ones((4, 10), dtype=torch.long))
-        (shown.logits.sum() + shown.projected.sum()).backward()
+        output = WithProjections(student, width=24, seed=0)(torch.ones((4, 10), dtype=torch.long))
+        (output.logits.sum() + output.projected.sum()).backward()
     assert counter.get_total_flops() == 4 * charged
 
 
 def test_the_match_is_no_term_over_the_vocabulary(generator):
     recipe = Recipe(
-        access="hidden", hidden_layers=[1], objective={"forward_kl": 0.8, "hidden_match": 0.2}
+        access="hidden", outputs={"layers": [1]}, objective={"forward_kl": 0.8, "hidden_mse": 0.2}
     )
-    assert match_of(recipe) is not None
-    assert match_of(Recipe(access="logits")) is None
+    assert hidden_loss_of(recipe) is not None
+    assert hidden_loss_of(Recipe(access="logits")) is None
     logits = torch.randn(6, 9, generator=generator)
     signal = Signal(torch.zeros(6, dtype=torch.long), torch.log_softmax(logits.flip(0), -1))
-    alone = objective_of(Recipe(access="logits", objective="forward_kl"))
+    plain = objective_of(Recipe(access="logits", objective="forward_kl"))
     torch.testing.assert_close(
-        objective_of(recipe)(logits, signal), 0.8 * alone(logits, signal), atol=0, rtol=1e-6
+        objective_of(recipe)(logits, signal), 0.8 * plain(logits, signal), atol=0, rtol=1e-6
     )
 
 
 @pytest.mark.parametrize("until", [0.5, 1.0])
 def test_looking_inside_fades_and_is_charged_only_while_it_lasts(student, until):
-    from tasks.rows import batch_order
+    from models.rows import batch_order
 
     recipe = Recipe(
         access="hidden",
-        hidden_layers=[1, 2],
+        outputs={"layers": [1, 2]},
         objective={
             "forward_kl": 0.5,
-            "hidden_match": {"start": 0.3, "end": 0, "until": until},
-            "attention_match": {"start": 0.2, "end": 0, "until": until / 2},
+            "hidden_mse": {"start": 0.3, "end": 0, "until": until},
+            "attention_kl": {"start": 0.2, "end": 0, "until": until / 2},
         },
     )
-    match = match_of(recipe)
+    match = hidden_loss_of(recipe)
     assert match.until == until
     assert match.steps(101) == -(-101 * until // 1)
-    assert value_at(match.hidden, 0.25) == pytest.approx(0.3 * (1 - 0.25 / until))
-    assert value_at(match.attention, until / 2) == 0.0 < value_at(match.hidden, until / 2)
+    assert value_at(match.weights["hidden_mse"], 0.25) == pytest.approx(0.3 * (1 - 0.25 / until))
+    assert value_at(match.weights["attention_kl"], until / 2) == 0.0
+    assert value_at(match.weights["hidden_mse"], until / 2) > 0
 
     rows = Pronounce(limit=300).rows("train")
-    model = Projected(student, width=24, seed=0)
+    model = WithProjections(student, width=24, seed=0)
     whole, plain = TrainingFlops(model), TrainingFlops(student)
     order = batch_order(rows.lengths, 32, 0)
 

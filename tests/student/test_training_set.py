@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from configs.schema import Recipe
-from student.lessons import scarce, smoothed_labels
+from models.rows import Rows, collate, row_id
 from student.objectives import cross_entropy, forward_kl
 from student.recipe import control_recipe
-from tasks.rows import Rows, collate, row_id
+from student.training_set import lowest_ids, smoothed_labels
 
 V = 60
 
@@ -40,19 +40,19 @@ def test_without_smoothing_forward_kl_is_cross_entropy(rows, generator):
 
 
 def test_scarce_rows_are_the_same_in_any_order_and_nested(rows):
-    some = scarce(rows, 0.2)
+    some = lowest_ids(rows, 0.2)
     assert len(some) == 10
     shuffled = rows.take(np.random.default_rng(0).permutation(50))
-    assert set(scarce(shuffled, 0.2).ids) == set(some.ids)
-    assert set(scarce(rows, 0.1).ids) < set(some.ids)
+    assert set(lowest_ids(shuffled, 0.2).ids) == set(some.ids)
+    assert set(lowest_ids(rows, 0.1).ids) < set(some.ids)
 
 
 def test_controls_take_nothing_from_the_teacher_but_what_their_name_says():
-    student = Recipe(temperature=0.5, transfer_rows=10)
-    for name in ("alone", "scarce", "smoothed"):
+    student = Recipe(temperature=0.5, outputs={"transfer_rows": 10})
+    for name in ("baseline", "low_data", "smoothed"):
         assert control_recipe(name, student).access == "none"
-    assert control_recipe("scarce", student).label_fraction == 0.05
+    assert control_recipe("low_data", student).control.label_fraction == 0.05
     shuffled = control_recipe("shuffled", student)
-    assert shuffled.shuffled
+    assert shuffled.control.shuffled
     assert shuffled.objective == student.objective
     assert shuffled.temperature == 0.5

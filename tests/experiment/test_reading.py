@@ -9,10 +9,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.reading import check_config, read_config, read_yaml
-from configs.schema import Config, LabError, Recipe, Schedule, extremes, value_at
+from configs.files import read_yaml
+from configs.schema import Config, LabError, Schedule, extremes, value_at
+from experiment.reading import check_config, read_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "tiny.yaml"
 READ = read_config(TINY)
 
@@ -97,23 +98,6 @@ def test_a_key_with_a_line_end_in_it_is_refused_in_one_line():
     with pytest.raises(LabError) as refused:
         check_config(settings, "here")
     assert len(str(refused.value).splitlines()) == 1
-
-
-def test_a_config_of_an_older_version_still_reads():
-    """Results and runs hold `match_until`, which the terms now say themselves."""
-    weights = {"forward_kl": 0.1, "hidden_match": 0.6, "attention_match": 0.3}
-    old = Recipe(access="hidden", hidden_layers=[1], objective=weights, match_until=0.5)
-    faded = {"start": 0.6, "end": 0, "until": 0.5}
-    new = Recipe(
-        access="hidden",
-        hidden_layers=[1],
-        objective={
-            "forward_kl": 0.1,
-            "hidden_match": faded,
-            "attention_match": {**faded, "start": 0.3},
-        },
-    )
-    assert old == new
 
 
 def test_a_schedule_goes_straight_to_its_end_and_stays_there():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from configs.schema import LabError
-from tasks.rows import Rows, batch_order, collate, row_id
+from models.rows import Rows, batch_order, collate, row_id
 
 
 @pytest.fixture
@@ -92,11 +92,12 @@ def test_a_row_of_no_tokens_or_no_prompt_is_refused_by_its_id():
 def test_padding_never_reaches_the_loss(rows):
     """The same rows padded further give the same logits at counted positions, to the bit."""
     from configs.schema import Model
+    from models.language import build_model, initialise
     from tasks.pronounce import build_tokenizer
-    from teacher.model import build_model, initialise
+    from tests.helpers import task_with
 
     small = Model(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    model = initialise(build_model(small, build_tokenizer(), 64), seed=0).eval()
+    model = initialise(build_model(small, task_with(build_tokenizer(), 64)), seed=0).eval()
     batch = collate(rows, np.arange(8), pad=0)
     further = torch.nn.functional.pad(batch.input_ids, (0, 9), value=5)
     with torch.no_grad():

@@ -13,17 +13,21 @@ from transformers import AutoTokenizer
 import eval as judge
 import measure.reasoning
 import train
-from configs.runs import Run
 from configs.schema import Model, Recipe
-from measure.cost import CountedForward
-from measure.judged import Reference
-from measure.reasoning import BUDGETS, SAMPLES, VOTES, commonest, first_wrong_steps, truth
-from measure.statistics import Metric
-from measure.tables import facts_of
-from student.lab import lessons_of, new_model, new_student, open_lab
-from student.lessons import Lessons
+from experiment.cost import CountedForward
+from experiment.experiment import new_model, new_student, open_experiment, training_set_of
+from experiment.plan import Plan
+from experiment.run import Run
+from measure.evaluate import TeacherReference
+from measure.reasoning import SAMPLES, THINKING_TOKENS, VOTES, first_wrong_steps, majority
+from measure.report.tables import facts_of
+from measure.statistics import Estimate
+from models.generate import answers_of
+from models.language import build_model, initialise, save_model
+from models.rows import collate
 from student.objectives import policy_gradient
 from student.on_policy import OnPolicy, write
+from student.training_set import TrainingSet
 from tasks.reason import (
     Reason,
     answer_follows,
@@ -36,13 +40,10 @@ from tasks.reason import (
     same_steps,
     split_of,
 )
-from tasks.rows import collate
-from teacher.model import answers_of, build_model, initialise, save_model
-from teacher.outputs import charged_stages
 from teacher.signal import Signal
 
 pytestmark = pytest.mark.xdist_group("reason")  # one process trains the run of this file
-TINY = str(Path(__file__).parent.parent / "configs" / "reason-tiny.yaml")
+TINY = str(Path(__file__).parents[2] / "configs" / "reason-tiny.yaml")
 PENS = "A box holds 7 pens. 5 more go in. 3 are taken out. How many are in the box?"
 
 
@@ -108,7 +109,9 @@ def test_a_row_asks_and_thinks_and_answers(task, tmp_path):
     said = task.render(rows.completion(i).tolist())
     assert said == f"<think> {problem.trace} </think> {problem.answer}"
     assert rows.prompt(i).tolist() == task.prompt(problem.question)
-    assert task.without_trace(rows.completion(i).tolist()) == task.encode(f"{problem.answer} </s>")
+    assert task.without_reasoning(rows.completion(i).tolist()) == task.encode(
+        f"{problem.answer} </s>"
+    )
     assert task.is_right(rows, i)
     longest = task.rows("long")
     assert (longest.lengths - longest.prompt_lengths).max() <= task.longest_answer
@@ -199,7 +202,9 @@ def test_the_policy_gradient_is_that_of_the_weighted_log_likelihood(generator):
 
 
 def policy_of(task, rewards, batch_rows=32, group=8):
-    recipe = Recipe(access="none", sequences="student", objective="policy_gradient", group=group)
+    recipe = Recipe(
+        access="none", sequences="student", objective="policy_gradient", student={"group": group}
+    )
     return OnPolicy(
         rows=task.rows("train"), teacher=None, rewards=rewards, counted=CountedForward,
         recipe=recipe, seed=0, batch_rows=batch_rows, longest=4,
@@ -209,20 +214,20 @@ def policy_of(task, rewards, batch_rows=32, group=8):
 
 def small_model(task, seed=0):
     shape = Model(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.2)
-    return initialise(build_model(shape, task.tokenizer, task.longest_row), seed)
+    return initialise(build_model(shape, task), seed)
 
 
 def test_an_answer_is_as_good_as_its_reward_is_above_its_groups(task):
     def even_first_token(rows):
         return np.array([rows.completion(i)[0] % 2 == 0 for i in range(len(rows))], float)
 
-    lessons = policy_of(task, even_first_token).lessons(small_model(task), step=3)
-    rows = lessons.rows
+    written = policy_of(task, even_first_token).written(small_model(task), step=3)
+    rows = written.rows
     assert 8 <= len(rows) <= 32
     for group in rows.ids.reshape(-1, 8):
         assert len({*group.tolist()}) == 1  # eight answers to one prompt
     rewards = even_first_token(rows).reshape(-1, 8)
-    signal = lessons.signal(collate(rows, np.arange(len(rows)), 0))
+    signal = written.signal(collate(rows, np.arange(len(rows)), 0))
     ends = np.cumsum(rows.lengths - rows.prompt_lengths)
     # the loss of a step is the mean over its tokens: this makes it a mean over answers
     lengths = rows.lengths - rows.prompt_lengths
@@ -234,13 +239,13 @@ def test_an_answer_is_as_good_as_its_reward_is_above_its_groups(task):
         assert advantages.sum() == pytest.approx(0, abs=1e-5)
         assert advantages[given == 1].min() > 0 > advantages[given == 0].max()
         assert advantages.std() == pytest.approx(1, abs=1e-5)
-    assert lessons.flops > 0
+    assert written.flops > 0
 
 
 def test_where_all_answers_are_as_good_a_step_pulls_nowhere(task):
-    lessons = policy_of(task, lambda rows: np.ones(len(rows))).lessons(small_model(task), step=3)
-    assert len(lessons.rows) == 8
-    assert not lessons.signal(collate(lessons.rows, np.arange(8), 0)).advantages.any()
+    written = policy_of(task, lambda rows: np.ones(len(rows))).written(small_model(task), step=3)
+    assert len(written.rows) == 8
+    assert not written.signal(collate(written.rows, np.arange(8), 0)).advantages.any()
 
 
 def test_rewards_alone_teach_a_student_to_do_what_they_reward(task):
@@ -255,11 +260,11 @@ def test_rewards_alone_teach_a_student_to_do_what_they_reward(task):
     asked = policy.rows.take(np.arange(200))
     for step in range(60):
         shares.append(says_nine(write(student, asked, policy, torch.Generator())).mean())
-        lessons = policy.lessons(student, step)
-        batch = collate(lessons.rows, np.arange(len(lessons.rows)), 0)
+        written = policy.written(student, step)
+        batch = collate(written.rows, np.arange(len(written.rows)), 0)
         logits = student(batch.input_ids, use_cache=False).logits[batch.counted]
         optimiser.zero_grad()
-        policy_gradient(logits, lessons.signal(batch)).mean().backward()
+        policy_gradient(logits, written.signal(batch)).mean().backward()
         optimiser.step()
     assert np.mean(shares[:5]) < 0.2
     assert np.mean(shares[-5:]) > 0.9
@@ -273,14 +278,22 @@ def test_a_model_that_thinks_too_long_is_made_to_answer(budget, task):
     rows, model = task.rows("heldout").take(np.arange(20)), small_model(task, seed=1).eval()
     options = {"longest": 12, "end": task.tokenizer.eos_token_id}
     free = dict(answers_of(model, rows, **options))
-    cut = dict(answers_of(model, rows, **options, budget=budget, closing=task.closing))
+    cut = dict(
+        answers_of(
+            model,
+            rows,
+            **options,
+            max_thinking_tokens=budget,
+            end_of_reasoning=task.end_of_reasoning,
+        )
+    )
     for i, answer in cut.items():
         tokens, before = answer.tokens.tolist(), free[i].tokens.tolist()
-        if task.closing in before[: budget + 1] or len(before) <= budget:
+        if task.end_of_reasoning in before[: budget + 1] or len(before) <= budget:
             assert tokens == before
         else:
             assert tokens[:budget] == before[:budget]
-            assert tokens[budget] == task.closing
+            assert tokens[budget] == task.end_of_reasoning
 
 
 class Scripted:
@@ -301,19 +314,21 @@ def test_thoughts_that_are_cut_short_cost_what_was_written(task, monkeypatch):
     rows = task.rows("heldout").take(np.arange(6))
 
     def words(rows, i, options):  # right from 8 thoughts on, one token longer than those
-        assert options["closing"] == task.closing
-        thoughts = options["budget"] - 1  # <think> is none
-        number = truth(task, rows, i) if thoughts >= 8 else None
+        assert options["end_of_reasoning"] == task.end_of_reasoning
+        thoughts = options["max_thinking_tokens"] - 1  # <think> is none
+        number = task.true_answer(rows, i) if thoughts >= 8 else None
         said = [] if number is None else task.encode(f" {number}")
-        return [task.token_ids["+"]] * thoughts + [task.closing] + said
+        return [task.token_ids["+"]] * thoughts + [task.end_of_reasoning] + said
 
     model = Scripted(words)
     monkeypatch.setattr(measure.reasoning, "answers_of", model.answers_of)
     curve = measure.reasoning.thinking_curve(model, task, rows)
-    assert [point["amount"] for point in curve] == list(BUDGETS)
-    assert [point["accuracy"] for point in curve] == [float(budget >= 8) for budget in BUDGETS]
-    digits = np.mean([len(task.encode(f" {truth(task, rows, i)}")) for i in range(6)])
-    expected = [1 + budget + digits * (budget >= 8) for budget in BUDGETS]
+    assert [point["amount"] for point in curve] == list(THINKING_TOKENS)
+    assert [point["accuracy"] for point in curve] == [
+        float(budget >= 8) for budget in THINKING_TOKENS
+    ]
+    digits = np.mean([len(task.encode(f" {task.true_answer(rows, i)}")) for i in range(6)])
+    expected = [1 + budget + digits * (budget >= 8) for budget in THINKING_TOKENS]
     assert [point["tokens_per_problem"] for point in curve] == pytest.approx(expected)
     assert [p["flops_per_problem"] for p in curve] == pytest.approx([10 * n for n in expected])
 
@@ -325,7 +340,7 @@ def test_votes_are_counted_in_groups_and_cost_their_share(task, monkeypatch):
     rows = task.rows("heldout").take(np.array([0, 5]))
 
     def words(again, i, options):
-        right, draw = truth(task, again, i), i % SAMPLES
+        right, draw = task.true_answer(again, i), i % SAMPLES
         said = right + (draw % 4 == 3) if i < SAMPLES else right + draw % 4
         return task.encode(f" {said % 100:02d}")  # two digits: all are as long
 
@@ -340,25 +355,26 @@ def test_votes_are_counted_in_groups_and_cost_their_share(task, monkeypatch):
 
 
 def test_the_commonest_answer_wins_and_no_answer_has_no_vote():
-    assert commonest([3, None, 4, 4, None, None]) == 4
-    assert commonest([3, 4]) == 3
-    assert commonest([None]) is None
+    assert majority([3, None, 4, 4, None, None]) == 4
+    assert majority([3, 4]) == 3
+    assert majority([None]) is None
 
 
 # -- the whole story -------------------------------------------------------------------------------
 
 
-def test_each_way_to_learn_gets_its_own_lessons(run):
+def test_each_way_to_learn_gets_its_own_written(run):
     config = run.config()
-    lab = open_lab(config, run)
-    lessons = {
-        name: lessons_of(lab, recipe, 0, CountedForward) for name, recipe in config.recipes.items()
+    lab = open_experiment(config, run)
+    written = {
+        name: training_set_of(lab, recipe, 0, CountedForward)
+        for name, recipe in config.recipes.items()
     }
-    traces, answers, right = (lessons[name].rows for name in ("traces", "answers", "right"))
+    traces, answers, right = (written[name].rows for name in ("traces", "answers", "right"))
     assert len(traces) == 150
     alone = {int(answers.ids[i]): i for i in range(len(answers))}
     for i in range(150):
-        answer = lab.task.without_trace(traces.completion(i).tolist())
+        answer = lab.task.without_reasoning(traces.completion(i).tolist())
         place = alone.pop(int(traces.ids[i]), None)
         assert (place is None) == (answer == [])  # it went on thinking
         if place is not None:
@@ -368,18 +384,18 @@ def test_each_way_to_learn_gets_its_own_lessons(run):
     assert len(answers) > 75
     kept = [int(traces.ids[i]) for i in range(150) if lab.task.is_right(traces, i)]
     assert right.ids[np.arange(len(right))].tolist() == kept
-    assert lessons["own"].on_policy.teacher is not None
-    assert lessons["grpo"].on_policy.teacher is None
+    assert written["own"].on_policy.teacher is not None
+    assert written["grpo"].on_policy.teacher is None
 
 
 def test_a_policy_starts_from_the_student_that_warmed_it_up_and_pays_for_it(run):
     config = run.config()
-    assert charged_stages(config.recipes["grpo"], config) == [
+    assert Plan(config).prerequisites(config.recipes["grpo"]) == [
         "students/warm/seed-0", "outputs/teacher-text-train-150",
     ]  # fmt: skip
     spent = sum(
         run.cost_of(stage)["flops"]
-        for stage in ("students/grpo/seed-0", *charged_stages(config.recipes["grpo"], config))
+        for stage in ("students/grpo/seed-0", *Plan(config).prerequisites(config.recipes["grpo"]))
     )
     budget = config.students.budget * run.cost_of("teacher")["flops"]
     assert 0.85 * budget < spent <= budget
@@ -389,21 +405,21 @@ def test_every_seed_of_a_policy_starts_from_its_own_student(run, tmp_path):
     """Five that start from one would share its luck."""
     config = run.config()
     elsewhere = Run(tmp_path)
-    lab = dataclasses.replace(open_lab(config, run), run=elsewhere)
+    lab = dataclasses.replace(open_experiment(config, run), run=elsewhere)
     for seed in (0, 1):
         model = new_model(lab, config.students.model, 10 + seed)
         save_model(model, lab.task.tokenizer, tmp_path / f"students/warm/seed-{seed}", "a card")
     grpo = config.recipes["grpo"]
     for seed in (0, 1):
-        found = new_student(lab, grpo, Lessons(lab.rows), seed).state_dict()
+        found = new_student(lab, grpo, TrainingSet(lab.rows), seed).state_dict()
         expected = new_model(lab, config.students.model, 10 + seed).state_dict()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_evaluation_says_how_its_models_think(run):
     result = json.loads((run.folder / "eval.json").read_text("utf-8"))
-    for entry in (result["teacher"], *result["students"].values(), result["controls"]["alone"]):
-        thinks = entry["recipe"] is None or entry["recipe"]["traces"] != "none"
+    for entry in (result["teacher"], *result["students"].values(), result["controls"]["baseline"]):
+        thinks = entry["recipe"] is None or entry["recipe"]["outputs"]["traces"] != "none"
         assert {"accuracy", "accuracy_1", "accuracy_5"} <= {*entry["quality"]}
         assert ("faithfulness" in entry["quality"]) == thinks
         assert "accuracy_6" not in entry["quality"]
@@ -415,12 +431,12 @@ def test_the_evaluation_says_how_its_models_think(run):
         assert len(entry["reasoning"]["long"]["voting"]) == len(VOTES)
         assert all(p["ci95"][0] <= p["accuracy"] <= p["ci95"][1] for p in voting)
     assert result["students"]["answers"]["reasoning"]["thinking"] is None
-    thinking = result["controls"]["alone"]["reasoning"]["thinking"]
-    assert [point["amount"] for point in thinking] == list(BUDGETS)
+    thinking = result["controls"]["baseline"]["reasoning"]["thinking"]
+    assert [point["amount"] for point in thinking] == list(THINKING_TOKENS)
     assert all(0 <= point["accuracy"] <= 1 <= point["tokens_per_problem"] for point in thinking)
     (verdict,) = result["verdicts"]
     assert verdict["claim"] == "traces beats answers"
-    assert "words" not in result["laws"]
+    assert "rows" not in result["laws"]
 
 
 def test_the_map_has_a_verdict_for_every_pair_and_number_of_steps(run):
@@ -441,7 +457,7 @@ def test_the_map_has_a_verdict_for_every_pair_and_number_of_steps(run):
     assert cell["difference"] == pytest.approx(arms[0]["mean"] - arms[1]["mean"])
     told = facts_of(result)
     assert sum(" by number of steps (24 claims): " in fact for fact in told) == 3
-    line = next(fact for fact in told if fact.startswith("alone: right answers % at 1, 2, ... "))
+    line = next(fact for fact in told if fact.startswith("baseline: right answers % at 1, 2, ... "))
     assert line.count("|") == 1
     assert any("of the teacher's training FLOPs" in fact for fact in told)
 
@@ -453,11 +469,11 @@ def test_problems_that_begin_alike_are_drawn_together(task):
     firsts = [first_of(task.by_id[int(i)].canonical) for i in rows.ids]
     assert len({*units.tolist()}) == len({*firsts}) < len(rows)
     model = small_model(task).eval()
-    reference = Reference(model, task, rows)
-    judged = reference.judge(model)
-    judged.columns["right"] = (units < units.max() / 2).astype(float)
-    (clustered,) = (reference.metrics([judged])["quality"]["accuracy"],)
-    alone = Metric(np.stack([judged.columns["right"], np.ones(len(rows))], -1)[None])
+    reference = TeacherReference(model, task, rows)
+    evaluated = reference.evaluate(model)
+    evaluated.columns["right"] = (units < units.max() / 2).astype(float)
+    (clustered,) = (reference.metrics([evaluated])["quality"]["accuracy"],)
+    alone = Estimate(np.stack([evaluated.columns["right"], np.ones(len(rows))], -1)[None])
     assert clustered.mean == pytest.approx(alone.mean)
     width = {name: np.ptp(m.summary()["ci95"]) for name, m in (("c", clustered), ("a", alone))}
     assert width["c"] > 1.3 * width["a"]
@@ -493,12 +509,12 @@ def test_a_sound_run_of_reasoning_says_so(run, capsys):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["recipes.traces.traces=rigth"], "found 'rigth'"),
-        (["recipes.logits.traces=none"], "leaves answers alone"),
-        (["recipes.own.traces=right"], "use sequences teacher"),
+        (["recipes.traces.outputs.traces=rigth"], "found 'rigth'"),
+        (["recipes.logits.outputs.traces=none"], "keeps the answers alone"),
+        (["recipes.own.outputs.traces=right"], "use sequences teacher"),
         (["recipes.grpo.access=logits"], "learns from right and wrong alone"),
         (["recipes.grpo.sequences=data"], "learns from right and wrong alone"),
-        (["recipes.grpo.student_temperature=0.7"], "the policy that writes, at temperature 1"),
+        (["recipes.grpo.student.temperature=0.7"], "the policy at temperature 1"),
         (
             ["verdicts=[{claim: traces beats answers, metric: accuracy_7}]"],
             "split heldout has problems of 1 to 5 steps",
@@ -507,7 +523,7 @@ def test_a_sound_run_of_reasoning_says_so(run, capsys):
             ["verdicts=[{claim: traces beats answers, metric: accuracy_4_5, split: long}]"],
             "split long has problems of 6 to 8 steps",
         ),
-        (["compare={against: [alone], metrics: [accuracy_7]}"], "has problems of 1 to 5 steps"),
+        (["compare={against: [baseline], metrics: [accuracy_7]}"], "has problems of 1 to 5 steps"),
         (
             ["verdicts=[{claim: traces beats answers, metric: accuracy, threshold: 30}]"],
             "a share; did you mean 0.3?",
@@ -515,15 +531,15 @@ def test_a_sound_run_of_reasoning_says_so(run, capsys):
         (
             [
                 "recipes.own={access: logits, sequences: student, teachers: [warm], "
-                "initial_layers: [1]}"
+                "student: {initial_layers: [1]}}"
             ],
             "is scored by itself",
         ),
-        (["task={name: pronounce}", "verdicts=[]"], "need a task that reasons"),
-        (["verdicts=[{claim: traces beats answers, metric: word_error_rate}]"], "is not one of"),
+        (["task={name: pronounce}", "verdicts=[]"], "need a task with reasoning"),
+        (["verdicts=[{claim: traces beats answers, metric: word_error_rate}]"], "has no metric"),
         (
-            ["recipes.logits.prompts=invented", "teacher.training.prompt_weight=0.1"],
-            "have no answer to be judged by",
+            ["recipes.logits.outputs.prompts=invented", "teacher.training.prompt_weight=0.1"],
+            "cannot use prompts that a teacher invented",
         ),
         (
             [
@@ -531,7 +547,7 @@ def test_a_sound_run_of_reasoning_says_so(run, capsys):
                 "recipes={grpo: {access: none, sequences: student, objective: policy_gradient}}",
                 "verdicts=[]",
             ],
-            "is told of answers alone",
+            "are for answers alone",
         ),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import eval as judge
-from configs.runs import Run
+import experiment.check
 from configs.schema import LabError
-from measure.check import bands, check, compare_runs, expected_tier, tolerance_factor
+from experiment.check import bands, check, compare_runs, expected_tier, tolerance_factor
+from experiment.run import Run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def environment(**changed):
@@ -28,7 +29,12 @@ def result(agreement=0.6, losses=(3.0, 2.0), precision="float32", sha256="a", se
     metric = {"mean": agreement, "ci95": [0, 1], "per_seed": [agreement]}
     arm = {"quality": {}, "fidelity": {"sequence_agreement": metric}}
     return {
-        "config": {"precision": precision, "teacher": {"seed": seed}},
+        "config": {
+            "precision": precision,
+            "teacher": {"seed": seed},
+            "task": {"name": "pronounce"},
+        },
+        "split": "heldout",
         "seeds": [0],
         "teacher": {"quality": {}, "fidelity": {}},
         "students": {"distilled": arm},
@@ -112,7 +118,7 @@ def test_nothing_that_is_no_number_or_gone_passes_a_check():
     assert check(result(sha256="b", losses=(3.0, nan)), trace)[0] == "D"
     assert check(result(sha256="b"), {**trace, "trace": {}})[0] == "D"
     more = result(sha256="b")
-    more["trace"]["twin"] = [1.0]
+    more["trace"]["second_teacher"] = [1.0]
     assert check(more, trace)[0] == "D"
 
 
@@ -132,7 +138,7 @@ def test_equal_hashes_are_tier_a_whatever_the_machine():
     tier, lines = check(result(threads=8), reference())
     assert tier == "A"
     assert len(lines) == 4
-    assert lines[0] == "expected  tier C: another threads"
+    assert lines[0] == "expected  tier C: different threads"
     assert lines[1] == "hashes    2 of 2 equal"
 
 
@@ -153,7 +159,7 @@ def test_a_float64_trace_is_tier_b_to_1e_9():
     assert check(result(sha256="b", losses=(3.0, 2.0 + 5e-10)), there)[0] == "B"
     tier, lines = check(result(sha256="b", losses=(3.0, 2.0 + 5e-9)), there)
     assert tier == "D"
-    assert "parts in 1 of 1 stages, first teacher at step 2" in lines[2]
+    assert "differs in 1 of 1 stages, first teacher at step 2" in lines[2]
     assert check(result(sha256="b", losses=(3.0,)), there)[0] == "D"
 
 
@@ -161,8 +167,8 @@ def test_a_float64_trace_is_tier_b_to_1e_9():
     ("changed", "tier", "why"),
     [
         ({}, "A", "same code, torch, processor and threads"),
-        ({"code": "other"}, "C", "another code"),
-        ({"packages": {"torch": "2.9"}, "cpu": "x"}, "C", "another torch, cpu"),
+        ({"code": "other"}, "C", "different code"),
+        ({"packages": {"torch": "2.9"}, "cpu": "x"}, "C", "different torch, cpu"),
     ],
 )
 def test_the_tier_to_expect_follows_from_the_environments(changed, tier, why):
@@ -176,7 +182,7 @@ def test_a_run_that_was_begun_in_another_environment_is_not_expected_to_be_equal
     begun_elsewhere = reference()
     begun_elsewhere["environment"]["earlier"] = [environment(threads=1)]
     _, lines = check(result(), begun_elsewhere)
-    assert lines[0] == "expected  tier C: another threads"
+    assert lines[0] == "expected  tier C: different threads"
 
 
 def test_judged_on_other_rows_is_different():
@@ -226,7 +232,7 @@ def test_figures_that_other_code_found_are_found_again(committed, tiny_run, tmp_
     run = tmp_path / "tiny"
     shutil.copytree(tiny_run, run)
     found = json.loads((run / "eval.json").read_text("utf-8"))
-    found["environment"]["judging"] = "older"
+    found["environment"]["evaluation"] = "older"
     found["students"]["distilled"]["fidelity"]["sequence_agreement"]["per_seed"] = [1.0, 1.0]
     (run / "eval.json").write_text(json.dumps(found), "utf-8")
     assert judge.main([str(run), "--check"]) == 0
@@ -237,7 +243,7 @@ def test_a_run_that_nobody_may_write_to_tells_its_tier(committed, tiny_run, monk
     def refused(file, _):
         raise PermissionError(13, "Permission denied", str(file))
 
-    monkeypatch.setattr(judge, "write_atomically", refused)
+    monkeypatch.setattr(experiment.check, "write_atomically", refused)
     assert judge.main([str(tiny_run), "--check"]) == 0
     said = capsys.readouterr()
     assert said.out.strip().endswith("tier      A: equal bit for bit")
@@ -292,7 +298,7 @@ def test_environment_prints_what_a_bug_report_needs(capsys):
     judge.main(["--environment"])
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith(("[OK] ", "[FAIL]")) for line in lines)
-    for word in ("Python 3", "torch 2", "threads", "memory", "disk", "dictionary", "commit"):
+    for word in ("Python 3", "torch 2", "threads", "memory", "disk", "pronounce", "commit"):
         assert any(word in line for line in lines)
 
 

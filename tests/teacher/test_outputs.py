@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,47 +13,46 @@ import pytest
 import torch
 
 from configs.schema import LabError, Recipe
-from measure.cost import CountedForward
+from experiment.cost import CountedForward
+from models.generate import generate
+from models.language import load_model
+from models.rows import collate
+from models.states import states_options, value_relation
+from student.recipe import uses_relations
 from tasks.pronounce import Pronounce
-from tasks.rows import collate
 from teacher import outputs as outputs_module
-from teacher.model import generate, load_model
 from teacher.outputs import (
+    OutputsRequest,
     finish_outputs,
     make_outputs,
-    name_of,
-    outputs_binding,
-    rows_of_shard,
 )
 from teacher.shards import Outputs
-from teacher.signal import relation_of, shows_states
 
-DATA = Recipe(access="logits", sequences="data")
-WRITTEN = Recipe(access="logits", sequences="teacher")
-FEW = Recipe(access="logits", sequences="data", transfer_rows=12)
-TOP = Recipe(access="top_k", sequences="data", k=5)
-SAMPLED = Recipe(access="sampled", sequences="data", k=12)
-TEXT = Recipe(access="text", sequences="teacher", objective="cross_entropy")
-INVENTED = Recipe(access="logits", sequences="teacher", prompts="invented", transfer_rows=40)
 
-HIDDEN = {
-    "objective": {"forward_kl": 0.5, "hidden_match": 0.5},
-    "access": "hidden",
-    "hidden_layers": [1, 1],
-}
+def request(**settings):
+    recipe = Recipe(**settings)
+    return OutputsRequest.of(recipe, uses_relations(recipe))
+
+
+DATA = request(access="logits", sequences="data")
+WRITTEN = request(access="logits", sequences="teacher")
+FEW = request(access="logits", sequences="data", outputs={"transfer_rows": 12})
+TOP = request(access="top_k", sequences="data", outputs={"k": 5})
+SAMPLED = request(access="sampled", sequences="data", outputs={"k": 12})
+TEXT = request(access="text", sequences="teacher", objective="cross_entropy")
+INVENTED = request(
+    access="logits", sequences="teacher", outputs={"prompts": "invented", "transfer_rows": 40}
+)
 HIDDEN_DATA, HIDDEN_WRITTEN, HIDDEN_INVENTED = (
-    Recipe(**HIDDEN, **rest)
-    for rest in (
-        {"sequences": "data"},
-        {"sequences": "teacher"},
-        {"sequences": "teacher", "prompts": "invented", "transfer_rows": 40},
-    )
+    replace(one, access="hidden", layers=(1, 1)) for one in (DATA, WRITTEN, INVENTED)
 )
-RELATED = {"objective": {"forward_kl": 0.5, "relation_match": 0.5}}
 RELATED_DATA, RELATED_WRITTEN, RELATED_INVENTED = (
-    Recipe(**recipe.model_dump(exclude={"objective"}), **RELATED)
-    for recipe in (HIDDEN_DATA, HIDDEN_WRITTEN, HIDDEN_INVENTED)
+    replace(one, relations=True) for one in (HIDDEN_DATA, HIDDEN_WRITTEN, HIDDEN_INVENTED)
 )
+
+
+def name_of(one):
+    return one.name
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def make(tmp_path, task, teacher, rows, monkeypatch):
 
     def make(recipe, forward=teacher, **changed):
         folder = tmp_path / name_of(recipe)
-        binding = outputs_binding(recipe, "teacher-sha", "tokenizer-sha", rows, 0) | changed
+        binding = recipe.binding("teacher-sha", "tokenizer-sha", rows, 0) | changed
         make_outputs(folder, forward, task, rows, recipe, binding)
         finish_outputs(folder)
         return Outputs(folder, binding)
@@ -102,7 +102,7 @@ def test_stored_outputs_equal_live_ones_whatever_the_order_of_the_rows(
     for indices in np.array_split(order, 7):
         batch = collate(stored.rows, indices, pad=0)
         signal = stored.signal(batch)
-        assert signal.targets is batch.targets
+        assert torch.equal(signal.targets, batch.targets)
         torch.testing.assert_close(
             signal.log_probs.float(), live_log_probs(teacher, batch), atol=2e-2, rtol=1e-3
         )
@@ -118,32 +118,35 @@ def test_stored_states_equal_live_ones_at_every_position_that_a_token_follows(
     recipe, shuffled, make, teacher, generator
 ):
     honest = make(recipe)
-    stored = make(recipe).shuffle(seed=0) if shuffled else honest
+    stored = make(recipe).shuffled(seed=0) if shuffled else honest
     order = torch.randperm(len(stored.rows), generator=generator).numpy()
     for indices in np.array_split(order, 5):
         batch = collate(stored.rows, indices, pad=0)
         sources = stored.source[indices]
         batch_there = collate(honest.rows, sources, pad=0)
         with torch.no_grad():
-            output = teacher(batch_there.input_ids, **shows_states([1], relations=True))
+            output = teacher(batch_there.input_ids, **states_options([1], relations=True))
         states = output.hidden_states[1][batch_there.positions]
         looks = output.attentions[0].mean(1)[batch_there.positions]
         values = output.past_key_values.layers[0].values
-        related = relation_of(values, values.shape[2])[batch_there.positions]
+        related = value_relation(values, values.shape[2])[batch_there.positions]
         maps = [looks, looks, related, related] if recipe.relations else [looks, looks]
-        found = stored.inside(batch).hidden
-        assert found.shape == (int(batch.positions.sum()), 2, stored.hidden_width)
+        found = stored.hidden(batch).states
+        assert found.shape == (int(batch.positions.sum()), 2, stored.width)
         for layer in range(2):
             live = honest.standardise(states[:, None].expand(-1, 2, -1))[:, layer]
             torch.testing.assert_close(found[:, layer], live, atol=2e-2, rtol=2e-3)
-        attention = stored.inside(batch).attention
+        revealed = stored.hidden(batch)
+        attention = revealed.attention
+        if recipe.relations:
+            attention = torch.cat([attention, revealed.relations], dim=1)
         assert attention.shape[1] == len(maps)
         for place, there in enumerate(maps):
             here = attention[:, place]
             width = min(here.shape[-1], there.shape[-1])  # what is cut off lies to the right
             torch.testing.assert_close(here[:, :width], there[:, :width], atol=1e-3, rtol=1e-3)
             assert not here[:, width:].any()
-        everything = honest.inside(collate(honest.rows, np.arange(len(honest.rows)), pad=0)).hidden
+        everything = honest.hidden(collate(honest.rows, np.arange(len(honest.rows)), pad=0)).states
         torch.testing.assert_close(everything.mean(0), torch.zeros(2, 32), atol=1e-3, rtol=0)
         torch.testing.assert_close(everything.std(0), torch.ones(2, 32), atol=1e-3, rtol=0)
 
@@ -167,10 +170,10 @@ def test_a_stored_and_a_live_signal_give_the_same_loss(make, teacher, generator)
 @pytest.mark.parametrize("recipe", [WRITTEN, HIDDEN_WRITTEN])
 def test_a_shard_of_whole_distributions_is_held_in_a_gigabyte_at_most(recipe):
     """It lies in memory until it is written: 1,024 rows of a large vocabulary were 50 GB."""
-    assert 1 <= rows_of_shard(recipe, 512, 49_152) * 512 * 49_152 * 2 <= 2**30
-    assert rows_of_shard(recipe, 512, 300_000) == 3
-    assert rows_of_shard(recipe, 40_000, 300_000) == 1
-    assert rows_of_shard(recipe, 24, 72) == rows_of_shard(TEXT, 24, 300_000) == 8192
+    assert 1 <= recipe.rows_of_shard(512, 49_152) * 512 * 49_152 * 2 <= 2**30
+    assert recipe.rows_of_shard(512, 300_000) == 3
+    assert recipe.rows_of_shard(40_000, 300_000) == 1
+    assert recipe.rows_of_shard(24, 72) == TEXT.rows_of_shard(24, 300_000) == 8192
 
 
 def test_top_k_keeps_the_k_largest_and_their_tokens(make, teacher):
@@ -182,17 +185,6 @@ def test_top_k_keeps_the_k_largest_and_their_tokens(make, teacher):
         live.gather(-1, signal.indices), signal.log_probs.float(), atol=1e-2, rtol=1e-3
     )
     torch.testing.assert_close(live.topk(5).values, signal.log_probs.float(), atol=1e-2, rtol=1e-3)
-
-
-def test_bfloat16_is_half_as_exact_and_no_larger(make, teacher, tmp_path):
-    plain, brief = make(DATA), make(DATA.model_copy(update={"stored_as": "bfloat16"}))
-    batch = collate(plain.rows, np.arange(50), pad=0)
-    found, live = brief.signal(batch).log_probs, live_log_probs(teacher, batch)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), live, atol=0, rtol=2**-8)
-    sizes = [size_of(tmp_path / name) for name in ("data-logits", "data-logits-bfloat16")]
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
-    assert brief.mean_entropy() == pytest.approx(plain.mean_entropy(), rel=0.01)
 
 
 def test_sampled_outputs_are_draws_from_the_teachers_own_distribution(make, teacher, tmp_path):
@@ -249,7 +241,7 @@ def test_text_reveals_the_greedy_answers_and_nothing_more(make, teacher, task, r
 
 
 def test_shuffled_outputs_give_every_row_those_of_another(make, rows):
-    honest, stored = make(DATA), make(DATA).shuffle(seed=0)
+    honest, stored = make(DATA), make(DATA).shuffled(seed=0)
     places = {int(row): i for i, row in enumerate(rows.ids)}
     assert len(stored.rows) > 0.9 * len(rows)
     for i in range(len(stored.rows)):
@@ -279,14 +271,14 @@ def test_extended_prompts_are_those_of_the_data_and_past_them_invented_ones(
 ):
     """The first rows ask what the data ask, in the middle of a shard too; no word comes again."""
     count = len(rows) + 60
-    recipe = WRITTEN.model_copy(update={"prompts": "extended", "transfer_rows": count})
+    recipe = replace(WRITTEN, prompts="extended", transfer_rows=count)
     stored = make(recipe)
     asked = [task.question(stored.rows, i) for i in range(count)]
     assert asked[: len(rows)] == [task.question(rows, i) for i in range(len(rows))]
     assert not {*asked[: len(rows)]} & {*asked[len(rows) :]}
     different = finish_outputs(tmp_path / name_of(recipe)).different
     assert different == len({*asked})
-    few = make(recipe.model_copy(update={"transfer_rows": 12}))
+    few = make(replace(recipe, transfer_rows=12))
     assert np.array_equal(few.rows.ids[np.arange(12)], make(FEW).rows.ids[np.arange(12)])
 
 
@@ -296,7 +288,7 @@ def test_several_processes_share_the_shards_and_write_the_same_bytes(
 ):
     make(recipe)
     alone, shared = tmp_path / name_of(recipe), tmp_path / "shared"
-    binding = outputs_binding(recipe, "teacher-sha", "tokenizer-sha", rows, 0)
+    binding = recipe.binding("teacher-sha", "tokenizer-sha", rows, 0)
     written = []
     for process in (2, 0, 1):
         make_outputs(shared, teacher, task, rows, recipe, binding, process=process, processes=3)
@@ -321,7 +313,7 @@ def test_interrupted_outputs_go_on_at_the_missing_shard_and_cost_what_whole_ones
         for name in lost:
             (folder / name).unlink()
         counted = CountedForward(teacher)
-        binding = outputs_binding(WRITTEN, "teacher-sha", "tokenizer-sha", rows, 0)
+        binding = WRITTEN.binding("teacher-sha", "tokenizer-sha", rows, 0)
         make_outputs(folder, counted, task, rows, WRITTEN, binding)
         flops = finish_outputs(folder).flops
         assert {file.name: file.read_bytes() for file in folder.glob("*.arrow")} == before
@@ -381,7 +373,7 @@ def test_prompts_of_all_lengths_are_answered_together_as_each_alone(task, teache
         assert answer.tokens.tolist() == alone.tokens.tolist()
         own = answer.log_probs.gather(-1, answer.tokens[:, None]).sum()
         assert answer.log_prob == pytest.approx(float(own), rel=1e-5)
-        for name in ("log_probs", "hidden", "attention"):
+        for name in ("log_probs", "hidden", "maps"):
             torch.testing.assert_close(getattr(answer, name), getattr(alone, name))
     assert len({len(a.tokens) for a in generate(teacher, prompts, **options)}) > 1
 
@@ -409,7 +401,7 @@ def test_no_corrupted_byte_ever_gives_a_wrong_row(count, make, tmp_path):
     folder = tmp_path / name_of(FEW)
     binding = json.loads((folder / "provenance.json").read_text("utf-8"))["binding"]
     digest = whole.rows.digest()
-    values = [array.copy() for array, _ in whole.values]
+    values = [array.copy() for array, _ in whole.columns["log_probs"]]
     files = sorted(folder.iterdir())
     contents = {file: file.read_bytes() for file in files}
     draw = random.Random(0)
@@ -434,7 +426,7 @@ def test_no_corrupted_byte_ever_gives_a_wrong_row(count, make, tmp_path):
             refused.append(str(error))
         else:
             assert found.rows.digest() == digest
-            for (array, _), expected in zip(found.values, values, strict=True):
+            for (array, _), expected in zip(found.columns["log_probs"], values, strict=True):
                 assert np.array_equal(array, expected)
         file.write_bytes(contents[file])
     assert len(refused) > 0.9 * count
@@ -470,19 +462,19 @@ import sys
 from pathlib import Path
 from configs.schema import Model, Recipe
 from tasks.pronounce import Pronounce
-from tasks.rows import batch_order, collate
-from teacher.model import build_model, initialise
-from teacher.outputs import finish_outputs, make_outputs, outputs_binding
+from models.rows import batch_order, collate
+from models.language import build_model, initialise
+from teacher.outputs import OutputsRequest, finish_outputs, make_outputs
 from teacher.shards import Outputs
 
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 task = Pronounce()
 rows = task.rows("train")
 shape = Model(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-teacher = initialise(build_model(shape, task.tokenizer, 72), 0).eval()
-recipe = Recipe(access="top_k", k=5, transfer_rows=count)
-binding = outputs_binding(recipe, "teacher", "tokenizer", rows, 0)
-make_outputs(folder, teacher, task, rows, recipe, binding)
+teacher = initialise(build_model(shape, task), 0).eval()
+request = OutputsRequest.of(Recipe(access="top_k", outputs={"k": 5, "transfer_rows": count}))
+binding = request.binding("teacher", "tokenizer", rows, 0)
+make_outputs(folder, teacher, task, rows, request, binding)
 finish_outputs(folder)
 
 
@@ -507,7 +499,7 @@ def test_a_million_rows_take_no_more_memory_than_ten_thousand(tmp_path):
     few, many = (
         subprocess.run(
             [sys.executable, "-c", MEASURE, str(tmp_path / str(count)), str(count)],
-            cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True,
+            cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
         ).stdout.split()
         for count in (10_000, 1_000_000)
     )  # fmt: skip

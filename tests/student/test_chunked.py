@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import DIVERGENCES, Model
+from configs.schema import Model
+from models.language import build_model, initialise
+from models.rows import collate
 from student import chunked, objectives
 from student.objectives import cross_entropy
 from tasks.pronounce import Pronounce
-from tasks.rows import collate
-from teacher.model import build_model, initialise
 from teacher.signal import Signal
+from tests.helpers import DIVERGENCES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", *DIVERGENCES])
@@ -67,7 +68,7 @@ def test_a_model_in_chunks_is_the_model(architecture):
     shape = Model(
         architecture=architecture, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
     )
-    model = initialise(build_model(shape, task.tokenizer, 72), 0)
+    model = initialise(build_model(shape, task), 0)
     batch = collate(task.rows("train"), np.arange(20), 0)
     signal = Signal(batch.targets)
     whole = cross_entropy(model(batch.input_ids, use_cache=False).logits[batch.counted], signal)
