@@ -11,12 +11,12 @@ demo: $(VENV)/.installed
 	@echo "open runs/quickstart/report.html, then try:"
 	@echo "  $(RUN) eval.py runs/quickstart --ask deepseek distillation"
 
-# Train again from nothing, under another name, and compare with the committed results.
+# Train again from scratch, under another name, and compare with the committed results.
 reproduce: $(VENV)/.installed
 	rm -rf runs/trace-float64-again runs/quickstart-again
-	$(RUN) train.py configs/trace-float64.yaml name=trace-float64-again
+	$(RUN) train.py configs/trace-float64.yaml --fresh name=trace-float64-again
 	$(RUN) eval.py runs/trace-float64-again --check trace-float64
-	$(RUN) train.py configs/quickstart.yaml name=quickstart-again
+	$(RUN) train.py configs/quickstart.yaml --fresh name=quickstart-again
 	$(RUN) eval.py runs/quickstart-again --check quickstart
 
 test: $(VENV)/.installed-test

@@ -159,8 +159,8 @@ def count_read(run: Run) -> None:
 def evaluate_models(
     run: Run, plan: Plan, task: Task, splits: list[str]
 ) -> tuple[dict[str, TeacherReference], dict[str, dict[str, list[Evaluation]]], dict, float]:
-    """({split: the teacher there}, {model: {split: one evaluation per seed}}, what else was measured
-    of each model, FLOPs)."""
+    """({split: the teacher there}, {model: {split: one evaluation per seed}}, what else was
+    measured of each model, FLOPs)."""
     own_task = teacher_task(plan.config, run, task)
     teacher = CountedForward(open_model(run, "teacher"))
     references = {s: TeacherReference(teacher, task, task.rows(s), own_task) for s in splits}

@@ -98,8 +98,8 @@ class Run:
         for stage in stages:
             if not re.fullmatch(r"[A-Za-z0-9_-][\w.+-]*(/[A-Za-z0-9_-][\w.+-]*)*", stage):
                 raise LabError(
-                    f"{self.folder / 'manifest.json'}: {stage[:40]!r} is not a stage of a run; train "
-                    "again under another name=..."
+                    f"{self.folder / 'manifest.json'}: {stage[:40]!r} is not a stage of a run; "
+                    "train again under another name=..."
                 )
         return self
 

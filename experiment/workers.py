@@ -25,7 +25,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def side_by_side(
     jobs: dict[str, tuple], workers: int, opened: Callable[..., None], arguments: tuple
 ) -> Iterator[tuple[str, Any]]:
-    """Run {name: (function, *arguments)} in `workers` processes; yields (name, result) as each ends.
+    """Run {name: (function, *arguments)} in worker processes; yields (name, result) as each ends.
 
     Every process first calls `opened(*arguments)`, with its share of the threads set. An exception
     in a job ends them all and is raised here; a process that was killed is a LabError.

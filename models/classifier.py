@@ -3,6 +3,7 @@
 A row is the pixels of an image, then its label; a classifier reads the pixels alone.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class MlpClassifier(PreTrainedModel):
     def __init__(self, config: MlpConfig) -> None:
         super().__init__(config)
         sizes = [config.pixels, *[config.hidden_size] * config.num_hidden_layers]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.head = nn.Linear(sizes[-1], config.num_labels)
         self.dropout = nn.Dropout(config.dropout)
         with torch.no_grad():
@@ -46,7 +47,7 @@ class MlpClassifier(PreTrainedModel):
         """Weights are drawn by `initialise`, from a seed."""
 
     def forward(self, input_ids: Tensor, **ignored: Any) -> ImageClassifierOutput:
-        """input_ids [B, L]: grey levels from 0 to 255, then perhaps the label -> logits [B, labels].
+        """input_ids [B, L], grey levels from 0 to 255 and perhaps the label -> logits [B, labels].
         The options of language models, such as use_cache, have no meaning here."""
         hidden = input_ids[:, : self.config.pixels].to(self.head.weight.dtype) / 255
         for layer in self.layers:

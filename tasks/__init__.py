@@ -1,12 +1,13 @@
 """What is learned: the table TASKS, one file per task."""
 
 from configs.schema import TaskConfig
+from tasks.digits import Digits
 from tasks.gsm8k import Gsm8k
 from tasks.pronounce import Pronounce
 from tasks.reason import Reason
 from tasks.task import Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Pronounce, Reason, Gsm8k)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Pronounce, Reason, Digits, Gsm8k)}
 
 
 def load_task(config: TaskConfig) -> Task:

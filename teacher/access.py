@@ -36,8 +36,8 @@ class Access:
     """One level of access.
 
     reveal: (log_probs [M, V], targets [M], k, generator) -> Signal. store: (Signal, k, V) -> the
-    `columns` of one row. read: (columns, targets [M], k) -> Signal of the rows of a batch, one after
-    the other. compare: (Signal, log_probs [M, V] of the live teacher, k) -> what must agree.
+    `columns` of one row. read: (columns, targets [M], k) -> Signal of the rows of a batch, one
+    after the other. compare: (Signal, log_probs [M, V] of the live teacher, k) -> what must agree.
     uses_k: whether it reads `outputs.k`. teacher: whether anything comes from a teacher at all.
     """
 

@@ -1,6 +1,4 @@
-"""The objectives a second time, from their definitions, in NumPy and SciPy: what a test compares the
-first implementation with.
-"""
+"""The objectives again, from their definitions, in NumPy and SciPy: an oracle for tests."""
 
 import numpy as np
 from scipy.special import log_softmax, rel_entr

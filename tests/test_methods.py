@@ -62,7 +62,8 @@ RECIPES = {
     "born_again": {"access": "logits", "student": {"model": MODEL, "initial_layers": [1]}},
 }
 OVERRIDES = (
-    "name=methods", "seeds=[0]", "controls=[baseline,second_teacher]", "verdicts=[]", "teacher.epochs=3",
+    "name=methods", "seeds=[0]", "controls=[baseline,second_teacher]", "verdicts=[]",
+    "teacher.epochs=3",
     f"recipes={json.dumps(RECIPES)}", "compare={against: [baseline, plain]}",
 )  # fmt: skip
 

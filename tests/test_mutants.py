@@ -123,13 +123,14 @@ MUTANTS = {
     "the learning rate restarted on resume": (
         "experiment/training_state.py",
         "return self.progress * self.steps if self.max_flops else self.step",
-        "return self.step - self.step // 5 * 5",
+        'resumed = bool(self.watch.before["seconds"])\n        return self.step * (not resumed)',
         "test_train.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
     ),
     "randomness restarted on resume": (
         "train.py",
         "seed_everything(seed_of_step(seed, step), device)",
-        'seed_everything(seed_of_step(seed, step - 5 * bool(state.watch.before["seconds"])), device)',
+        "resumed = bool(state.watch.before['seconds'])\n"
+        "        seed_everything(seed_of_step(seed, step - 5 * resumed), device)",
         "test_train.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
     ),
     "data skipped on resume": (

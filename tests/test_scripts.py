@@ -337,8 +337,8 @@ def test_the_report_is_one_file_that_needs_no_other(tiny_run):
         ),
         (
             [
-                "recipes.distilled={access: logits, student: {on_policy: 0.5}, objective: {forward_kl: 0.5, "
-                "cross_entropy: 0.5}}"
+                "recipes.distilled={access: logits, student: {on_policy: 0.5}, "
+                "objective: {forward_kl: 0.5, cross_entropy: 0.5}}"
             ],
             "the text that it writes itself",
         ),

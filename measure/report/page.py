@@ -170,8 +170,8 @@ def law_figures(result: dict[str, Any], colours: dict[str, str]) -> Figures:
         found["How large a student"] = (
             scaling(result, laws["size"], label, colours),
             "Students that differ only in size, at the same FLOPs: small ones train for many "
-            "steps, large ones for few. Dashed: the best-fitting sum of two power laws, one that falls "
-            "with size (the capacity gap) and one that rises (too few steps).",
+            "steps, large ones for few. Dashed: the best-fitting sum of two power laws, one that "
+            "falls with size (the capacity gap) and one that rises (too few steps).",
         )
     return found
 

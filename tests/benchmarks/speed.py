@@ -22,23 +22,31 @@ import torch
 import train
 from configs.schema import Recipe
 from experiment.cost import CountedForward, TrainingFlops
-from experiment.experiment import Lab, new_student, training_set_of
+from experiment.experiment import (
+    Experiment,
+    data_of,
+    loss_of,
+    new_model,
+    new_student,
+    open_experiment,
+    training_set_of,
+)
 from experiment.reading import read_config
 from experiment.run import Run
 from experiment.workers import keep_freed_memory
 from models.rows import batch_order, collate
-from student.recipe import FROM_TEXT, hidden_loss_of, objective_of
+from student.recipe import FROM_TEXT
 from student.training_set import TrainingSet
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, ROUNDS = 900, 3  # steps: about as many as the student of configs/quickstart.yaml takes
 OUTPUTS = {
     "logits": Recipe(access="logits"),
-    "top 5": Recipe(access="top_k", k=5),
-    "12 draws": Recipe(access="sampled", k=12),
+    "top 5": Recipe(access="top_k", outputs={"k": 5}),
+    "12 draws": Recipe(access="sampled", outputs={"k": 12}),
     "states": Recipe(
         access="hidden",
-        hidden_layers=[2, 3],
+        outputs={"layers": [2, 3]},
         objective={"forward_kl": 0.1, "hidden_mse": 0.6, "attention_kl": 0.3},
     ),
 }
@@ -53,25 +61,26 @@ def main() -> int:
     config = read_config(ROOT / "configs" / "quickstart.yaml", changes)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         run = Run.open(Path(folder), config, {})
-        lab = train.open_experiment(config, run, train.Accelerator(cpu=True))
-        run.manifest["data"] = {"rows": lab.rows.digest(), "tokenizer": ""}
-        teacher = train.new_model(lab, config.teacher.model, 0)
-        closing = fit(lab, "teacher", teacher, TrainingSet(lab.rows), FROM_TEXT, 1)
-        run.record_stage("teacher", *closing)
+        experiment = open_experiment(config, run, train.Accelerator(cpu=True))
+        run.manifest["data"] = data_of(experiment)
+        teacher = new_model(experiment, config.teacher.model, 0)
+        result = fit(experiment, "teacher", teacher, text(experiment), FROM_TEXT, 1)
+        run.record_stage("teacher", *result)
         kinds: dict[str, Callable[[], None]] = {
-            "bare": lambda: bare(lab),
-            "loop": lambda: loop(lab, "loop", FROM_TEXT),
+            "bare": lambda: bare(experiment),
+            "loop": lambda: loop(experiment, "loop", FROM_TEXT),
         }
         for name, recipe in OUTPUTS.items():
-            train.produce_outputs(lab, recipe)
-            kinds[name] = lambda name=name, recipe=recipe: loop(lab, name, recipe)
+            stage = experiment.plan.request(recipe).stage
+            train.produce_outputs(experiment, stage, recipe)
+            kinds[name] = lambda name=name, recipe=recipe: loop(experiment, name, recipe)
         seconds: dict[str, list[float]] = {name: [] for name in kinds}
         for _ in range(ROUNDS):
             for name, once in kinds.items():
                 started = time.perf_counter()
                 once()
                 seconds[name].append((time.perf_counter() - started) / STEPS)
-        flops = TrainingFlops(student(lab)).of_batch(mean_batch(lab))
+        flops = TrainingFlops(student(experiment)).of_batch(mean_batch(experiment))
     median = {name: statistics.median(times) for name, times in seconds.items()}
     print(f"{'bare step':<28} {1000 * median['bare']:7.2f} ms")
     ratios = {"loop": median["loop"] / median["bare"]}
@@ -85,45 +94,49 @@ def main() -> int:
     return 1 if any(ratios[name] > most for name, most in MOST.items()) else 0
 
 
-def student(lab: Lab) -> torch.nn.Module:
-    return new_student(lab, FROM_TEXT, TrainingSet(lab.rows), 0)
+def text(experiment: Experiment) -> TrainingSet:
+    """The data itself, in the order of a student."""
+    return training_set_of(experiment, FROM_TEXT, 0, CountedForward)
+
+
+def student(experiment: Experiment) -> torch.nn.Module:
+    return new_student(experiment, FROM_TEXT, text(experiment), 0)
 
 
 def fit(
-    lab: Lab, stage: str, model: torch.nn.Module, lessons: TrainingSet, recipe: Recipe, steps: int
+    experiment: Experiment,
+    stage: str,
+    model: torch.nn.Module,
+    data: TrainingSet,
+    recipe: Recipe,
+    steps: int,
 ):
+    training = experiment.config.students.training
+    loss = loss_of(experiment, recipe, training)
     return train.fit(
-        lab,
-        stage,
-        model,
-        lessons,
-        objective_of(recipe),
-        lab.config.students.training,
-        steps=steps,
-        seed=0,
-        lineage="",
-        match=hidden_loss_of(recipe),
+        experiment, stage, model, data, loss, training, steps=steps, seed=0, lineage=""
     )
 
 
-def loop(lab: Lab, name: str, recipe: Recipe) -> None:
-    """A whole training of STEPS steps, its model saved and its checkpoints removed."""
-    lessons = training_set_of(lab, recipe, 0, CountedForward)
+def loop(experiment: Experiment, name: str, recipe: Recipe) -> None:
+    """A complete training of STEPS steps, its model saved and its checkpoints removed."""
+    data = training_set_of(experiment, recipe, 0, CountedForward)
     stage = f"students/{name.replace(' ', '-')}/seed-0"
-    closing = fit(lab, stage, new_student(lab, recipe, lessons, 0), lessons, recipe, STEPS)
-    lab.run.record_stage(stage, *closing)
+    model = new_student(experiment, recipe, data, 0)
+    result = fit(experiment, stage, model, data, recipe, STEPS)
+    experiment.run.record_stage(stage, *result)
 
 
 BATCHES: list = []
 
 
-def bare(lab: Lab) -> None:
+def bare(experiment: Experiment) -> None:
     """The same steps without anything around them."""
-    training = lab.config.students.training
-    order = batch_order(lab.rows.lengths, training.batch_rows, 0)
+    training = experiment.config.students.training
+    order = batch_order(experiment.rows.lengths, training.batch_rows, 0)
     if not BATCHES:
-        BATCHES.extend(collate(lab.rows, order(step), 0) for step in range(STEPS))
-    model = student(lab).train()
+        BATCHES.extend(collate(experiment.rows, order(step), 0) for step in range(STEPS))
+    model = student(experiment).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     for batch in BATCHES:
         logits = model(batch.input_ids, use_cache=False).logits[batch.counted]
@@ -133,10 +146,10 @@ def bare(lab: Lab) -> None:
         optimizer.zero_grad()
 
 
-def mean_batch(lab: Lab):
+def mean_batch(experiment: Experiment):
     """Row lengths of a batch of the mean size."""
-    order = batch_order(lab.rows.lengths, lab.config.students.training.batch_rows, 0)
-    batches = [lab.rows.lengths[order(step)] for step in range(STEPS)]
+    order = batch_order(experiment.rows.lengths, experiment.config.students.training.batch_rows, 0)
+    batches = [experiment.rows.lengths[order(step)] for step in range(STEPS)]
     mean = statistics.mean(int(lengths.max()) for lengths in batches)
     return min(batches, key=lambda lengths: abs(int(lengths.max()) - mean))
 

@@ -273,8 +273,8 @@ def test_the_verdict_line_says_it_in_words():
     arms = (coin(np.random.default_rng(i), s, 4000, c) for i, s, c in ((0, 5, 0.6), (1, 5, 0.4)))
     line = verdict_line(verdict("a beats b", "sequence_agreement", 0.0, *arms))
     assert re.fullmatch(
-        r"a beats b by (19|20)\.\d points of agreement with teacher \[1\d\.\d, 2\d\.\d\] over 5 seeds: "
-        "BEATS",
+        r"a beats b by (19|20)\.\d points of agreement with teacher \[1\d\.\d, 2\d\.\d\] over "
+        "5 seeds: BEATS",
         line,
     )
     one = coin(np.random.default_rng(0), 1, 400, 0.5)
