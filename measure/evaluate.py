@@ -28,14 +28,14 @@ class Answers:
 
 
 def free_running(forward: Forward, task: Task, rows: Rows) -> Answers:
-    """Greedy answers to every row's prompt."""
+    """Greedy answers to every row's prompt, shorter after a prompt that leaves little of a row."""
     texts: list[str] = [""] * len(rows)
     log_probs = np.zeros(len(rows))
     for i, answer in answers_of(
         forward,
         rows,
         BATCH_ROWS,
-        longest=task.longest_answer,
+        longest=min(task.longest_answer, task.longest_row - int(rows.prompt_lengths.max())),
         end=task.end,
         vocabulary=task.vocabulary,
     ):

@@ -6,8 +6,11 @@ from tasks.gsm8k import Gsm8k
 from tasks.pronounce import Pronounce
 from tasks.reason import Reason
 from tasks.task import Task
+from tasks.text import Text
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Pronounce, Reason, Digits, Gsm8k)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Pronounce, Reason, Digits, Text, Gsm8k)
+}
 
 
 def load_task(config: TaskConfig) -> Task:
