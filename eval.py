@@ -14,7 +14,6 @@ Never trains. Choices are made with --split validation; the held-out split is fo
 import argparse
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from configs.files import read_json, write_atomically, write_json
+from configs.files import write_atomically, write_json
 from configs.schema import Config, LabError
-from experiment.check import (
-    MACHINE,
-    artifacts_of,
-    bands,
-    check_run,
-    compare_runs,
-    losses_of,
-    other_configs,
-)
+from experiment.check import artifacts_of, check_run, compare_runs, losses_of
 from experiment.command import run_command
 from experiment.cost import CountedForward, Stopwatch
-from experiment.environment import environment_facts
+from experiment.environment import print_environment
 from experiment.experiment import open_experiment, open_model, teacher_task
 from experiment.plan import Plan
+from experiment.reference import write_reference
 from experiment.result import (
     costs,
     decide,
@@ -50,11 +42,11 @@ from experiment.result import (
     writes_reasoning,
 )
 from experiment.run import SCHEMA, Run
-from experiment.selfcheck import print_selfcheck
+from experiment.selfcheck import selfcheck_run
 from measure.evaluate import Evaluation, TeacherReference, free_running
 from measure.laws import scaling_laws
 from measure.report.page import render_report
-from measure.report.tables import console_table, facts_of, with_tables
+from measure.report.tables import console_table, facts_of
 from models.rows import Rows
 from tasks import load_task
 from tasks.task import Task
@@ -89,9 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 def story(options: argparse.Namespace) -> int:
     """What the options ask for; the exit code."""
     if options.environment:
-        facts = environment_facts()
-        print("\n".join(f"{'[OK]' if good else '[FAIL]':<6} {fact}" for good, fact in facts))
-        return 0 if all(good for good, _ in facts) else 1
+        return print_environment()
     if options.compare:
         print("\n".join(compare_runs(*map(Run.finished, options.compare))))
         return 0
@@ -106,11 +96,11 @@ def story(options: argparse.Namespace) -> int:
         name = options.check or config.name
         return check_run(run, config, name, RESULTS, lambda: judge(run, config, "heldout"))
     elif options.selfcheck:
-        return selfcheck(run, config)
+        return selfcheck_run(open_experiment(config, run))
     else:
         judge(run, config, options.split)
         if options.update:
-            update(run, config, options.bands)
+            write_reference(run, config, options.bands, RESULTS)
     return 0
 
 
@@ -204,37 +194,6 @@ def publish(
     if split != "validation":
         print(f"\nreport  {run.folder / 'report.html'}\nfigures {run.folder / 'eval.json'}")
         print(f"next: python eval.py {run.folder} --ask {shlex.join(task.examples)}")
-
-
-def update(run: Run, config: Config, others: list[Path]) -> None:
-    """Write results/<name>.json, with the bands of this run and of others that differ in seeds (run
-    folders, or results of them), and the tables of the README."""
-    results = [read_json(run.folder / "eval.json")]
-    for folder in others:
-        results.append(read_json(folder / "eval.json" if folder.is_dir() else folder))
-        ignored = (*MACHINE, "seeds:", "teacher.seed:")
-        differing = other_configs(results[-1]["config"], config, ignored)
-        if differing:
-            raise LabError(f"{folder} is a run of another config: {differing[0]}")
-    reference = {**results[0], "bands": bands(results)}
-    where = results[0]["environment"]
-    if where["dirty"] or where["trained"]["dirty"]:
-        print("made with uncommitted code: others cannot check out what made this result")
-    if reference["bands"] is None:
-        print("fewer than 10 seeds: no bands written; name more runs with --bands")
-    write_json(RESULTS / f"{config.name}.json", reference)
-    readme = RESULTS.parent / "README.md"
-    write_atomically(readme, with_tables(readme.read_text(encoding="utf-8"), RESULTS))
-
-
-def selfcheck(run: Run, config: Config) -> int:
-    """Everything that a run can check about itself; 1 if anything fails."""
-    started = time.perf_counter()
-    result = read_json(run.folder / "eval.json")
-    failures = print_selfcheck(open_experiment(config, run), result)
-    outcome = f"{failures} checks failed" if failures else "all checks passed"
-    print(f"{outcome} ({time.perf_counter() - started:.0f} s)")
-    return 1 if failures else 0
 
 
 def ask(run: Run, config: Config, questions: list[str]) -> None:

@@ -13,60 +13,55 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from rich import box
-from rich.console import Console
-from rich.panel import Panel
 from torch import nn
-from tqdm import tqdm
 
-from configs.files import read_json, write_json
 from configs.schema import Config, LabError, Recipe, Training
+from experiment.budget import check_budgets, steps_within_budget
 from experiment.command import run_command
-from experiment.cost import (
-    CountedForward,
-    Stopwatch,
-    TrainingFlops,
-    affordable_steps,
-    expected_steps,
-)
+from experiment.cost import CountedForward
 from experiment.environment import environment
 from experiment.experiment import (
     Experiment,
     binding_of,
-    check_budgets,
-    check_experiment,
     data_of,
+    lineage_of,
     loss_of,
     new_model,
     new_student,
-    no_budget,
     open_experiment,
+    source_of,
     teacher_made_from,
-    teacher_of,
-    teacher_sha256,
-    teacher_task,
     teacher_training_set,
     training_set_of,
 )
+from experiment.log import OutputsLog, print_summary
+from experiment.preflight import check_experiment
+from experiment.processes import (
+    micro_batches,
+    require_one_way_to_share,
+    require_rows_for_all,
+    sum_over_processes,
+)
 from experiment.reading import read_config
 from experiment.run import Run
-from experiment.stages import StageResult, record_stage, reuse_stage, run_stages
-from experiment.training_state import TrainingState, model_card
+from experiment.stages import (
+    StageResult,
+    record_stage,
+    register_pretrained,
+    reuse_stage,
+    run_stages,
+)
+from experiment.training_state import TrainingState
 from experiment.workers import keep_freed_memory
-from models.language import load_tokenizer, parameter_count, save_model, sha256_of_model
 from models.rows import Rows
 from student.hidden import student_of
 from student.loss import Loss
 from student.recipe import FROM_TEXT
 from student.training_set import TrainingSet, without_reasoning
-from teacher.access import ACCESS
 from teacher.outputs import finish_outputs, make_outputs, sha256_of_outputs
-
-RECORD_SECONDS = 2.0  # how often the time spent on outputs is recorded
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,15 +87,11 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
     torch.set_num_threads(config.threads or min(8, psutil.cpu_count(logical=False) or 1))
     keep_freed_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if accelerator.num_processes > 1 and config.workers > 1:
-        raise LabError(
-            f"{accelerator.num_processes} processes were launched and workers is {config.workers}: "
-            "either several processes train one model, or each worker trains one; set workers=1"
-        )
+    require_one_way_to_share(config, accelerator)
     with Run(folder).locked() if accelerator.is_main_process else nullcontext():
         experiment = open_experiment(config, Run(folder), accelerator)
         check_experiment(experiment)
-        check_budgets(experiment, TrainingFlops, CountedForward)
+        check_budgets(experiment)
         experiment = begin_run(experiment, folder)
         plan, run = experiment.plan, experiment.run
 
@@ -168,63 +159,38 @@ def train_teacher(experiment: Experiment, stage: str, seed: int) -> StageResult:
     return result
 
 
-def register_pretrained(experiment: Experiment, stage: str, model: nn.Module) -> StageResult:
-    """Register a pretrained teacher unchanged, at no cost."""
-    watch = Stopwatch(experiment.config.cost, torch.get_num_threads())
-    folder, name = experiment.run.folder / stage, experiment.config.teacher.model.pretrained
-    if experiment.is_main:
-        card = model_card(stage, model, f"`{name}`, unchanged.", 0)
-        save_model(model, load_tokenizer(name), folder, card)
-    experiment.accelerator.wait_for_everyone()
-    made = {"sha256": sha256_of_model(folder), "params": parameter_count(model)}
-    return {**watch.read(0), "steps": 0}, made
-
-
-def produce_outputs(
-    experiment: Experiment, stage: str, recipe: Recipe, fresh: bool = False
-) -> None:
+def produce_outputs(experiment: Experiment, stage: str, recipe: Recipe, fresh: bool) -> None:
     """What the teacher reveals for the transfer rows, computed once and stored."""
     run, request = experiment.run, experiment.plan.request(recipe)
     binding = binding_of(experiment, recipe, request)
     made_from = "+".join(map(str, binding.values()))
     if run.stage_done(stage) or (not fresh and reuse_stage(experiment, stage, made_from)):
         return
-    accelerator, folder = experiment.accelerator, run.folder / stage
-    spent = run.checkpoints(stage) / "cost.json"  # by an interrupted part of this stage
-    before = read_json(spent) if spent.exists() else None
-    watch = Stopwatch(experiment.config.cost, torch.get_num_threads(), before)
-    total, recorded = request.transfer_rows or len(experiment.rows), 0.0
-    with tqdm(total=total, desc=stage, unit="row", ascii=True, leave=False, disable=None) as bar:
-
-        def progress(rows: int) -> None:
-            nonlocal recorded
-            bar.update(rows)
-            if experiment.is_main and watch.elapsed() - recorded >= RECORD_SECONDS:
-                write_json(spent, watch.read(0))
-                recorded = watch.elapsed()
-
+    rows, folder = request.transfer_rows or len(experiment.rows), run.folder / stage
+    accelerator = experiment.accelerator
+    with OutputsLog(experiment, stage, rows) as log:
         make_outputs(
             folder,
-            teacher_of(experiment, recipe, CountedForward),
-            experiment.task,
+            source_of(experiment, recipe, request, CountedForward),
             experiment.rows,
             request,
             binding,
-            progress,
+            log.progress,
             accelerator.process_index,
             accelerator.num_processes,
-            teacher_task(experiment.config, run, experiment.task, recipe.teachers),
         )
     accelerator.wait_for_everyone()
-    if not experiment.is_main:
-        return record_stage(experiment, stage, None)
-    summary = finish_outputs(folder)
-    size = sum(file.stat().st_size for file in folder.glob("*.arrow"))
-    weight = size / max(1, summary.tokens)
-    cost = {**watch.read(summary.flops), "bytes": size, "bytes_per_token": weight}
-    made = {"sha256": sha256_of_outputs(folder), "rows": total, "different": summary.different}
-    record_stage(experiment, stage, (cost, {**made, "made_from": made_from}))
-    tqdm.write(f"{stage:<34} {total} rows, {size / 2**20:.1f} MB, {weight:.1f} bytes per token")
+    result = None
+    if experiment.is_main:
+        made = finish_outputs(folder)
+        size = {"bytes": made.bytes, "bytes_per_token": made.bytes / max(1, made.tokens)}
+        names = {"sha256": sha256_of_outputs(folder), "made_from": made_from}
+        result = (
+            log.watch.read(made.flops) | size,
+            names | {"rows": rows, "different": made.different},
+        )
+        print(f"{stage:<34} {rows} rows, {made.bytes / 2**20:.1f} MB")
+    record_stage(experiment, stage, result)
 
 
 def train_student(
@@ -234,35 +200,13 @@ def train_student(
 
     All cost the same FLOPs, outputs included: one that needs no outputs trains for more steps.
     """
-    config, plan, run = experiment.config, experiment.plan, experiment.run
-    training = config.students.training
+    training = experiment.config.students.training
     if recipe.student.learning_rate:
         training = training.model_copy(update={"learning_rate": recipe.student.learning_rate})
     data = training_set_of(experiment, recipe, seed, CountedForward)
     model = new_student(experiment, recipe, data, seed)
     loss = loss_of(experiment, recipe, training)
-
-    budget = 1e12 * (config.students.tflops or 0.0)
-    if config.students.budget:
-        budget = config.students.budget * run.cost_of("teacher")["flops"]
-    prepaid = sum(run.cost_of(before)["flops"] for before in plan.prerequisites(recipe))
-    max_flops = recipe.student.budget_fraction * budget - prepaid
-    until_spent = None
-    flops, plain = TrainingFlops(model), TrainingFlops(student_of(model))
-    lengths = data.rows.lengths
-    if data.on_policy:
-        batch_rows = training.batch_rows
-        steps, most = expected_steps(plain, data.on_policy, lengths, batch_rows, max_flops)
-        until_spent = max_flops - most  # the last step must not exceed the budget
-    else:
-        steps = affordable_steps(flops, plain, lengths, data.order, max_flops, loss.hidden_steps)
-    if steps < 1:
-        raise no_budget(config, name)
-
-    lineage = f"Student `{name}` from seed {seed} <- "
-    if ACCESS[recipe.access].teacher or recipe.student.initial_layers:
-        lineage += f"teacher {teacher_sha256(experiment, recipe, seed)[:16]} <- "
-    lineage += f"data `{experiment.task.name}`. Recipe: `{recipe.model_dump_json()}`."
+    steps, max_flops = steps_within_budget(experiment, name, recipe, model, data, loss)
     validation = None
     if recipe.outputs.traces == "none":
         validation = without_reasoning(experiment.validation, experiment.task)
@@ -275,8 +219,8 @@ def train_student(
         training,
         steps=steps,
         seed=seed,
-        lineage=lineage,
-        max_flops=until_spent,
+        lineage=lineage_of(experiment, name, recipe, seed),
+        max_flops=max_flops,
         validation=validation,
     )
 
@@ -305,13 +249,14 @@ def fit(
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=training.betas, weight_decay=training.weight_decay, fused=True
     )
-    require_rows_for_all(stage, len(data.indices(0)), accelerator.num_processes)
+    require_rows_for_all(stage, len(data.indices(0)), accelerator)
     state = TrainingState(experiment, stage, model, optimizer, steps, max_flops, validation)
     model.train()
     while state.progress < 1:
         step, progress = state.step, state.progress
         seed_everything(seed_of_step(seed, step), device)  # for models with dropout
-        set_learning_rate(optimizer, learning_rate(training, state.schedule_step, steps))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(training, state.schedule_step, steps)
         step_data = data.at(student_of(model), step, progress)
         indices = step_data.indices(step)
         normalizer = loss.normalizer(step_data.rows, indices)
@@ -320,8 +265,7 @@ def fit(
             part_loss = loss(model, step_data, part, normalizer, progress)
             accelerator.backward(part_loss)
             total_loss += part_loss.detach()
-        if accelerator.num_processes > 1:
-            total_loss = sum_over_processes(accelerator, model, total_loss)
+        total_loss = sum_over_processes(accelerator, model, total_loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
         state.require_finite(total_loss, norm, step_data.rows.ids[indices])
         optimizer.step()
@@ -340,11 +284,6 @@ def learning_rate(training: Training, step: float, steps: int) -> float:
     return training.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def seed_of_step(seed: int, step: int) -> int:
     """All randomness of a step is a function of (seed, step): a checkpoint holds no generator.
     torch decorrelates neighbouring seeds."""
@@ -357,48 +296,6 @@ def seed_everything(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def micro_batches(
-    indices: np.ndarray, accumulation: int, accelerator: Accelerator
-) -> list[np.ndarray]:
-    """The parts of a step that this process computes, of those that all processes do."""
-    processes = accelerator.num_processes
-    parts = np.array_split(indices, min(accumulation * processes, len(indices)))
-    return parts[accelerator.process_index :: processes]
-
-
-def require_rows_for_all(stage: str, rows: int, processes: int) -> None:
-    if rows < processes:
-        raise LabError(
-            f"{stage}: a batch of {rows} rows cannot be shared by {processes} processes; launch "
-            "fewer"
-        )
-
-
-def sum_over_processes(
-    accelerator: Accelerator, model: nn.Module, loss: torch.Tensor
-) -> torch.Tensor:
-    """Sum gradients over all processes, in place; returns the sum of their losses."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([loss.view(1), *(gradient.view(-1) for gradient in gradients)])
-    loss, *summed = accelerator.reduce(flat).split([1, *(g.numel() for g in gradients)])
-    for gradient, total in zip(gradients, summed, strict=True):
-        gradient.copy_(total.view_as(gradient))
-    return loss[0]
-
-
-def print_summary(run: Run) -> None:
-    """Where things are, what they cost, and the next command."""
-    minutes = sum(row["seconds"] for row in run.ledger) / 60
-    text = (
-        f"teacher    {run.teacher}\nstudents   {run.folder / 'students'}\n"
-        f"cost       {run.folder / 'ledger.json'} ({minutes:.1f} minutes in all)\n\n"
-        f"next: python eval.py {run.folder}"
-    )
-    width = max(80, *(len(line) + 4 for line in text.splitlines()))  # commands stay on one line
-    panel = Panel(text, title=f"trained {run.folder}", box=box.ASCII, expand=False)
-    Console(width=width).print(panel)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,6 @@ A   bit-equal: every model and every outputs shard has the committed hash
 B   a float64 trace: every loss equal to 1e-9, on any CPU, thread count and operating system
 C   every metric inside the committed band
 D   different, or made from other rows or with another tokenizer
-
-The bands are two-sided normal tolerance intervals over the seeds of reference runs (Howe 1969,
-JASA 64, 610-620): with 95 % confidence they contain all m metrics of 95 % of all seeds at once, so
-each has a coverage of 1 - 5 % / m (Bonferroni). Reference runs decide whether a rerun is accepted,
-as in MLPerf's reference convergence points (Mattson et al. 2020, arXiv 1910.01500, section
-3.3). Every seed of a rerun must lie in the band, not their mean alone.
 """
 
 import math
@@ -22,22 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from configs.files import differences, read_json, write_atomically
 from configs.schema import Config, LabError, nearest
 from experiment.environment import evaluation_sha256
 from experiment.experiment import open_model, open_outputs
-from experiment.reading import check_config
+from experiment.reference import MACHINE, other_configs
 from experiment.run import Run
 from measure.report.page import render_check
 from measure.report.tables import per_seed_values
 
-COVERAGE = CONFIDENCE = 0.95
-MIN_HALF_WIDTH = 0.001  # a metric at its end (0 of 6,298 words) has no deviation
 TRACE_TOLERANCE = 1e-9
-# Keys of a config that say how a machine runs it, not what is run.
-MACHINE = ("name:", "threads:", "workers:", "cost.", "checkpoint_")
 # What changes the last bits of float32, in order of likelihood.
 BITS = (
     "code",
@@ -52,40 +41,6 @@ BITS = (
     "gpu",
     "platform",
 )
-
-
-def tolerance_factor(n: int, coverage: float = COVERAGE) -> float:
-    """k such that mean +- k standard deviations of n values is the tolerance interval; 3.379 for
-    n = 10. Howe 1969, equation 3.2."""
-    spread = stats.chi2.ppf(1 - CONFIDENCE, n - 1)
-    z = stats.norm.ppf((1 + coverage) / 2)
-    return z * math.sqrt((n - 1) * (1 + 1 / n) / spread)
-
-
-def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The band of every metric over the seeds of several results of one config; None for fewer
-    than 10 of them."""
-    pooled: dict[str, list[float]] = {}
-    students = [(r["config"]["teacher"]["seed"], seed) for r in results for seed in r["seeds"]]
-    if len(set(students)) < len(students):
-        raise LabError(
-            "two of these runs hold the same student (teacher.seed and seed): a band of repeated "
-            "runs is too narrow; remove one"
-        )
-    for result in results:
-        for key, values in per_seed_values(result).items():
-            pooled.setdefault(key, []).extend(values)
-    if sum(len(result["seeds"]) for result in results) < 10:
-        return None
-    found = {}
-    for key, values in pooled.items():
-        if len(values) < 2:
-            continue  # one teacher has no deviation
-        mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-        factor = tolerance_factor(len(values), 1 - (1 - COVERAGE) / len(pooled))
-        reach = max(factor * deviation, MIN_HALF_WIDTH)
-        found[key] = {"values": values, "low": mean - reach, "high": mean + reach}
-    return found
 
 
 def expected_tier(environments: list[dict[str, Any]], precision: str) -> tuple[str, str]:
@@ -252,14 +207,6 @@ def artifacts_of(run: Run) -> dict[str, str]:
 
 
 # -- the command -----------------------------------------------------------------------------------
-
-
-def other_configs(stored: dict[str, Any], config: Config, ignored: tuple[str, ...]) -> list[str]:
-    """Where a stored config differs from this one, except in the keys `ignored`; a key that it does
-    not have is at its default."""
-    there = check_config(stored, "the stored config").model_dump(mode="json")
-    found = differences(there, config.model_dump(mode="json"))
-    return [line for line in found if not line.startswith(ignored)]
 
 
 def check_run(

@@ -7,7 +7,6 @@ matrix products), for teacher and student alike.
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,49 +54,6 @@ class TrainingFlops:
     def of_batch(self, lengths: np.ndarray) -> int:
         """For a batch of rows padded to the longest."""
         return len(lengths) * self.of_row(int(lengths.max()))
-
-
-def affordable_steps(
-    with_projections: TrainingFlops,
-    plain: TrainingFlops,
-    lengths: np.ndarray,
-    order: Callable[[int], np.ndarray],
-    max_flops: float,
-    hidden_steps: Callable[[int], int],
-) -> int:
-    """How many steps on rows of these lengths a budget of FLOPs affords. Of n steps the first
-    hidden_steps(n) cost `with_projections`, the others `plain`."""
-    spent, extra = [0], [0]  # after n steps: plain, and in addition with hidden states
-    while spent[-1] <= max_flops:
-        batch = lengths[order(len(spent) - 1)]
-        spent.append(spent[-1] + plain.of_batch(batch))
-        extra.append(extra[-1] + with_projections.of_batch(batch) - plain.of_batch(batch))
-    affordable = [n for n in range(len(spent)) if spent[n] + extra[hidden_steps(n)] <= max_flops]
-    return max(affordable, default=0)
-
-
-def expected_steps(
-    plain: TrainingFlops, policy: Any, lengths: np.ndarray, batch_rows: int, max_flops: float
-) -> tuple[int, float]:
-    """(about how many steps a budget affords, the FLOPs of the most expensive possible step), where
-    the student writes the rows of some steps, about as long as these lengths. The exact cost is
-    known only in the training, which ends when the budget is spent."""
-
-    def per_row(length: int, share: float) -> float:
-        scoring, step = 0.0, plain.of_row(length)
-        if policy.teacher is not None:
-            before = policy.teacher.flops
-            ids = torch.ones((1, length), dtype=torch.long, device=policy.teacher.device)
-            policy.teacher(ids, use_cache=False)
-            scoring = policy.teacher.flops - before
-        return step + share * (step / 3 + scoring)  # a forward pass is a third of a step
-
-    rows = min(batch_rows, len(lengths))
-    share = float(np.mean([policy.share(progress) for progress in np.linspace(0, 1, 101)]))
-    longest = int(policy.rows.prompt_lengths.max()) + policy.longest
-    max_step_flops = rows * per_row(longest, 1.0)
-    mean_step_flops = rows * per_row(round(float(lengths.mean())), share)
-    return max(0, int((max_flops - max_step_flops) / mean_step_flops)), max_step_flops
 
 
 # FLOPs per row of a forward pass, by the shape of the model (its config), tokens, cached tokens and

@@ -57,6 +57,13 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def print_environment() -> int:
+    """Whether this machine is set up, a line each; 0 if it is, else 1."""
+    facts = environment_facts()
+    print("\n".join(f"{'[OK]' if good else '[FAIL]':<6} {fact}" for good, fact in facts))
+    return 0 if all(good for good, _ in facts) else 1
+
+
 def environment_facts() -> list[tuple[bool, str]]:
     """(whether it is as it should be, fact) for everything that a bug report needs."""
     found = environment(torch.get_num_threads())

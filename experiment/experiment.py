@@ -18,7 +18,6 @@ from torch import nn
 from configs.schema import Config, LabError, Model, Recipe, Training
 from experiment.plan import Plan
 from experiment.run import Run
-from measure.metrics import metrics_of
 from models.language import (
     Averaged,
     Forward,
@@ -27,7 +26,6 @@ from models.language import (
     load_model,
     load_pretrained,
     load_tokenizer,
-    pretrained_layers,
     sha256_of_model,
     take_layers,
 )
@@ -49,6 +47,7 @@ from tasks.task import Task
 from teacher.access import ACCESS
 from teacher.outputs import OutputsRequest, sha256_of_outputs
 from teacher.shards import Outputs
+from teacher.source import LocalModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -148,7 +147,7 @@ def teacher_of(experiment: Experiment, recipe: Recipe, counted: Counted) -> Forw
 
 
 def teacher_task(config: Config, run: Run, task: Task, names: Sequence[str] = ("teacher",)) -> Task:
-    """The task with the tokenizer of whoever teaches: another one only for a pretrained teacher."""
+    """The task with the teacher's tokenizer: another one only for a pretrained teacher."""
     if not config.teacher.model.pretrained or names[0] != "teacher":
         return task
     if first_differing_id(load_tokenizer(run.teacher), task.tokenizer) is None:
@@ -210,6 +209,16 @@ def outputs_of(experiment: Experiment, recipe: Recipe) -> Outputs:
     return Outputs(folder, binding_of(experiment, recipe, request))
 
 
+def source_of(
+    experiment: Experiment, recipe: Recipe, request: OutputsRequest, counted: Counted
+) -> LocalModel:
+    """Who answers for a recipe."""
+    config, run, task = experiment.config, experiment.run, experiment.task
+    own_task = teacher_task(config, run, task, recipe.teachers)
+    teacher = teacher_of(experiment, recipe, counted)
+    return LocalModel(teacher, task, request.layers, request.relations, own_task)
+
+
 def open_outputs(run: Run, stage: str) -> Outputs:
     """Outputs of the run, verified against the hash in the manifest."""
     outputs = Outputs(run.folder / stage)
@@ -219,6 +228,15 @@ def open_outputs(run: Run, stage: str) -> Outputs:
             f"{RUN_AGAIN}"
         )
     return outputs
+
+
+def lineage_of(experiment: Experiment, name: str, recipe: Recipe, seed: int) -> str:
+    """What a student descends from, for its model card."""
+    parts = [f"Student `{name}` from seed {seed}"]
+    if ACCESS[recipe.access].teacher or recipe.student.initial_layers:
+        parts.append(f"teacher {teacher_sha256(experiment, recipe, seed)[:16]}")
+    parts.append(f"data `{experiment.task.name}`. Recipe: `{recipe.model_dump_json()}`.")
+    return " <- ".join(parts)
 
 
 def teacher_training_set(experiment: Experiment, seed: int) -> TrainingSet:
@@ -290,151 +308,3 @@ def right_ones(outputs: Outputs, task: Task, request: OutputsRequest) -> Outputs
             "nothing to learn from; use a better teacher or more outputs.transfer_rows"
         )
     return outputs.keep(np.asarray(right, int))
-
-
-# -- checks that need the task or the models loaded ------------------------------------------------
-
-
-def check_experiment(experiment: Experiment) -> None:
-    """LabError for what only the task or the models can tell, before a run folder is made."""
-    config, task, words = experiment.config, experiment.task, len(experiment.rows)
-    check_vocabularies(experiment)
-    check_model(experiment, config.teacher.model)
-    for name, recipe in experiment.plan.recipes.items():
-        check_model(experiment, config.model_of(recipe))
-        check_layers(experiment, name, recipe)
-        outputs = recipe.outputs
-        if ACCESS[recipe.access].uses_k and outputs.k > task.vocabulary:
-            raise LabError(
-                f"recipes.{name}.outputs.k: found {outputs.k}, expected at most {task.vocabulary}, "
-                "the size of the vocabulary"
-            )
-        if outputs.prompts == "train" and (outputs.transfer_rows or 0) > words:
-            raise LabError(
-                f"recipes.{name}.outputs.transfer_rows: found {outputs.transfer_rows}, expected at "
-                f"most {words}, the training {task.item_noun}; with prompts: extended there is no "
-                "limit"
-            )
-
-
-def check_model(experiment: Experiment, settings: Model) -> None:
-    """One row through a model of this shape."""
-    if settings.pretrained:
-        return  # it has run before
-    try:
-        length = int(experiment.rows.lengths.min())
-        ids = torch.zeros((1, length), dtype=torch.long)
-        build_model(settings, experiment.task)(ids, use_cache=False)
-    except LabError:
-        raise
-    except Exception as error:  # each library has its own
-        raise LabError(
-            f"a model of this shape cannot run: {settings.model_dump(exclude_defaults=True)} "
-            f"({' '.join(str(error).split())}); choose other sizes"
-        ) from None
-
-
-def check_layers(experiment: Experiment, name: str, recipe: Recipe) -> None:
-    """The layers that a recipe names exist, one for each of the student's."""
-    config = experiment.config
-    model, taught_by = config.model_of(recipe), config.teacher_model_of(recipe)
-    named = {
-        "outputs.layers": recipe.outputs.layers,
-        "student.initial_layers": recipe.student.initial_layers,
-    }
-    for key, layers in named.items():
-        if not layers:
-            continue
-        if experiment.task.tokenizer is None:
-            raise LabError(f"recipes.{name}.{key}: a classifier reveals no layers; remove it")
-        shallow, deep = (
-            pretrained_layers(m.pretrained) if m.pretrained else m.num_hidden_layers
-            for m in (model, taught_by)
-        )
-        if len(layers) != shallow or not all(1 <= n <= deep for n in layers):
-            raise LabError(
-                f"recipes.{name}.{key} {layers}: expected {shallow} layers, one for each of the "
-                f"student's, from 1 to the teacher's {deep}"
-            )
-
-
-def check_vocabularies(experiment: Experiment) -> None:
-    """Pretrained models have the tokens that they need. A student must have those of the task; a
-    teacher may have its own where no token ids are compared."""
-    config, task = experiment.config, experiment.task
-    models = {"students.model": config.students.model}
-    models |= {
-        f"recipes.{name}.student.model": recipe.student.model
-        for name, recipe in config.recipes.items()
-        if recipe.student.model
-    }
-    for key, model in models.items():
-        if not model.pretrained:
-            continue
-        tokenizer = load_tokenizer(model.pretrained)
-        if first_differing_id(tokenizer, task.tokenizer) is not None:
-            raise LabError(
-                f"{key}.pretrained {model.pretrained!r} has another tokenizer than task "
-                f"{task.name}, whose tokenizer is that of its students"
-            )
-    if not config.teacher.model.pretrained:
-        return
-    theirs = load_tokenizer(config.teacher.model.pretrained)
-    if first_differing_id(theirs, task.tokenizer) is None:
-        return
-    if "tokenizer" not in type(task).Settings.model_fields or config.teacher.epochs > 0:
-        require_same_vocabulary(
-            theirs,
-            task.tokenizer,
-            "teacher.model.pretrained",
-            "the teacher unchanged (epochs 0), on a task with a setting `tokenizer`",
-        )
-    for recipe in config.recipes.values():
-        reads = recipe.sequences != "teacher" or recipe.writes_itself
-        if ACCESS[recipe.access].teacher and (compares_ids(recipe) or reads):
-            require_same_vocabulary(theirs, task.tokenizer, f"access {recipe.access}")
-    metrics = metrics_of(task)
-    for claim in config.claims():
-        if metrics[claim.metric].positions:
-            raise LabError(
-                f"verdict {claim.claim!r}: {claim.metric} compares token by token, and the teacher "
-                "has another tokenizer than its students; choose another metric"
-            )
-
-
-def check_budgets(experiment: Experiment, training_flops: Callable, counted: Counted) -> None:
-    """LabError for a budget that leaves no FLOPs for training, estimated from shapes before
-    anything trains: outputs are taken to be as long as the data's own answers."""
-    config, plan, rows = experiment.config, experiment.plan, experiment.rows
-    if not config.students.budget or config.teacher.model.pretrained:
-        return  # in TFLOPs, or a share of what only a training can tell
-    teacher = training_flops(new_model(experiment, config.teacher.model, 0))
-    order = batch_order(rows.lengths, config.teacher.training.batch_rows, 0)
-    mean_length = round(float(rows.lengths.mean()))
-    teacher_steps = max(1, round(config.teacher.epochs * order.per_epoch))
-    teacher_rows = teacher_steps * min(config.teacher.training.batch_rows, len(rows))
-    whole_budget = config.students.budget * teacher_rows * teacher.of_row(mean_length)
-    for name, recipe in plan.recipes.items():
-        budget = recipe.student.budget_fraction * whole_budget
-        request = plan.request(recipe)
-        if request and recipe.outputs.charged and set(recipe.teachers) <= set(plan.teachers):
-            count = request.transfer_rows or len(rows)
-            budget -= count * len(recipe.teachers) * teacher.of_row(mean_length) / 3
-        settings = config.model_of(recipe)
-        if settings.pretrained:
-            continue
-        student = training_flops(new_model(experiment, settings, 0))
-        step = min(config.students.training.batch_rows, len(rows)) * student.of_row(
-            int(rows.lengths.min())
-        )
-        if budget < step:
-            raise no_budget(config, name)
-
-
-def no_budget(config: Config, name: str) -> LabError:
-    key = "budget" if config.students.budget else "tflops"
-    value = config.students.budget or config.students.tflops
-    return LabError(
-        f"{name}: students.{key} {value:g} leaves no FLOPs for training after the outputs; raise "
-        "it, or lower the recipe's outputs.transfer_rows"
-    )

@@ -1,13 +1,20 @@
-"""The log of a training: a progress bar, log lines, metrics.jsonl, the learning curve."""
+"""What a run says while it works: progress bars, log lines, metrics.jsonl, the learning curve."""
 
 import multiprocessing
 import time
+from types import TracebackType
 
 import numpy as np
 import torch
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
 from torch import nn
 from tqdm import tqdm
 
+from configs.files import read_json, write_json
+from experiment.cost import Stopwatch
+from experiment.experiment import Experiment
 from experiment.run import Run
 from models.language import logits_at
 from models.rows import Rows, collate
@@ -16,6 +23,7 @@ from student.objectives import cross_entropy
 from tasks.task import Task
 from teacher.signal import Signal
 
+RECORD_SECONDS = 2.0  # how often the time spent on outputs is recorded
 VALIDATIONS = 10  # points of a learning curve
 VALIDATION_ROWS = 256  # the same for all models; twice as many would slow a small training by 3 %
 VALIDATION_BATCH = 64  # larger ones leave a CPU's cache and take longer
@@ -107,3 +115,43 @@ def validation_nll(model: nn.Module, task: Task, rows: Rows) -> float:
         positions += len(losses)
     model.train()
     return total / positions
+
+
+class OutputsLog:
+    """The log of outputs being made: a progress bar, and the time that an interrupted part took."""
+
+    def __init__(self, experiment: Experiment, stage: str, total: int) -> None:
+        self.is_main, self.stage = experiment.is_main, stage
+        self.file = experiment.run.checkpoints(stage) / "cost.json"
+        before = read_json(self.file) if self.file.exists() else None
+        self.watch = Stopwatch(experiment.config.cost, torch.get_num_threads(), before)
+        self.recorded = 0.0
+        self.bar = tqdm(total=total, desc=stage, unit="row", ascii=True, leave=False, disable=None)
+
+    def __enter__(self) -> "OutputsLog":
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+
+    def progress(self, rows: int) -> None:
+        """So many rows more."""
+        self.bar.update(rows)
+        if self.is_main and self.watch.elapsed() - self.recorded >= RECORD_SECONDS:
+            write_json(self.file, self.watch.read(0))
+            self.recorded = self.watch.elapsed()
+
+
+def print_summary(run: Run) -> None:
+    """Where things are, what they cost, and the next command."""
+    minutes = sum(row["seconds"] for row in run.ledger) / 60
+    text = (
+        f"teacher    {run.teacher}\nstudents   {run.folder / 'students'}\n"
+        f"cost       {run.folder / 'ledger.json'} ({minutes:.1f} minutes in all)\n\n"
+        f"next: python eval.py {run.folder}"
+    )
+    width = max(80, *(len(line) + 4 for line in text.splitlines()))  # commands stay on one line
+    panel = Panel(text, title=f"trained {run.folder}", box=box.ASCII, expand=False)
+    Console(width=width).print(panel)

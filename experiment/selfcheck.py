@@ -3,12 +3,14 @@
 Nothing is trained; every finding comes from the run's own files and models.
 """
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from configs.files import read_json
 from configs.schema import Recipe
 from experiment.cost import CountedForward
 from experiment.experiment import (
@@ -21,6 +23,7 @@ from experiment.experiment import (
     training_set_of,
 )
 from measure.evaluate import TeacherReference
+from measure.metrics import AGREEMENT, DIVERGENCE, REVERSE, TOP1
 from measure.report.tables import models_in
 from models.language import load_model, logits_at
 from models.rows import collate
@@ -40,18 +43,20 @@ LEARNED = 0.05  # sequence agreement below which no model learned enough for a c
 Finding = tuple[bool | None, str]  # passed, failed, or None: nothing to check
 
 
-def print_selfcheck(experiment: Experiment, result: dict[str, Any]) -> int:
-    """[OK], [FAIL] or [--] for every finding; the number of failures. `result` is eval.json."""
-    failures = 0
-    for passed, line in selfcheck(experiment, result):
+def selfcheck_run(experiment: Experiment) -> int:
+    """Print [OK], [FAIL] or [--] for every finding; 1 if any failed, else 0."""
+    started, failures = time.perf_counter(), 0
+    for passed, line in selfcheck(experiment, read_json(experiment.run.folder / "eval.json")):
         mark = "[--]" if passed is None else "[OK]" if passed else "[FAIL]"
         print(f"{mark:<6} {line}", flush=True)
         failures += passed is False
-    return failures
+    outcome = f"{failures} checks failed" if failures else "all checks passed"
+    print(f"{outcome} ({time.perf_counter() - started:.0f} s)")
+    return 1 if failures else 0
 
 
 def selfcheck(experiment: Experiment, result: dict[str, Any]) -> Iterator[Finding]:
-    """All findings, one after the other."""
+    """All findings, one after the other. `result` is eval.json."""
     yield teacher_is_its_own_student(experiment)
     for stage, recipe in experiment.plan.requests().items():
         outputs = outputs_of(experiment, recipe)
@@ -70,8 +75,8 @@ def teacher_is_its_own_student(experiment: Experiment) -> Finding:
     rows = experiment.validation.take(np.arange(min(ROWS, len(experiment.validation))))
     reference = TeacherReference(teacher, experiment.task, rows)
     fidelity = reference.metrics([reference.evaluate(teacher)])["fidelity"]
-    worst = abs(fidelity["kl_teacher_student"].mean), abs(fidelity["kl_student_teacher"].mean)
-    agree = fidelity["sequence_agreement"].mean, fidelity["top1_agreement"].mean
+    worst = abs(fidelity[DIVERGENCE].mean), abs(fidelity[REVERSE].mean)
+    agree = fidelity[AGREEMENT].mean, fidelity[TOP1].mean
     passed = max(worst) < 1e-6 and min(agree) == 1
     return passed, f"the teacher as its own student: KL {max(worst):.1g}, agreement {min(agree):g}"
 
@@ -122,9 +127,8 @@ def text_is_the_teachers(
     own_task = teacher_task(experiment.config, experiment.run, experiment.task, recipe.teachers)
     teacher = teacher_of(experiment, recipe, CountedForward)
     stored = outputs.rows.take(evenly_spaced(len(outputs.rows), 32))
-    again = LocalModel(teacher, experiment.task, own_task).answer(
-        stored, 0.0, False, torch.Generator()
-    )
+    source = LocalModel(teacher, experiment.task, own_task=own_task)
+    again = source.answer(stored, 0.0, False, torch.Generator())
     same = sum(row.tokens.tolist() == stored.row(row.index).tolist() for row in again)
     return same == len(stored), f"{stage}: {same} of {len(stored)} answers equal when rewritten"
 
@@ -198,11 +202,11 @@ def shuffled_does_not_help(result: dict[str, Any]) -> Finding:
     if "shuffled" not in models:
         return None, "shuffled: this config has no such control"
     agreement = {
-        name: models[name]["fidelity"]["sequence_agreement"]
+        name: models[name]["fidelity"][AGREEMENT]
         for name in (next(iter(result["students"])), "low_data", "baseline")
         if name in models
     }
-    shuffled = models["shuffled"]["fidelity"]["sequence_agreement"]
+    shuffled = models["shuffled"]["fidelity"][AGREEMENT]
     line = (
         f"shuffled: {100 * shuffled['mean']:.1f} % of the teacher's answers, against "
         + ", ".join(f"{100 * found['mean']:.1f} % of {name}" for name, found in agreement.items())

@@ -6,11 +6,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from configs.schema import Config
+from experiment.cost import Stopwatch
 from experiment.experiment import Experiment, open_experiment
 from experiment.run import Run
 from experiment.workers import side_by_side
+from models.language import (
+    load_tokenizer,
+    model_card,
+    parameter_count,
+    save_model,
+    sha256_of_model,
+)
 
 # What a finished stage hands back: its cost for the ledger, what it made for the manifest. None in
 # processes that do not write.
@@ -57,6 +66,18 @@ def reuse_stage(experiment: Experiment, stage: str, made_from: str) -> bool:
     if not experiment.is_main:
         run.reload()
     return run.stage_done(stage)
+
+
+def register_pretrained(experiment: Experiment, stage: str, model: nn.Module) -> StageResult:
+    """Register a pretrained teacher unchanged, at no cost."""
+    watch = Stopwatch(experiment.config.cost, torch.get_num_threads())
+    folder, name = experiment.run.folder / stage, experiment.config.teacher.model.pretrained
+    if experiment.is_main:
+        card = model_card(stage, model, f"`{name}`, unchanged.", 0)
+        save_model(model, load_tokenizer(name), folder, card)
+    experiment.accelerator.wait_for_everyone()
+    made = {"sha256": sha256_of_model(folder), "params": parameter_count(model)}
+    return {**watch.read(0), "steps": 0}, made
 
 
 def open_worker(config: Config, folder: Path) -> None:

@@ -13,12 +13,7 @@ from experiment.cost import Stopwatch, TrainingFlops
 from experiment.experiment import Experiment
 from experiment.log import TrainingLog
 from experiment.stages import StageResult
-from models.language import (
-    parameter_count,
-    save_model,
-    sha256_of_model,
-    sha256_of_tensors,
-)
+from models.language import model_card, parameter_count, save_model, sha256_of_model
 from models.rows import Rows
 from student.hidden import student_of
 from student.training_set import TrainingSet
@@ -127,14 +122,3 @@ class TrainingState:
             cost["writing_seconds"] = round(self.writing_seconds, 3)
             cost["writing_share"] = round(self.writing_seconds / cost["seconds"], 3)
         return cost, {"sha256": sha256_of_model(folder), "params": parameter_count(model)}
-
-
-def model_card(stage: str, model: nn.Module, lineage: str, steps: int) -> str:
-    """What a model is and what it descends from."""
-    kind = "text-generation" if hasattr(model, "generate") else "image-classification"
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: {kind}\n---\n"
-        f"# {stage}\n\n{lineage}\n\n"
-        f"{model.config.model_type}, {parameter_count(model):,} parameters, {steps} steps, tensors "
-        f"sha256 {sha256_of_tensors(model.state_dict())[:16]}. Made by Distillation Lab.\n"
-    )

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import optimize
 
+from measure.metrics import DIVERGENCE
+
 
 @dataclass(frozen=True)
 class Law:
@@ -73,7 +75,7 @@ def students_differing_in(result: dict[str, Any], keys: tuple[str, ...]) -> list
     for name, entry in result["students"].items():
         if isinstance(entry["recipe"]["temperature"], dict) or name not in stored:
             continue  # scheduled, or without stored outputs: no single x
-        if "kl_teacher_student" not in entry["fidelity"]:
+        if DIVERGENCE not in entry["fidelity"]:
             continue  # trained on answers without reasoning
         rest = without_keys(entry["recipe"], keys)
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(name)
@@ -109,7 +111,7 @@ def scaling_laws(result: dict[str, Any]) -> dict[str, Any]:
     for study, x in studies.items():
         if len(x) < 3:
             continue
-        kls = [students[name]["fidelity"]["kl_teacher_student"]["mean"] for name in x]
+        kls = [students[name]["fidelity"][DIVERGENCE]["mean"] for name in x]
         law = fit_law(np.array([*x.values()], float), np.array(kls), has_minimum=study == "size")
         found[study] = {
             "x": x,

@@ -36,6 +36,10 @@ METRICS: dict[str, Metric] = {
     "ece": Metric("ECE", "%", True, positions=calibration, statistic=expected_calibration_error),
 }
 
+# Those that figures, laws and the self-check read.
+AGREEMENT, DIVERGENCE, REVERSE = "sequence_agreement", "kl_teacher_student", "kl_student_teacher"
+TOP1, CALIBRATION = "top1_agreement", "ece"
+
 
 def metrics_of(task: type[Task] | Task) -> dict[str, Metric]:
     """Every metric of a task's models: its own, agreement of answers, fidelity."""

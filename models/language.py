@@ -172,6 +172,17 @@ def save_model(
     os.replace(partial, folder)
 
 
+def model_card(stage: str, model: nn.Module, lineage: str, steps: int) -> str:
+    """What a model is and what it descends from."""
+    kind = "text-generation" if hasattr(model, "generate") else "image-classification"
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: {kind}\n---\n"
+        f"# {stage}\n\n{lineage}\n\n"
+        f"{model.config.model_type}, {parameter_count(model):,} parameters, {steps} steps, tensors "
+        f"sha256 {sha256_of_tensors(model.state_dict())[:16]}. Made by Distillation Lab.\n"
+    )
+
+
 def load_model(folder: Path) -> nn.Module:
     """A saved model in evaluation mode. LabError if the folder is missing or damaged."""
     file = folder / "model.safetensors"

@@ -15,7 +15,6 @@ import torch
 
 from configs.files import read_json, sha256_of_file, write_json
 from configs.schema import LabError, Recipe
-from models.language import Forward
 from models.rows import Rows
 from tasks.task import Task
 from teacher.access import ACCESS, narrow, packed
@@ -114,21 +113,18 @@ class OutputsRequest:
 
 def make_outputs(
     folder: Path,
-    forward: Forward,
-    task: Task,
+    source: LocalModel,
     rows: Rows,
     request: OutputsRequest,
     binding: dict[str, Any],
     progress: Callable[[int], None] = lambda rows: None,
     process: int = 0,
     processes: int = 1,
-    own_task: Task | None = None,
 ) -> None:
     """Write the teacher's outputs for `rows`, shard by shard; existing shards are kept.
 
     A killed run resumes at the first missing shard: the content of a shard depends only on the
-    rows, the seed and the shard's number. Several processes share the shards. own_task: the task
-    with the teacher's tokenizer, where that is another one than the students'.
+    rows, the seed and the shard's number. Several processes share the shards.
     """
     folder.mkdir(parents=True, exist_ok=True)
     provenance = folder / "provenance.json"
@@ -136,12 +132,11 @@ def make_outputs(
         check_binding(folder, read_json(provenance)["binding"], binding)
     else:
         write_json(provenance, {"binding": binding, "shards": None})
-    source = LocalModel(forward, task, own_task or task, request.layers, request.relations)
     count, known = request.transfer_rows or len(rows), request.rows_from_data(rows)
     taken: set[bytes] = set()
     if 0 < known < count:
         taken = {bytes_of(rows.prompt(i)) for i in range(len(rows))}
-    shard_rows = request.rows_of_shard(task.longest_answer, task.vocabulary)
+    shard_rows = request.rows_of_shard(source.task.longest_answer, source.task.vocabulary)
     for number, start in enumerate(range(0, count, shard_rows)):
         file = folder / f"shard-{number:05d}.arrow"
         size = min(shard_rows, count - start)
@@ -152,7 +147,7 @@ def make_outputs(
             records = shard_records(
                 source, request, asked, size - from_data, taken, generator, progress
             )
-            write_shard(file, records, forward)
+            write_shard(file, records, source.forward)
 
 
 def shard_records(
@@ -200,10 +195,11 @@ def record_of(
 
 @dataclass(frozen=True)
 class OutputsSummary:
-    """Of all shards together: the FLOPs they took, tokens with something revealed, rows with
-    different prompts."""
+    """Of all shards together: the FLOPs they took, their size, tokens with something revealed, rows
+    with different prompts."""
 
     flops: float
+    bytes: int
     tokens: int
     different: int
 
@@ -211,9 +207,10 @@ class OutputsSummary:
 def finish_outputs(folder: Path) -> OutputsSummary:
     """Record the hashes of all shards, which makes the outputs readable."""
     provenance = folder / "provenance.json"
-    shards, flops, tokens, ids = {}, 0.0, 0, []
+    shards, flops, size, tokens, ids = {}, 0.0, 0, 0, []
     for file in sorted(folder.glob("shard-*.arrow")):
         shards[file.name] = sha256_of_file(file)
+        size += file.stat().st_size
         try:
             with pa.memory_map(str(file)) as source:
                 table = pa.ipc.open_stream(source).read_all()
@@ -225,7 +222,7 @@ def finish_outputs(folder: Path) -> OutputsSummary:
                 f"{file} is damaged; delete it and run train.py on the config again"
             ) from None
     write_json(provenance, {"binding": read_json(provenance)["binding"], "shards": shards})
-    return OutputsSummary(flops, tokens, len(np.unique(np.concatenate(ids))))
+    return OutputsSummary(flops, size, tokens, len(np.unique(np.concatenate(ids))))
 
 
 def sha256_of_outputs(folder: Path) -> str:

@@ -39,14 +39,14 @@ class TeacherRow:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model on this machine. task: what the students learn. own_task: the same with the teacher's
-    own tokenizer, where that is another one."""
+    """A model on this machine. task: what the students learn. layers and relations: the states it
+    hands over. own_task: the task with the teacher's own tokenizer, where that is another one."""
 
     forward: Forward
     task: Task
-    own_task: Task
     layers: tuple[int, ...] = ()
     relations: bool = False
+    own_task: Task | None = None
 
     def score(self, rows: Rows) -> Iterator[TeacherRow]:
         """Read the completions of the data and say what was expected at each of their tokens."""
@@ -78,7 +78,7 @@ class LocalModel:
         self, rows: Rows, temperature: float, probabilities: bool, generator: torch.Generator
     ) -> Iterator[TeacherRow]:
         """Answer the prompts of some rows, in batches of similar prompt lengths."""
-        own = self.own_task
+        own = self.own_task or self.task
         answers = answers_of(
             self.forward,
             prompts_for(own, self.task, rows),

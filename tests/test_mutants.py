@@ -203,7 +203,7 @@ MUTANTS = {
         "test_train.py::test_training_never_sees_the_held_out_words",
     ),
     "a baseline with less compute than the student": (
-        "train.py",
+        "experiment/budget.py",
         "    if steps < 1:\n",
         '    steps = steps // 2 if name == "baseline" else steps\n    if steps < 1:\n',
         "test_scripts.py::test_every_student_and_control_spends_the_budget_and_no_more",

@@ -1,135 +1,119 @@
-"""Adding a task, an objective, an access level or a metric touches its own file and one table
-entry: here that file is this one, and the whole story runs with it."""
+"""Adding a task, an objective, an access level or a metric touches one file and one table entry:
+here that file is CONTRIBUTING.md, and the whole story runs with all four."""
 
 import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import eval as judge
+import tasks
 import train
+from experiment.experiment import data_of, open_experiment, teacher_made_from
+from experiment.reading import read_config
 from experiment.run import Run
+from measure import metrics
 from measure.metrics import METRICS
-from student.objectives import OBJECTIVES, Objective
-from tasks import TASKS
+from student import objectives
+from student.objectives import OBJECTIVES
+from tasks import TASKS, pronounce
 from tasks.pronounce import Pronounce
-from tasks.task import Metric
-from teacher.access import ACCESS, DISTRIBUTION, LOG_PROBS, Access, compare_all, read_all, store_all
-from teacher.signal import Signal
+from teacher import access
+from teacher.access import ACCESS
 
+ROOT = Path(__file__).parent.parent
 MODEL = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "initializer_range": 0.2,
 }
+LEARNER = {"model": MODEL, "training": {"batch_rows": 32, "learning_rate": 0.01}}
 CONFIG = {
     "name": "seams",
-    "task": {"name": "pronounce", "limit": 400},
+    "task": {"name": "pronounce", "limit": 300},
     "seeds": [0],
     "threads": 1,
-    "teacher": {
-        "model": MODEL,
-        "training": {"batch_rows": 32, "learning_rate": 0.01},
-        "epochs": 2,
-    },
-    "students": {
-        "model": MODEL,
-        "training": {"batch_rows": 32, "learning_rate": 0.01},
-        "budget": 0.8,
-    },
+    "teacher": {**LEARNER, "epochs": 2},
+    "students": {**LEARNER, "budget": 0.8},
     "recipes": {"plain": {"access": "logits"}},
     "controls": ["baseline"],
     "log_every": 5,
 }
+WITH_ALL_FOUR = {
+    "task": {"name": "word_length", "limit": 300},
+    "recipes": {
+        "taught": {
+            "access": "rounded",
+            "objective": {"brier": 0.9, "cross_entropy": 0.1},
+            "temperature": 2,
+        }
+    },
+    "controls": ["baseline", "smoothed"],
+    "verdicts": [
+        {"claim": "taught beats baseline", "metric": "length_error"},
+        {"claim": "taught beats baseline", "metric": "confidence"},
+    ],
+}
 
 
-def whole_story(tmp_path, capsys, question, **changed):
-    """Train, evaluate, ask, self-check; returns eval.json and the report."""
-    config = tmp_path / "seams.yaml"
-    config.write_text(json.dumps({**CONFIG, **changed}), encoding="utf-8")
-    assert train.main([str(config), "--runs", str(tmp_path)]) == 0
-    run = str(tmp_path / "seams")
-    assert judge.main([run]) == 0
-    assert judge.main([run, "--ask", question]) == 0
-    capsys.readouterr()
-    assert judge.main([run, "--selfcheck"]) == 0, capsys.readouterr().out
-    report = (tmp_path / "seams" / "report.html").read_text("utf-8")
-    return json.loads((tmp_path / "seams" / "eval.json").read_text("utf-8")), report
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """The code of CONTRIBUTING.md, then train, evaluate, ask and self-check with it: the folder,
+    eval.json, the report and what was printed."""
+    tables = (TASKS, OBJECTIVES, ACCESS, METRICS)
+    before = [dict(table) for table in tables]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    rooms = ({**vars(pronounce), **vars(tasks)}, vars(objectives), vars(access), vars(metrics))
+    for block, room in zip(blocks, rooms, strict=True):
+        assert len([line for line in block.splitlines() if line.strip()]) <= 10
+        exec(block, dict(room))
+    folder = tmp_path_factory.mktemp("seams")
+    config = folder / "seams.yaml"
+    config.write_text(json.dumps({**CONFIG, **WITH_ALL_FOUR}), encoding="utf-8")
+    run = folder / "seams"
+    assert train.main([str(config), "--runs", str(folder)]) == 0
+    assert judge.main([str(run)]) == 0
+    assert judge.main([str(run), "--ask", "lab"]) == 0
+    assert judge.main([str(run), "--selfcheck"]) == 0
+    result = json.loads((run / "eval.json").read_text("utf-8"))
+    yield SimpleNamespace(
+        run=run, result=result, report=(run / "report.html").read_text(encoding="utf-8")
+    )
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
-class Spelling(Pronounce):
-    """A task of this file: how many letters of a word's pronunciation come out right."""
-
-    name = "spelling"
-    item_noun = "spellings"
-    evaluation_splits = ("heldout",)
-    metrics = {"misses": Metric("misses", "phonemes", True, "missed")}
-    headline = "misses"
-    table = ("misses", "kl_teacher_student")
-
-    def grade(self, ids, answers):
-        return {"missed": np.array([abs(len(a.split()) - 5) for a in answers], float)}
+def test_a_task_is_one_class_and_one_entry(story):
+    assert set(story.result["students"]["taught"]["quality"]) == {"length_error"}
+    assert "long" not in story.result["teacher"]
+    assert "length error, phonemes" in story.report
+    assert "Results on held-out words" in story.report
+    assert story.result["verdicts"][0]["metric"] == "length_error"
 
 
-def test_a_task_is_one_class_and_one_entry(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(TASKS, "spelling", Spelling)
-    claims = [{"claim": "plain beats baseline", "metric": "misses"}]
-    task = {"name": "spelling", "limit": 400}
-    result, report = whole_story(tmp_path, capsys, "lab", task=task, verdicts=claims)
-    assert set(result["students"]["plain"]["quality"]) == {"misses"}
-    assert "long" not in result["teacher"]
-    assert "misses, phonemes" in report
-    assert "Results on held-out spellings" in report
-    assert result["verdicts"][0]["metric"] == "misses"
+def test_an_objective_is_one_function_and_one_entry(story):
+    assert story.result["students"]["taught"]["recipe"]["objective"]["brier"] == 0.9
 
 
-def squared_error(student_logits, signal, temperature=1.0):
-    teacher, student = signal.outcomes(student_logits, temperature)
-    return temperature**2 * (teacher.exp() - student.exp()).square().sum(-1)
+def test_an_access_level_is_one_entry(story):
+    assert (story.run / "outputs" / "data-rounded").is_dir()
+    assert story.result["students"]["taught"]["recipe"]["access"] == "rounded"
 
 
-def test_an_objective_is_one_function_and_one_entry(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(OBJECTIVES, "brier", Objective(squared_error, "outcomes", order=2))
-    recipes = {"brier": {"access": "logits", "objective": {"brier": 0.9, "cross_entropy": 0.1}}}
-    result, _ = whole_story(tmp_path, capsys, "lab", recipes=recipes)
-    assert result["students"]["brier"]["recipe"]["objective"]["brier"] == 0.9
-
-
-def test_an_access_level_is_one_entry(tmp_path, capsys, monkeypatch):
-    """A teacher that rounds its log-probabilities to halves."""
-
-    def reveal(log_probs, targets, k, generator):
-        return Signal(targets, (2 * log_probs).round() / 2)
-
-    def compare(signal, live, k):
-        return compare_all(signal, (2 * live).round() / 2, k)
-
-    rounded = Access(DISTRIBUTION, reveal, store_all, read_all, LOG_PROBS, compare)
-    monkeypatch.setitem(ACCESS, "rounded", rounded)
-    recipes = {"rounded": {"access": "rounded", "temperature": 2}}
-    controls = ["baseline", "smoothed"]
-    result, _ = whole_story(tmp_path, capsys, "lab", recipes=recipes, controls=controls)
-    outputs = tmp_path / "seams" / "outputs" / "data-rounded"
-    assert outputs.is_dir()
-    assert result["students"]["rounded"]["recipe"]["access"] == "rounded"
-
-
-def confidence(at):
-    return at.student.max(-1).values.exp()
-
-
-def test_a_metric_is_one_entry_with_heading_unit_and_direction(tmp_path, capsys, monkeypatch):
-    mean = Metric("mean confidence", "%", True, positions=confidence)
-    monkeypatch.setitem(METRICS, "confidence", mean)
-    claims = [{"claim": "plain beats baseline", "metric": "confidence"}]
-    result, report = whole_story(tmp_path, capsys, "lab", verdicts=claims)
-    values = [
-        result[group][name]["fidelity"]["confidence"]["mean"]
-        for group, name in (("students", "plain"), ("controls", "baseline"))
-    ]
-    assert result["verdicts"][0]["difference"] == pytest.approx(values[1] - values[0])  # lower wins
-    assert "mean confidence %" in report
+def test_a_metric_is_one_entry_with_heading_unit_and_direction(story):
+    found = {**story.result["students"], **story.result["controls"]}
+    taught, baseline = (
+        found[name]["fidelity"]["confidence"]["mean"] for name in ("taught", "baseline")
+    )
+    difference = story.result["verdicts"][1]["difference"]
+    assert difference == pytest.approx(baseline - taught)  # lower wins
+    assert "mean confidence %" in story.report
 
 
 @pytest.mark.parametrize(
@@ -173,20 +157,33 @@ def test_a_changed_recipe_finds_the_teacher_and_the_outputs_of_another_run(tmp_p
         assert warm.manifest["stages"][stage]["sha256"] == first.manifest["stages"][stage]["sha256"]
         assert warm.cost_of(stage)["flops"] == first.cost_of(stage)["flops"]
     assert any(line["stage"] == "teacher" for line in warm.metrics())
-    assert judge.main([str(warm.folder)]) == 0
+    assert train.main([str(config), "--fresh", "name=fresh", *runs]) == 0
+    assert "copied from" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", ["teacher.seed=1", "teacher.epochs=1", "task.limit=300"])
-def test_another_teacher_is_not_taken_for_this_one(change, tmp_path, capsys):
-    config = tmp_path / "seams.yaml"
-    config.write_text(json.dumps({**CONFIG, "controls": ["baseline"]}), encoding="utf-8")
-    runs = ["--runs", str(tmp_path)]
-    assert train.main([str(config), *runs]) == 0
-    assert train.main([str(config), change, "name=other", *runs]) == 0
-    assert "copied from" not in capsys.readouterr().out
-    fresh = [str(config), "--fresh", "name=fresh", *runs]
-    assert train.main(fresh) == 0
-    assert "copied from" not in capsys.readouterr().out
+def test_another_teacher_is_not_taken_for_this_one(tmp_path):
+    """Whatever a teacher depends on changes what it was made from; nothing else does."""
+    file = tmp_path / "seams.yaml"
+    file.write_text(json.dumps(CONFIG), encoding="utf-8")
+
+    def made_from(*overrides, seed=0):
+        experiment = open_experiment(read_config(file, list(overrides)), Run(tmp_path))
+        experiment.run.manifest["data"] = data_of(experiment)
+        return teacher_made_from(experiment, seed)
+
+    first = made_from()
+    for change in (
+        "task.limit=200",
+        "teacher.epochs=1",
+        "teacher.model.hidden_size=32",
+        "teacher.training.learning_rate=0.02",
+        "precision=float64",
+    ):
+        assert made_from(change) != first, change
+    assert made_from(seed=1) != first
+    for change in ("seeds=[1]", "students.budget=0.5", "name=other", "recipes.plain.temperature=2"):
+        assert made_from(change) == first, change
+    assert made_from("teacher.seed=1", seed=0) == first  # a second teacher of another run
 
 
 def test_a_batch_of_other_rows_never_gets_these_outputs(tiny_run):

@@ -24,6 +24,8 @@ from models.rows import batch_order, collate
 from student.hidden import WithProjections
 from student.recipe import FROM_TEXT, objective_of
 from tasks.pronounce import split_of
+from teacher.outputs import make_outputs
+from teacher.source import LocalModel
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 
@@ -184,7 +186,8 @@ def test_a_loaded_teacher_is_not_in_training_mode_and_keeps_no_gradients(lab):
     )
     binding = request.binding("teacher", "tokenizer", lab.rows, 0)
     folder = lab.run.folder / request.stage
-    train.make_outputs(folder, watched, lab.task, lab.rows, request, binding)
+    source = LocalModel(watched, lab.task, request.layers)
+    make_outputs(folder, source, lab.rows, request, binding)
     assert seen
     assert not any(output.logits.requires_grad for output in seen)
 

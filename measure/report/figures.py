@@ -10,6 +10,7 @@ import numpy as np
 from measure.evaluate import Evaluation
 from measure.fidelity import ECE_BINS
 from measure.laws import Law, students_differing_in
+from measure.metrics import AGREEMENT, CALIBRATION, DIVERGENCE
 from measure.report.tables import SHORT_RESULT, by_split, models_in, task_of, value_in
 from tasks.task import Task
 
@@ -70,7 +71,7 @@ def fidelity_against_cost(result: dict[str, Any], colours: dict[str, str], key: 
     figure, axes = plt.subplots(figsize=(7, max(4, 0.2 * len(models))))
     shares = result["cost"]["fraction_of_teacher_by_student"]
     # of whole answers, or of their final numbers
-    agreement = next(iter(task_of(result).agreement), "sequence_agreement")
+    agreement = next(iter(task_of(result).agreement), AGREEMENT)
     points = []
     for name, entry in models.items():
         value = value_in(entry, agreement)
@@ -126,7 +127,7 @@ def bytes_against_kl(result: dict[str, Any], colours: dict[str, str]) -> str:
     weights = {a: s["bytes_per_token"] for a, s in result["cost"]["outputs_by_student"].items()}
     points = []
     for name in students_differing_in(result, ACCESS_KEYS):
-        metric = result["students"][name]["fidelity"]["kl_teacher_student"]
+        metric = result["students"][name]["fidelity"][DIVERGENCE]
         y, (low, high) = metric["mean"], metric["ci95"]
         error = [[y - low], [high - y]]
         axes.errorbar(weights[name], y, yerr=error, fmt="o", color=colours[name], capsize=3)
@@ -143,7 +144,7 @@ def scaling(
     figure, axes = plt.subplots(figsize=(7, 4))
     points = []
     for name, x in study["x"].items():
-        metric = result["students"][name]["fidelity"]["kl_teacher_student"]
+        metric = result["students"][name]["fidelity"][DIVERGENCE]
         y, (low, high) = metric["mean"], metric["ci95"]
         axes.errorbar(x, y, yerr=[[y - low], [high - y]], fmt="o", color=colours[name], capsize=3)
         points.append((x, y, name))
@@ -163,7 +164,7 @@ def agreement_by_temperature(result: dict[str, Any]) -> str:
     figure, axes = plt.subplots(figsize=(7, 4))
     students, names = result["students"], students_differing_in(result, ("temperature",))
     found = sorted((students[name]["recipe"]["temperature"], name) for name in names)
-    metrics = [students[name]["fidelity"]["sequence_agreement"] for _, name in found]
+    metrics = [students[name]["fidelity"][AGREEMENT] for _, name in found]
     heats, means = [heat for heat, _ in found], [100 * metric["mean"] for metric in metrics]
     error = [
         [100 * (m["mean"] - m["ci95"][0]) for m in metrics],
@@ -326,7 +327,7 @@ def reliability(first: dict[str, Evaluation], colours: dict[str, str]) -> str:
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
     axes.plot([0, 1], [0, 1], color="#999", lw=1, ls="--")
     for name, evaluation in list(first.items())[:MANY]:
-        count, confidence, hits = np.split(evaluation.columns["ece"].sum(0), 3)
+        count, confidence, hits = np.split(evaluation.columns[CALIBRATION].sum(0), 3)
         filled = count > 0
         axes.plot(
             confidence[filled] / count[filled],

@@ -17,6 +17,7 @@ import torch
 
 from measure.evaluate import Evaluation, TeacherReference, completion_logits
 from measure.laws import students_differing_in
+from measure.metrics import CALIBRATION
 from measure.report.figures import (
     ACCESS_KEYS,
     accuracy_by_steps,
@@ -147,7 +148,7 @@ def figures_of(
     found |= law_figures(result, colours)
     if "reasoning" in result["teacher"]:
         found |= reasoning_figures(result, colours)
-    if all("ece" in evaluation.columns for evaluation in first.values()):
+    if all(CALIBRATION in evaluation.columns for evaluation in first.values()):
         found["Reliability"] = (
             reliability(first, colours),
             "How often a model is right at each level of confidence in a token. The diagonal is "

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from measure.laws import Law
-from measure.metrics import metrics_in
+from measure.metrics import DIVERGENCE, metrics_in
 from measure.verdicts import verdict_line
 from tasks import TASKS
 from tasks.task import Metric, Task
@@ -240,7 +240,7 @@ def law_line(result: dict[str, Any], name: str, study: dict[str, Any]) -> str:
     """How the divergence depends on the number of rows, or on the size of the student."""
     best = min(
         study["x"],
-        key=lambda one: result["students"][one]["fidelity"]["kl_teacher_student"]["mean"],
+        key=lambda one: result["students"][one]["fidelity"][DIVERGENCE]["mean"],
     )
     rows = f"the number of different {task_of(result).item_noun}"
     x = rows if name == "rows" else "the student's share of the teacher's parameters"

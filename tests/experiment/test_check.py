@@ -11,7 +11,8 @@ import pytest
 import eval as judge
 import experiment.check
 from configs.schema import LabError
-from experiment.check import bands, check, compare_runs, expected_tier, tolerance_factor
+from experiment.check import check, compare_runs, expected_tier
+from experiment.reference import bands, tolerance_factor, write_reference
 from experiment.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +201,7 @@ def committed(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "RESULTS", tmp_path / "results")
     (tmp_path / "README.md").write_text("<!-- results/tiny.json -->\n<!-- end -->", "utf-8")
     run = Run.finished(tiny_run)
-    judge.update(run, run.config(), [])
+    write_reference(run, run.config(), [], judge.RESULTS)
     return tmp_path / "results" / "tiny.json"
 
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiment.check import other_configs
 from experiment.reading import read_config
+from experiment.reference import other_configs
 from measure.fidelity import ECE_BINS, Expectations, calibration, sum_by_row
 from measure.laws import Law, fit_law
 from measure.metrics import METRICS, metrics_of

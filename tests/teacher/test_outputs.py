@@ -27,6 +27,7 @@ from teacher.outputs import (
     make_outputs,
 )
 from teacher.shards import Outputs
+from teacher.source import LocalModel
 
 
 def request(**settings):
@@ -55,6 +56,10 @@ def name_of(one):
     return one.name
 
 
+def source_of(forward, task, request):
+    return LocalModel(forward, task, request.layers, request.relations)
+
+
 @pytest.fixture(scope="module")
 def task():
     return Pronounce(limit=400)
@@ -77,7 +82,7 @@ def make(tmp_path, task, teacher, rows, monkeypatch):
     def make(recipe, forward=teacher, **changed):
         folder = tmp_path / name_of(recipe)
         binding = recipe.binding("teacher-sha", "tokenizer-sha", rows, 0) | changed
-        make_outputs(folder, forward, task, rows, recipe, binding)
+        make_outputs(folder, source_of(forward, task, recipe), rows, recipe, binding)
         finish_outputs(folder)
         return Outputs(folder, binding)
 
@@ -291,7 +296,8 @@ def test_several_processes_share_the_shards_and_write_the_same_bytes(
     binding = recipe.binding("teacher-sha", "tokenizer-sha", rows, 0)
     written = []
     for process in (2, 0, 1):
-        make_outputs(shared, teacher, task, rows, recipe, binding, process=process, processes=3)
+        source = source_of(teacher, task, recipe)
+        make_outputs(shared, source, rows, recipe, binding, process=process, processes=3)
         written.append(len(list(shared.glob("*.arrow"))))
     finish_outputs(shared)
     files = sorted(file.name for file in alone.iterdir())
@@ -314,7 +320,7 @@ def test_interrupted_outputs_go_on_at_the_missing_shard_and_cost_what_whole_ones
             (folder / name).unlink()
         counted = CountedForward(teacher)
         binding = WRITTEN.binding("teacher-sha", "tokenizer-sha", rows, 0)
-        make_outputs(folder, counted, task, rows, WRITTEN, binding)
+        make_outputs(folder, source_of(counted, task, WRITTEN), rows, WRITTEN, binding)
         flops = finish_outputs(folder).flops
         assert {file.name: file.read_bytes() for file in folder.glob("*.arrow")} == before
         assert (counted.flops > 0) == bool(lost)
@@ -466,6 +472,7 @@ from models.rows import batch_order, collate
 from models.language import build_model, initialise
 from teacher.outputs import OutputsRequest, finish_outputs, make_outputs
 from teacher.shards import Outputs
+from teacher.source import LocalModel
 
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 task = Pronounce()
@@ -474,7 +481,7 @@ shape = Model(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
 teacher = initialise(build_model(shape, task), 0).eval()
 request = OutputsRequest.of(Recipe(access="top_k", outputs={"k": 5, "transfer_rows": count}))
 binding = request.binding("teacher", "tokenizer", rows, 0)
-make_outputs(folder, teacher, task, rows, request, binding)
+make_outputs(folder, LocalModel(teacher, task), rows, request, binding)
 finish_outputs(folder)
 
 

@@ -1,0 +1,118 @@
+"""Checks that need the task or the models loaded, before a run folder is made."""
+
+import torch
+
+from configs.schema import LabError, Model, Recipe
+from experiment.experiment import Experiment
+from measure.metrics import metrics_of
+from models.language import build_model, load_tokenizer, pretrained_layers
+from models.vocabulary import first_differing_id, require_same_vocabulary
+from student.recipe import compares_ids
+from teacher.access import ACCESS
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """LabError for what only the task or the models can tell, before a run folder is made."""
+    config, task, words = experiment.config, experiment.task, len(experiment.rows)
+    check_vocabularies(experiment)
+    check_model(experiment, config.teacher.model)
+    for name, recipe in experiment.plan.recipes.items():
+        check_model(experiment, config.model_of(recipe))
+        check_layers(experiment, name, recipe)
+        outputs = recipe.outputs
+        if ACCESS[recipe.access].uses_k and outputs.k > task.vocabulary:
+            raise LabError(
+                f"recipes.{name}.outputs.k: found {outputs.k}, expected at most {task.vocabulary}, "
+                "the size of the vocabulary"
+            )
+        if outputs.prompts == "train" and (outputs.transfer_rows or 0) > words:
+            raise LabError(
+                f"recipes.{name}.outputs.transfer_rows: found {outputs.transfer_rows}, expected at "
+                f"most {words}, the training {task.item_noun}; with prompts: extended there is no "
+                "limit"
+            )
+
+
+def check_model(experiment: Experiment, settings: Model) -> None:
+    """One row through a model of this shape."""
+    if settings.pretrained:
+        return  # it has run before
+    try:
+        length = int(experiment.rows.lengths.min())
+        ids = torch.zeros((1, length), dtype=torch.long)
+        build_model(settings, experiment.task)(ids, use_cache=False)
+    except LabError:
+        raise
+    except Exception as error:  # each library has its own
+        raise LabError(
+            f"a model of this shape cannot run: {settings.model_dump(exclude_defaults=True)} "
+            f"({' '.join(str(error).split())}); choose other sizes"
+        ) from None
+
+
+def check_layers(experiment: Experiment, name: str, recipe: Recipe) -> None:
+    """The layers that a recipe names exist, one for each of the student's."""
+    config = experiment.config
+    model, taught_by = config.model_of(recipe), config.teacher_model_of(recipe)
+    named = {
+        "outputs.layers": recipe.outputs.layers,
+        "student.initial_layers": recipe.student.initial_layers,
+    }
+    for key, layers in named.items():
+        if not layers:
+            continue
+        if experiment.task.tokenizer is None:
+            raise LabError(f"recipes.{name}.{key}: a classifier reveals no layers; remove it")
+        shallow, deep = (
+            pretrained_layers(m.pretrained) if m.pretrained else m.num_hidden_layers
+            for m in (model, taught_by)
+        )
+        if len(layers) != shallow or not all(1 <= n <= deep for n in layers):
+            raise LabError(
+                f"recipes.{name}.{key} {layers}: expected {shallow} layers, one for each of the "
+                f"student's, from 1 to the teacher's {deep}"
+            )
+
+
+def check_vocabularies(experiment: Experiment) -> None:
+    """Pretrained models have the tokens that they need. A student must have those of the task; a
+    teacher may have its own where no token ids are compared."""
+    config, task = experiment.config, experiment.task
+    models = {"students.model": config.students.model}
+    models |= {
+        f"recipes.{name}.student.model": recipe.student.model
+        for name, recipe in config.recipes.items()
+        if recipe.student.model
+    }
+    for key, model in models.items():
+        if not model.pretrained:
+            continue
+        tokenizer = load_tokenizer(model.pretrained)
+        if first_differing_id(tokenizer, task.tokenizer) is not None:
+            raise LabError(
+                f"{key}.pretrained {model.pretrained!r} has another tokenizer than task "
+                f"{task.name}, whose tokenizer is that of its students"
+            )
+    if not config.teacher.model.pretrained:
+        return
+    theirs = load_tokenizer(config.teacher.model.pretrained)
+    if first_differing_id(theirs, task.tokenizer) is None:
+        return
+    if "tokenizer" not in type(task).Settings.model_fields or config.teacher.epochs > 0:
+        require_same_vocabulary(
+            theirs,
+            task.tokenizer,
+            "teacher.model.pretrained",
+            "the teacher unchanged (epochs 0), on a task with a setting `tokenizer`",
+        )
+    for recipe in config.recipes.values():
+        reads = recipe.sequences != "teacher" or recipe.writes_itself
+        if ACCESS[recipe.access].teacher and (compares_ids(recipe) or reads):
+            require_same_vocabulary(theirs, task.tokenizer, f"access {recipe.access}")
+    metrics = metrics_of(task)
+    for claim in config.claims():
+        if metrics[claim.metric].positions:
+            raise LabError(
+                f"verdict {claim.claim!r}: {claim.metric} compares token by token, and the teacher "
+                "has another tokenizer than its students; choose another metric"
+            )
