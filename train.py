@@ -159,7 +159,9 @@ def train_teacher(experiment: Experiment, stage: str, seed: int) -> StageResult:
     return result
 
 
-def produce_outputs(experiment: Experiment, stage: str, recipe: Recipe, fresh: bool) -> None:
+def produce_outputs(
+    experiment: Experiment, stage: str, recipe: Recipe, fresh: bool = False
+) -> None:
     """What the teacher reveals for the transfer rows, computed once and stored."""
     run, request = experiment.run, experiment.plan.request(recipe)
     binding = binding_of(experiment, recipe, request)

@@ -36,7 +36,8 @@ class TrainingFlops:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         sizes = tuple(parameter.shape for parameter in model.parameters())
-        shape = (type(model), model.config.to_json_string(), sizes)
+        relations = getattr(model, "relations", False)
+        shape = (type(model), relations, model.config.to_json_string(), sizes)
         self.per_row = TRAINING_FLOPS.setdefault(shape, {})
 
     def of_row(self, length: int) -> int:
@@ -44,9 +45,9 @@ class TrainingFlops:
             with FlopCounterMode(display=False) as counter:
                 ids = torch.zeros((1, length), dtype=torch.long, device=self.model.device)
                 output = self.model(ids, use_cache=False)
-                projected = getattr(output, "projected", None)  # of a student that matches states
-                total = output.logits.sum() + (0 if projected is None else projected.sum())
-                total.backward()
+                # A student that matches states has more outputs, each with a gradient.
+                more = (getattr(output, name, None) for name in ("projected", "relations"))
+                sum([output.logits.sum(), *(t.sum() for t in more if t is not None)]).backward()
             self.model.zero_grad(set_to_none=True)
             self.per_row[length] = counter.get_total_flops()
         return self.per_row[length]

@@ -42,9 +42,9 @@ class Plan:
 
     @cached_property
     def training_order(self) -> list[list[str]]:
-        """Names of students and controls in groups: whoever teaches others is in an earlier group.
-        Controls come last, as some need outputs of a recipe. Recipes that teach each other in a
-        circle are in no group."""
+        """Names of students and controls in groups; a student that teaches others is in an earlier
+        one. Controls come last, as some need outputs of a recipe. Recipes that teach each other in
+        a circle are in no group."""
         waiting, trained = dict(self.config.recipes), set(TEACHERS)
         groups: list[list[str]] = []
         while ready := [n for n, r in waiting.items() if trained.issuperset(r.teachers)]:

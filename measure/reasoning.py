@@ -31,7 +31,7 @@ def asked_problems(rows: Rows) -> Rows:
 
 
 def thinking_curve(model: Forward, task: Task, rows: Rows) -> list[dict[str, Any]]:
-    """Accuracy when the reasoning is cut after so many tokens and an answer is forced
+    """Accuracy when the reasoning is cut after a number of tokens and an answer is forced
     (Muennighoff et al. 2025 (s1), arXiv 2501.19393, section 3)."""
     points = []
     for thinking in THINKING_TOKENS:

@@ -234,7 +234,7 @@ def verdict_line(verdict: dict, metrics: Mapping[str, Metric]) -> str:
 def seeds_behind(verdict: dict) -> str:
     if verdict["seeds"] == 1:
         return "over 1 seed (the interval is over rows alone)"
-    one_reference = verdict.get("against") == 1  # whose own luck the interval does not know
+    one_reference = verdict.get("against") == 1  # the interval leaves out its spread over seeds
     return f"over {verdict['seeds']} seeds" + (" against one" if one_reference else "")
 
 

@@ -62,8 +62,8 @@ for config_class, model_class in CLASSIFIERS.values():
 
 
 def build_classifier(settings: Model, pixels: int, outcomes: int) -> nn.Module:
-    """A classifier of images of so many pixels, not yet initialised from a seed. LabError for a
-    setting that it does not have."""
+    """A classifier of images with this number of pixels, not yet initialised from a seed. LabError
+    for a setting that it does not have."""
     config_class, model_class = CLASSIFIERS[settings.architecture]
     for key in ("num_attention_heads", "intermediate_size"):
         if getattr(settings, key) is not None:

@@ -37,7 +37,7 @@ class Generated:
 
 
 def rows_at_once(most: int, tokens: int, vocabulary: int) -> int:
-    """How many rows of so many tokens may have all their logits in memory."""
+    """How many rows of this many tokens fit into memory with all their logits."""
     return min(most, max(1, MAX_NUMBERS // (tokens * vocabulary)))
 
 

@@ -27,8 +27,8 @@ def text_signal(batch: Batch) -> Signal:
 class TrainingSet:
     """Rows and what is revealed at a batch of them. Without a teacher that is the text itself; with
     hidden states also those, of width W. order: the rows of each step; None if every step takes all
-    of them. At the steps of `on_policy` the student writes another training set, for so many
-    `flops`, of which writing took so many seconds."""
+    of them. At the steps of `on_policy` the student writes another training set, at a cost of
+    `flops` and `writing_seconds`."""
 
     rows: Rows
     signal: Callable[[Batch], Signal] = text_signal

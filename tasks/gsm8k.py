@@ -70,7 +70,7 @@ class Gsm8k(Task):
     class Settings(Section):
         tokenizer: str | None = None  # of the student: a folder or a hub id
         folder: str | None = None  # where train.jsonl and test.jsonl are; null: from the hub
-        limit: int | None = Field(None, ge=100)  # at most so many problems per split
+        limit: int | None = Field(None, ge=100)  # problems per split, at most
 
     name = "gsm8k"
     item_noun = "problems"

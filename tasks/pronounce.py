@@ -94,9 +94,7 @@ class Pronounce(Task):
     """Rows, tokenizer and grader."""
 
     class Settings(Section):
-        limit: int | None = Field(
-            None, ge=100
-        )  # an evenly drawn subset of so many words, for tests
+        limit: int | None = Field(None, ge=100)  # an evenly drawn subset of words, for tests
 
     name = "pronounce"
     item_noun = "words"

@@ -7,7 +7,7 @@ Made by code, unlimited and verifiable. Numbers are written digit by digit. All 
 2 to 9 and all values lie between 0 and 99. Difficulty is the number of steps: 1 to 5 train, 6 to 8
 are the second held-out set. What is asked is an arithmetic problem like `7+5-3`, whatever its
 words. The hash of its beginning, `7+5`, decides the split: so no test problem ever occurs in
-training, nor the beginning of one, nor one that goes on from there. The sums themselves do: a chain
+training, nor the beginning of one, nor one that continues it. The sums themselves do: a chain
 of one or two steps, now and then of three, stands somewhere in the middle of a training trace.
 """
 
@@ -215,22 +215,22 @@ def first_wrong_step(said: list[Step | None], expected: list[Step]) -> int | Non
 
 
 def has_sound_steps(solution: Solution) -> bool:
-    """Is every stated step right arithmetic that goes on where the one before ended? They may still
-    be those of another question."""
+    """Whether every stated step is right arithmetic and starts where the step before it ended.
+    They may still be the steps of another question."""
     if not solution.steps or None in solution.steps:
         return False
-    goes_on = all(a[2] == b[0] for a, b in zip(solution.steps, solution.steps[1:], strict=False))
-    return goes_on and all(before + operand == after for before, operand, after in solution.steps)
+    chained = all(a[2] == b[0] for a, b in zip(solution.steps, solution.steps[1:], strict=False))
+    return chained and all(before + operand == after for before, operand, after in solution.steps)
 
 
 def answer_follows(solution: Solution) -> bool:
-    """Is the answer what the last stated step came to, right or wrong?"""
+    """Whether the answer is the result of the last stated step, right or wrong."""
     last = solution.steps[-1] if solution.steps else None
     return last is not None and solution.answer == last[2]
 
 
 def is_faithful(solution: Solution) -> bool:
-    """Both: the stated steps are sound and the answer is theirs."""
+    """Whether the stated steps are sound and the answer is their result."""
     return has_sound_steps(solution) and answer_follows(solution)
 
 
@@ -443,8 +443,8 @@ class Reason(Task):
 def distinct_problems(
     split: str, count: int, steps: int, generator: np.random.Generator
 ) -> list[Problem]:
-    """Problems of one split, at random. Those to judge by differ in arithmetic, those to train on
-    in words at least; fewer where there are no more. A step out of 0 to 99 turns round."""
+    """Problems of one split, at random; fewer where there are no more. Evaluation problems differ
+    in arithmetic, training problems at least in words. A step out of 0 to 99 is reversed."""
     found: dict[tuple, Problem] = {}
     splits: dict[str, str] = {}  # the hash of a problem tells; there are few short ones
     for _ in range(12):

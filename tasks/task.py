@@ -112,7 +112,7 @@ class Task:
 
     @classmethod
     def accuracy_at(cls, steps: int) -> str:
-        """The metric of right answers to problems of so many steps."""
+        """The metric of right answers to problems with this number of steps."""
         raise NotImplementedError
 
     # -- the outcomes that a model chooses from ------------------------------------------------

@@ -157,8 +157,8 @@ class Outputs:
         move.
 
         Rows are exchanged among prompts of one length, so that states stay at their positions and
-        the control gets answers of plausible length for the wrong prompt. The only prompt of its
-        length would keep its own answer; it is dropped.
+        the control gets answers of plausible length for the wrong prompt. A row whose
+        prompt is the only one of its length is dropped: it would keep its answer.
         """
         order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self.rows))
         lengths = self.rows.prompt_lengths[order]

@@ -12,8 +12,8 @@ from measure.metrics import METRICS
 from student.objectives import OBJECTIVES
 from tasks import TASKS
 from teacher.access import ACCESS
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 ROOMS = ("configs", "models", "tasks", "teacher", "measure", "student", "experiment")
 SOURCES = [
     ROOT / "train.py",
@@ -54,7 +54,7 @@ def test_arrows_point_downward_and_nothing_is_unpickled(file):
 @pytest.mark.parametrize(
     "name", ["student/objectives.py", "teacher/signal.py", "measure/fidelity.py"]
 )
-def test_objectives_and_measures_need_torch_alone(name):
+def test_objectives_and_fidelity_import_only_torch(name):
     allowed = {"torch", "teacher", *sys.stdlib_module_names}
     assert {i.split(".")[0] for i in imports(ROOT / name)} <= allowed
     assert {i for i in imports(ROOT / name) if i.startswith("teacher")} <= {"teacher.signal"}

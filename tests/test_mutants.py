@@ -118,26 +118,26 @@ MUTANTS = {
         "student/on_policy.py",
         "with torch.no_grad():\n            ids",
         "if True:\n            ids",
-        "test_methods.py::test_on_policy_rows_are_the_students_own_with_the_teachers_live_signal",
+        "student/test_on_policy.py::test_on_policy_rows_are_the_students_own_with_the_teachers_live_signal",
     ),
     "the learning rate restarted on resume": (
         "experiment/training_state.py",
         "return self.progress * self.steps if self.max_flops else self.step",
         'resumed = bool(self.watch.before["seconds"])\n        return self.step * (not resumed)',
-        "test_train.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
+        "test_train.py::test_an_interrupted_training_resumes_with_the_next_batch",
     ),
     "randomness restarted on resume": (
         "train.py",
         "seed_everything(seed_of_step(seed, step), device)",
         "resumed = bool(state.watch.before['seconds'])\n"
         "        seed_everything(seed_of_step(seed, step - 5 * resumed), device)",
-        "test_train.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
+        "test_train.py::test_an_interrupted_training_resumes_with_the_next_batch",
     ),
     "data skipped on resume": (
         "experiment/checkpoints.py",
         'return meta["step"], meta["flops"], meta["cost"]',
         'return meta["step"] + 1, meta["flops"], meta["cost"]',
-        "test_train.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
+        "test_train.py::test_an_interrupted_training_resumes_with_the_next_batch",
     ),
     "top-k without the tail": (
         "teacher/signal.py",
@@ -174,8 +174,7 @@ MUTANTS = {
         "models/vocabulary.py",
         "return min((i for i in a.keys() | b.keys() if a.get(i) != b.get(i)), default=None)",
         "return None if len(a) == len(b) else 0",
-        "test_methods.py::test_ids_that_mean_other_tokens_are_refused_and_the_ways_that_remain_are_"
-        "named",
+        "models/test_vocabulary.py::test_ids_that_mean_other_tokens_are_rejected",
     ),
     "the teacher's text tokenised again": (
         "teacher/source.py",
@@ -194,7 +193,7 @@ MUTANTS = {
         "experiment/rules.py",
         "if abs(total - 1) > 1e-6:",
         "if abs(total - 1) > 10:",
-        "test_scripts.py::test_a_config_that_cannot_work_is_refused_in_one_line",
+        "experiment/test_rules.py::test_a_config_that_cannot_work_is_rejected_in_one_line",
     ),
     "chosen on the held-out words": (
         "experiment/experiment.py",
@@ -206,31 +205,31 @@ MUTANTS = {
         "experiment/budget.py",
         "    if steps < 1:\n",
         '    steps = steps // 2 if name == "baseline" else steps\n    if steps < 1:\n',
-        "test_scripts.py::test_every_student_and_control_spends_the_budget_and_no_more",
+        "experiment/test_budget.py::test_every_student_and_control_spends_the_budget_and_no_more",
     ),
     "one seed that passes for several": (
         "measure/verdicts.py",
         'if verdict["seeds"] == 1:',
         'if verdict["seeds"] == 0:',
-        "measure/test_verdicts.py::test_the_verdict_line_says_it_in_words",
+        "measure/test_verdicts.py::test_a_verdict_line_states_the_result",
     ),
     "a validation loss that changes with what was trained": (
         "experiment/log.py",
         'line["validation_nll"] = validation_nll(model, self.task, self.validation)',
         'line["validation_nll"] = loss',
-        "test_train.py::test_the_validation_loss_is_that_of_the_answer_tokens_whatever_was_trained",
+        "experiment/test_log.py::test_the_validation_loss_is_that_of_the_answer_tokens_whatever_was_trained",
     ),
     "data repeated on resume": (
         "experiment/checkpoints.py",
         'return meta["step"], meta["flops"], meta["cost"]',
         'return 0, meta["flops"], meta["cost"]',
-        "test_train.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
+        "test_train.py::test_an_interrupted_training_resumes_with_the_next_batch",
     ),
     "the schedule restarted on resume": (
         "experiment/checkpoints.py",
         '"step": torch.tensor(float(meta["step"])',
         '"step": torch.tensor(float(0)',
-        "test_train.py::test_a_training_that_was_interrupted_goes_on_with_the_next_batch",
+        "test_train.py::test_an_interrupted_training_resumes_with_the_next_batch",
     ),
 }
 
@@ -268,7 +267,7 @@ def test_the_copy_without_a_bug_is_green(copy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", MUTANTS)
-def test_the_suite_goes_red_where_a_known_bug_is_planted(bug, copy):
+def test_the_suite_fails_where_a_known_bug_is_planted(bug, copy):
     file, old, new, tests = MUTANTS[bug]
     planted = (ROOT / file).read_text(encoding="utf-8").replace(old, new)
     (copy / file).write_text(planted, encoding="utf-8")

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,7 @@ from configs.schema import LabError
 from experiment.check import check, compare_runs, expected_tier
 from experiment.reference import bands, tolerance_factor, write_reference
 from experiment.run import Run
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT
 
 
 def environment(**changed):
@@ -129,7 +127,7 @@ def test_a_run_on_other_rows_is_different_whatever_its_figures():
     assert check(found, reference())[0] == "D"
 
 
-def test_a_tier_below_the_expected_one_is_said():
+def test_a_tier_below_the_expected_one_is_reported():
     tier, lines = check(result(agreement=0.605, sha256="b"), reference())
     assert tier == "C"
     assert lines[3].endswith("where A was expected")
@@ -186,7 +184,7 @@ def test_a_run_that_was_begun_in_another_environment_is_not_expected_to_be_equal
     assert lines[0] == "expected  tier C: different threads"
 
 
-def test_judged_on_other_rows_is_different():
+def test_a_result_on_other_rows_is_tier_d():
     there = {**reference(), "rows": {"heldout": "r", "long": "l"}}
     assert check({**result(), "rows": {"heldout": "r", "long": "l"}}, there)[0] == "A"
     assert check({**result(), "rows": {"heldout": "r", "long": "other"}}, there)[0] == "D"
@@ -214,9 +212,7 @@ def test_a_run_checks_against_what_it_wrote(committed, tiny_run, capsys):
     assert lines[3] == "tier      A: equal bit for bit"
 
 
-def test_outputs_of_another_run_are_not_passed_off_as_its_own(
-    committed, tiny_run, tmp_path, capsys
-):
+def test_outputs_of_another_run_are_rejected(committed, tiny_run, tmp_path, capsys):
     import shutil
 
     run = tmp_path / "tiny"
@@ -227,7 +223,7 @@ def test_outputs_of_another_run_are_not_passed_off_as_its_own(
     assert "does not hold the outputs that this run made" in capsys.readouterr().err
 
 
-def test_figures_that_other_code_found_are_found_again(committed, tiny_run, tmp_path, capsys):
+def test_a_second_implementation_counts_the_same_steps(committed, tiny_run, tmp_path, capsys):
     import shutil
 
     run = tmp_path / "tiny"
@@ -240,7 +236,7 @@ def test_figures_that_other_code_found_are_found_again(committed, tiny_run, tmp_
     assert "tier      A" in capsys.readouterr().out
 
 
-def test_a_run_that_nobody_may_write_to_tells_its_tier(committed, tiny_run, monkeypatch, capsys):
+def test_a_read_only_run_is_checked(committed, tiny_run, monkeypatch, capsys):
     def refused(file, _):
         raise PermissionError(13, "Permission denied", str(file))
 

@@ -9,12 +9,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train
 from configs.files import read_yaml
 from configs.schema import Config, LabError, Schedule, extremes, value_at
 from experiment.reading import check_config, read_config
+from tests.helpers import ROOT, TINY
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "configs" / "tiny.yaml"
 READ = read_config(TINY)
 
 
@@ -58,7 +58,7 @@ VALUES = st.one_of(
 
 @given(st.sampled_from(keys(READ.model_dump(mode="json"))), VALUES)
 @settings(deadline=None, max_examples=300)
-def test_any_value_at_any_key_is_read_or_refused_in_one_line(key, value):
+def test_any_value_at_any_key_is_read_or_rejected_in_one_line(key, value):
     settings = READ.model_dump(mode="json")
     *parents, last = key.split(".")
     place = settings
@@ -75,13 +75,13 @@ def test_any_value_at_any_key_is_read_or_refused_in_one_line(key, value):
 
 @given(st.one_of(st.text(max_size=60), VALUES.map(yaml.safe_dump)))
 @settings(deadline=None, max_examples=300)
-def test_any_text_is_plain_yaml_or_refused(text):
+def test_any_text_is_plain_yaml_or_rejected(text):
     read_or_refusal(read_yaml, text, "here")  # no other exception, and nothing is built
 
 
 @given(st.sampled_from(keys(READ.model_dump(mode="json"))), st.text(max_size=20))
 @settings(deadline=None, max_examples=200)
-def test_any_override_is_read_or_refused(key, value):
+def test_any_override_is_read_or_rejected(key, value):
     assert isinstance(read_or_refusal(read_config, TINY, [f"{key}={value}"]), Config | str)
 
 
@@ -92,8 +92,8 @@ def test_what_is_written_into_a_run_reads_back_as_the_same_config():
         assert check_config(read_yaml(text, "back"), "back") == config
 
 
-def test_a_key_with_a_line_end_in_it_is_refused_in_one_line():
-    settings = read_yaml(TINY.read_text("utf-8"), "tiny")
+def test_a_key_with_a_line_end_in_it_is_rejected_in_one_line():
+    settings = read_yaml(Path(TINY).read_text("utf-8"), "tiny")
     settings["recipes"]["written"]["objective"] = {"\x1e": ""}
     with pytest.raises(LabError) as refused:
         check_config(settings, "here")
@@ -115,3 +115,14 @@ def test_a_schedule_never_leaves_the_range_of_its_ends(start, end, until, progre
     found = value_at(Schedule(start=start, end=end, until=until), progress)
     assert low - 1e-9 <= found <= high + 1e-9
     assert math.isfinite(found)
+
+
+def test_a_missing_config_suggests_the_nearest(capsys):
+    assert train.main([str(ROOT / "configs" / "tinny.yaml")]) == 2
+    assert "did you mean 'tiny.yaml'?" in capsys.readouterr().err
+
+
+def test_a_config_that_is_not_text_is_rejected(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_bytes(b"name: \xff\xfe")
+    assert train.main([str(tmp_path / "bad.yaml")]) == 2
+    assert "is not UTF-8" in capsys.readouterr().err

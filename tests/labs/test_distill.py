@@ -71,7 +71,7 @@ def test_distillation_has_the_loss_and_gradient_of_the_project(task, temperature
     torch.testing.assert_close(gradient, own_gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_one_file_is_short_and_needs_the_rows_alone(task):
+def test_the_file_is_short_and_imports_only_rows(task):
     lines = Path(distill.__file__).read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150
     imported = [line for line in lines if line.startswith(("from ", "import "))]

@@ -1,101 +1,21 @@
 """The measures, against hand values; the verdicts, against simulated runs."""
 
-import json
 import re
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiment.reading import read_config
-from experiment.reference import other_configs
-from measure.fidelity import ECE_BINS, Expectations, calibration, sum_by_row
-from measure.laws import Law, fit_law
-from measure.metrics import METRICS, metrics_of
-from measure.report.tables import BLOCK, with_tables
-from measure.statistics import Estimate, expected_calibration_error, share_of_gap
-from measure.verdicts import Comparison, verdicts
+from measure.statistics import Estimate
 from measure.verdicts import verdict_line as line_of
-from tasks.pronounce import Pronounce
-from tasks.reason import Reason
-
-ROOT = Path(__file__).parents[2]
-
-
-KNOWN = metrics_of(Pronounce) | metrics_of(Reason)
+from measure.verdicts import verdicts
+from tests.helpers import KNOWN, coin, compared, estimates, verdict
 
 
 def verdict_line(verdict):
     return line_of(verdict, KNOWN)
-
-
-def compared(claim, metric, threshold, first, second):
-    return Comparison(claim, metric, KNOWN[metric].sign, threshold, first, second)
-
-
-def fidelity(teacher, student, targets):
-    """Every metric over positions that is one number per position."""
-    at = Expectations(teacher, student, targets)
-    return {n: m.positions(at) for n, m in METRICS.items() if m.positions and not m.statistic}
-
-
-def test_fidelity_hand_values():
-    p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
-    found = fidelity(p.log(), q.log(), torch.tensor([0]))
-    assert found["kl_teacher_student"].item() == pytest.approx(0.25 * np.log(2))
-    assert found["nll_gap"].item() == pytest.approx(np.log(2))  # -ln .25 + ln .5
-    assert found["top1_agreement"].item() == 0
-
-
-def test_a_model_compared_with_itself_is_perfect(generator):
-    logits = torch.randn(50, 9, generator=generator)
-    found = fidelity(logits, logits, torch.arange(50) % 9)
-    assert found["top1_agreement"].min() == 1
-    for name in ("kl_teacher_student", "kl_student_teacher", "nll_gap"):
-        assert found[name].abs().max() == 0
-
-
-def test_calibration_error_hand_value():
-    # four positions at confidence 0.75, three of them right: calibrated; one at 0.9, wrong
-    sure, surer = [0.75, 0.25, 0.0], [0.9, 0.05, 0.05]
-    logits = (torch.tensor([sure] * 4 + [surer]) + 1e-12).log()
-    columns = calibration(Expectations(logits, logits, torch.tensor([0, 0, 0, 1, 1])))
-    assert columns.shape == (5, 3 * ECE_BINS)
-    assert expected_calibration_error(columns.sum(0).numpy()) == pytest.approx(0.9 / 5)
-
-
-def test_sums_by_row():
-    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert sum_by_row(values, [1, 0, 3]).tolist() == [1.0, 0.0, 9.0]
-
-
-def coin(generator, seeds, rows, chance, spread=0.0):
-    chances = chance + spread * generator.standard_normal((seeds, 1))
-    hits = generator.random((seeds, rows)) < chances
-    return Estimate(np.stack([hits, np.ones_like(hits)], axis=-1).astype(float))
-
-
-def test_the_interval_of_one_seed_is_the_binomial_one():
-    metric = coin(np.random.default_rng(0), 1, 4000, 0.3)
-    low, high = metric.summary()["ci95"]
-    half = 1.96 * np.sqrt(0.3 * 0.7 / 4000)
-    assert high - low == pytest.approx(2 * half, rel=0.1)
-    assert low < metric.mean < high
-
-
-def test_seeds_that_differ_widen_the_interval():
-    generator = np.random.default_rng(0)
-    calm, noisy = (coin(generator, 5, 2000, 0.5, spread) for spread in (0.0, 0.05))
-    width = [m.summary()["ci95"][1] - m.summary()["ci95"][0] for m in (calm, noisy)]
-    assert width[1] > 1.5 * width[0]
-
-
-def verdict(*comparison):
-    return verdicts([compared(*comparison)])[0]
 
 
 def test_differences_are_paired_by_row_and_seed():
@@ -202,7 +122,7 @@ def test_a_difference_of_the_stated_size_is_found_in_at_least_80_percent():
     assert share_that_beats(0.05, needed, count=500, between_seeds=0.03) >= 0.8
 
 
-def test_a_claim_that_can_not_be_decided_says_how_many_seeds_would():
+def test_an_inconclusive_claim_gives_the_number_of_seeds_it_needs():
     generator = np.random.default_rng(0)
     found = verdicts([simulated(generator, 3, 400, 0.01, 0.02)])[0]
     assert found["result"] == "inconclusive"
@@ -241,35 +161,7 @@ def test_a_share_is_kept_if_the_arm_beats_that_share_of_the_other(truth, rows, r
     assert "95 % needed: " + result.upper() in verdict_line(found)
 
 
-def test_a_law_is_found_again_from_its_points():
-    x = np.geomspace(1e3, 1e6, 7)
-    noise = np.exp(0.01 * np.random.default_rng(0).standard_normal(7))
-    falling = fit_law(x, (40 * x**-0.5 + 0.1) * noise)
-    assert (falling.a, falling.b, falling.c) == pytest.approx((40, 0.5, 0.1), rel=0.15)
-    assert falling.d == 0
-    assert falling.minimum_at is None
-    sizes = x / 1e6
-    law = Law(0.002, 1.0, 0.3, 0.8)
-    turning = fit_law(sizes, law(sizes) * noise, has_minimum=True)
-    assert turning.minimum_at == pytest.approx(law.minimum_at, rel=0.15)
-    assert law(np.array([0.5, 1, 2]) * law.minimum_at).argmin() == 1
-    assert fit_law(x[:3], x[:3]) is None  # three points fit any law
-    assert fit_law(x[:4], x[:4], has_minimum=True) is None
-
-
-def test_statistics_hand_values():
-    first, second = (
-        Estimate(np.array([[[value, 1.0]] * 4 for value in values]))
-        for values in ([0.5, 0.6, 0.7, 0.8], [0.4, 0.5, 0.6, 0.6])
-    )
-    found = verdict("a beats b", "sequence_agreement", 0.0, first, second)
-    assert found["p_permutation"] == pytest.approx(2 / 2**4)  # the least that 4 seeds can show
-    assert found["effect_size"] == pytest.approx(0.125 / 0.05)
-    # 16 pairs: .5 beats .4 and ties .5; .6 beats 2 and ties 2; .7 and .8 beat all
-    assert found["probability_of_improvement"] == pytest.approx((1.5 + 3 + 4 + 4) / 16)
-
-
-def test_the_verdict_line_says_it_in_words():
+def test_a_verdict_line_states_the_result():
     arms = (coin(np.random.default_rng(i), s, 4000, c) for i, s, c in ((0, 5, 0.6), (1, 5, 0.4)))
     line = verdict_line(verdict("a beats b", "sequence_agreement", 0.0, *arms))
     assert re.fullmatch(
@@ -283,7 +175,7 @@ def test_the_verdict_line_says_it_in_words():
     )
 
 
-def test_what_would_hold_alone_but_not_among_all_claims_says_so():
+def test_a_claim_lost_to_the_correction_is_reported_as_such():
     """Its interval lies above the threshold: without a word that reads like an error."""
     arms = [coin(np.random.default_rng(i), 5, 100, c) for i, c in ((0, 0.6), (1, 0.4))]
     found = verdict("a beats b", "sequence_agreement", 0.0, *arms)
@@ -295,48 +187,12 @@ def test_what_would_hold_alone_but_not_among_all_claims_says_so():
     assert line not in verdict_line({**unsure, "threshold": low + 0.01})
 
 
-def test_share_of_gap():
-    metrics = [Estimate(np.full((1, 100, 2), [value, 1.0])) for value in (0.6, 0.4, 0.3)]
-    found = share_of_gap(-1, *metrics)
-    assert found["share"] == pytest.approx(2 / 3)
-    assert found["ci95"] == pytest.approx([2 / 3, 2 / 3])
-    low, student, _ = metrics
-    assert share_of_gap(-1, low, student, low)["share"] is None
-
-
-def test_no_gap_to_close_where_the_control_is_better_than_the_teacher():
-    levels = [Estimate(np.full((1, 100, 2), [value, 1.0])) for value in (1.0, 0.98, 0.97)]
-    assert share_of_gap(1, *levels)["share"] is None
-    assert share_of_gap(1, *levels[::-1])["share"] == pytest.approx(1 / 3)
-
-
 # -- properties ------------------------------------------------------------------------------------
 
 
-@st.composite
-def metrics(draw, seeds=None):
-    """Right answers of some seeds over 12 rows; in real runs as here, some rows may have none."""
-    seeds = seeds or draw(st.integers(1, 4))
-    rows = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=12, max_size=12)
-    columns = draw(st.lists(rows, min_size=seeds, max_size=seeds))
-    return Estimate(np.array(columns, dtype=float))
-
-
-@given(metrics())
-@settings(deadline=None, max_examples=30)
-def test_an_interval_is_ordered_and_within_the_range_of_the_rows(metric):
-    summary = metric.summary()
-    low, high = summary["ci95"]
-    assert low <= high
-    assert summary["mean"] == pytest.approx(np.mean(summary["per_seed"]))
-    if len(summary["per_seed"]) == 1:
-        ratios = metric.columns[..., 0] / metric.columns[..., 1]
-        assert ratios.min() - 1e-9 <= low <= high <= ratios.max() + 1e-9
-
-
-@given(metrics(seeds=3), metrics(seeds=3))
+@given(estimates(seeds=3), estimates(seeds=3))
 @settings(deadline=None, max_examples=10)
-def test_a_comparison_turned_round_is_its_mirror_image(first, second):
+def test_a_reversed_comparison_is_its_mirror_image(first, second):
     there, back = (
         verdict("a beats b", "sequence_agreement", 0.0, *arms)
         for arms in ((first, second), (second, first))
@@ -351,9 +207,9 @@ def test_a_comparison_turned_round_is_its_mirror_image(first, second):
     assert lower["difference"] == pytest.approx(-there["difference"], abs=1e-12)
 
 
-@given(st.lists(metrics(seeds=2), min_size=2, max_size=5))
+@given(st.lists(estimates(seeds=2), min_size=2, max_size=5))
 @settings(deadline=None, max_examples=10)
-def test_more_claims_never_make_one_of_them_surer(arms):
+def test_more_claims_never_make_one_of_them_more_certain(arms):
     claims = [compared("a beats b", "ece", 0.0, arms[0], arm) for arm in arms[1:]]
     together = verdicts(claims)
     for claim, found in zip(claims, together, strict=True):
@@ -361,30 +217,3 @@ def test_more_claims_never_make_one_of_them_surer(arms):
 
 
 # -- the committed results and the README ----------------------------------------------------------
-
-
-def test_the_numbers_in_the_readme_equal_those_in_results():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = {match[2] for match in BLOCK.finditer(readme)}
-    shown = {file.stem for file in (ROOT / "results").glob("*.json")} - {"trace-float64"}
-    assert named == shown
-    assert with_tables(readme, ROOT / "results") == readme
-
-
-def test_a_changed_result_would_change_the_readme(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = [f for f in (ROOT / "results").glob("*.json") if f"results/{f.name} -->" in readme]
-    assert len(shown) >= 5
-    for file in shown:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        next(iter(result["teacher"]["quality"].values()))["mean"] += 0.01
-        (tmp_path / file.name).write_text(json.dumps(result), encoding="utf-8")
-        assert with_tables(readme, tmp_path) != readme, file.name
-        (tmp_path / file.name).unlink()
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*.json")), ids=lambda f: f.name)
-def test_a_committed_result_is_one_of_its_config(file):
-    config = read_config(ROOT / "configs" / f"{file.stem}.yaml")
-    stored = json.loads(file.read_text(encoding="utf-8"))["config"]
-    assert other_configs(stored, config, ignored=()) == []

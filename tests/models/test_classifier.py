@@ -33,7 +33,7 @@ def test_the_label_in_a_row_changes_nothing(ids):
     assert torch.equal(model(ids).logits, model(ids[:, :-1]).logits)
 
 
-def test_every_row_is_classified_alone(ids):
+def test_rows_of_a_batch_do_not_affect_each_other(ids):
     model = classifier().eval()
     alone = torch.cat([model(row[None]).logits for row in ids])
     torch.testing.assert_close(alone, model(ids).logits)
@@ -62,7 +62,7 @@ def test_a_saved_classifier_gives_the_same_logits(ids, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_dropout_acts_in_training_alone(ids):
+def test_dropout_is_off_in_evaluation(ids):
     model = classifier(settings={"dropout": 0.5})
     torch.manual_seed(0)
     model.train()
@@ -96,7 +96,7 @@ def test_the_starting_weights_are_those_of_the_seed(ids):
         ({"settings": {"drop_out": 0.1}}, "did you mean 'dropout'"),
     ],
 )
-def test_a_setting_that_it_does_not_have_is_refused_in_one_line(settings, reason):
+def test_a_setting_that_it_does_not_have_is_rejected_in_one_line(settings, reason):
     with pytest.raises(LabError, match=reason) as error:
         classifier(**settings)
     assert "\n" not in str(error.value)

@@ -71,7 +71,7 @@ def test_fewer_rows_than_a_batch_still_train(rows):
     assert len(batch_order(rows.lengths[:5], 8, seed=0)(7)) == 5
 
 
-def test_take_keeps_rows_whole_and_digest_sees_every_change(rows):
+def test_take_keeps_rows_and_digest_sees_every_change(rows):
     some = rows.take(np.array([7, 3, 99]))
     assert [some.row(i).tolist() for i in range(3)] == [rows.row(i).tolist() for i in (7, 3, 99)]
     assert some.ids.tolist() == rows.ids[[7, 3, 99]].tolist()
@@ -83,7 +83,7 @@ def test_ids_are_stable_across_machines_and_versions():
     assert row_id("pronounce distill") == 8779595228327891014
 
 
-def test_a_row_of_no_tokens_or_no_prompt_is_refused_by_its_id():
+def test_a_row_of_no_tokens_or_no_prompt_is_rejected_by_its_id():
     for prompts, completions in (([[1], []], [[2], []]), ([[1], []], [[2], [3]])):
         with pytest.raises(LabError, match="row 8 is empty"):
             Rows.build([7, 8], prompts, completions)

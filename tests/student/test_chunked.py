@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +15,7 @@ from student import chunked, objectives
 from student.objectives import cross_entropy
 from tasks.pronounce import Pronounce
 from teacher.signal import Signal
-from tests.helpers import DIVERGENCES
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import DIVERGENCES, ROOT
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", *DIVERGENCES])

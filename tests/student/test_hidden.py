@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Model, Recipe, value_at
-from experiment.cost import TrainingFlops, affordable_steps
+from experiment.budget import affordable_steps
+from experiment.cost import TrainingFlops
 from models.language import build_model, initialise
 from models.states import value_relation
 from student.hidden import StudentOutput, WithProjections
@@ -78,7 +79,7 @@ def test_relations_are_matched_beside_attention_and_neither_sees_the_other():
     torch.testing.assert_close(found, torch.tensor([expected]), atol=1e-3, rtol=0)
 
 
-def test_relations_are_shown_and_carry_a_gradient(student, generator):
+def test_relations_carry_a_gradient(student, generator):
     ids = torch.randint(1, 70, (3, 9), generator=generator)
     output = WithProjections(student, width=24, seed=0, relations=True)(ids)
     plain = WithProjections(student, width=24, seed=0)(ids)
@@ -92,7 +93,7 @@ def test_relations_are_shown_and_carry_a_gradient(student, generator):
     assert gradient.any()
 
 
-def test_projections_change_nothing_that_the_student_says(student, generator):
+def test_projections_do_not_change_the_logits(student, generator):
     ids = torch.randint(1, 70, (3, 9), generator=generator)
     output = WithProjections(student, width=24, seed=0)(ids)
     assert torch.equal(output.logits, student(ids, use_cache=False).logits)
@@ -116,6 +117,15 @@ def test_the_ledger_charges_the_projections(student):
         output = WithProjections(student, width=24, seed=0)(torch.ones((4, 10), dtype=torch.long))
         (output.logits.sum() + output.projected.sum()).backward()
     assert counter.get_total_flops() == 4 * charged
+
+
+def test_the_ledger_charges_relations_to_the_recipes_that_match_them(student):
+    """In one process, whatever was counted before: same sizes, another forward pass."""
+    without = TrainingFlops(WithProjections(student, width=24, seed=0)).of_row(10)
+    model = WithProjections(student, width=24, seed=0, relations=True)
+    charged = TrainingFlops(model).of_row(10)
+    assert charged - without == 3 * 2 * 2 * 10 * 10 * 16  # as above: 2 layers, V V^T of 10 x 16
+    assert TrainingFlops(WithProjections(student, width=24, seed=0)).of_row(10) == without
 
 
 def test_the_match_is_no_term_over_the_vocabulary(generator):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from student.objectives import (
 from student.recipe import objective_of
 from teacher.access import ACCESS
 from teacher.signal import Signal
+from tests.expected import losses as expected_losses
 from tests.helpers import DIVERGENCES as DIVERGENCES_OF_CONFIGS
 
 KLS = [forward_kl, reverse_kl, generalised_jsd, skewed_forward_kl, skewed_reverse_kl]
@@ -86,7 +88,7 @@ def test_total_variation_is_symmetric_and_at_most_1(generator):
     assert (there <= 1).all()
 
 
-def test_the_sorted_distance_looks_at_sizes_alone_whatever_the_vocabulary(generator):
+def test_uld_depends_on_sorted_probabilities_only(generator):
     teacher = draw(generator)
     renamed = teacher[:, torch.randperm(11, generator=generator)]
     assert uld(renamed, dense(teacher)).abs().max() < 1e-12
@@ -182,7 +184,7 @@ def test_top_k_with_a_tail_is_a_true_divergence_below_the_full_one(divergence, s
 @pytest.mark.parametrize("stored_as", [torch.float16, torch.bfloat16])
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), k=st.integers(1, 10), sure=st.sampled_from([1, 3, 10]))
-def test_top_k_as_it_is_stored_stays_one(divergence, stored_as, seed, k, sure):
+def test_stored_top_k_is_still_a_distribution(divergence, stored_as, seed, k, sure):
     """The rest is small where the teacher is sure: what is left of it in rounded numbers must not
     decide. Divergences move by no more than the rounded log-probabilities themselves."""
     generator = torch.Generator().manual_seed(seed)
@@ -267,3 +269,25 @@ def test_text_has_no_distribution_and_top_k_no_temperature(generator):
         forward_kl(draw(generator), sampled(draw(generator), 3, generator), temperature=2)
     with pytest.raises(ValueError, match="only estimate forward_kl"):
         reverse_kl(draw(generator), sampled(draw(generator), 3, generator))
+
+
+@pytest.mark.parametrize(
+    ("access", "name"),
+    [
+        *(("logits", name) for name in ("cross_entropy", *DIVERGENCES_OF_CONFIGS)),
+        *(("top_k", name) for name in DIVERGENCES_OF_CONFIGS if name != "uld"),  # it sorts all
+        ("sampled", "forward_kl"),
+    ],
+)
+@pytest.mark.parametrize("squared", [True, False])
+def test_a_second_implementation_gives_the_same_losses(name, access, squared, generator):
+    """Two ways to the same number: torch and logarithms there, NumPy and probabilities here."""
+    recipe = Recipe(
+        access=access, objective=name, divergence={"temperature_squared": squared},
+        temperature=2.5 if access == "logits" else 1.0,
+    )  # fmt: skip
+    teacher, student = (3 * torch.randn(9, 12, generator=generator).double() for _ in range(2))
+    targets = torch.arange(9)
+    signal = ACCESS[access].reveal(teacher.log_softmax(-1), targets, 4, generator)
+    found = objective_of(recipe)(student, signal, 0.0)
+    np.testing.assert_allclose(expected_losses(recipe, student.numpy(), signal), found, rtol=1e-9)

@@ -47,7 +47,7 @@ def test_scarce_rows_are_the_same_in_any_order_and_nested(rows):
     assert set(lowest_ids(rows, 0.1).ids) < set(some.ids)
 
 
-def test_controls_take_nothing_from_the_teacher_but_what_their_name_says():
+def test_a_control_takes_only_what_its_name_says_from_the_teacher():
     student = Recipe(temperature=0.5, outputs={"transfer_rows": 10})
     for name in ("baseline", "low_data", "smoothed"):
         assert control_recipe(name, student).access == "none"

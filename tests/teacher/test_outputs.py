@@ -173,7 +173,7 @@ def test_a_stored_and_a_live_signal_give_the_same_loss(make, teacher, generator)
 
 
 @pytest.mark.parametrize("recipe", [WRITTEN, HIDDEN_WRITTEN])
-def test_a_shard_of_whole_distributions_is_held_in_a_gigabyte_at_most(recipe):
+def test_a_shard_of_full_distributions_takes_at_most_a_gigabyte(recipe):
     """It lies in memory until it is written: 1,024 rows of a large vocabulary were 50 GB."""
     assert 1 <= recipe.rows_of_shard(512, 49_152) * 512 * 49_152 * 2 <= 2**30
     assert recipe.rows_of_shard(512, 300_000) == 3
@@ -307,7 +307,7 @@ def test_several_processes_share_the_shards_and_write_the_same_bytes(
         assert (alone / name).read_bytes() == (shared / name).read_bytes(), name
 
 
-def test_interrupted_outputs_go_on_at_the_missing_shard_and_cost_what_whole_ones_do(
+def test_interrupted_outputs_resume_at_the_missing_shard_at_the_same_cost(
     make, teacher, task, rows, tmp_path
 ):
     """Else a student whose outputs were interrupted would get steps for free."""
@@ -329,14 +329,14 @@ def test_interrupted_outputs_go_on_at_the_missing_shard_and_cost_what_whole_ones
     assert flops > 0
 
 
-def test_outputs_of_another_teacher_are_refused_by_name(make, tmp_path):
+def test_outputs_of_another_teacher_are_rejected_by_name(make, tmp_path):
     make(DATA)
     with pytest.raises(LabError, match=r"another teacher .*delete that folder"):
         make(DATA, teacher="another")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
-def test_a_damaged_shard_is_refused(damage, make, tmp_path):
+def test_a_damaged_shard_is_rejected(damage, make, tmp_path):
     make(DATA)
     folder = tmp_path / name_of(DATA)
     file = folder / "shard-00001.arrow"
@@ -365,7 +365,7 @@ def test_generation_with_a_cache_counts_its_flops_exactly(task, teacher):
         assert counted.flops == counter.get_total_flops()
 
 
-def test_prompts_of_all_lengths_are_answered_together_as_each_alone(task, teacher):
+def test_a_batch_of_prompts_gives_the_answers_of_each_prompt_by_itself(task, teacher):
     words = ("a", "lab", "teacher", "student", "distillation", "at")
     prompts = [np.asarray(task.prompt(word)) for word in words]
     options = {
@@ -439,7 +439,7 @@ def test_no_corrupted_byte_ever_gives_a_wrong_row(count, make, tmp_path):
     assert max(len(line.splitlines()) for line in refused) == 1
 
 
-def test_a_shard_that_is_none_is_refused_whatever_its_hash(make, tmp_path):
+def test_a_file_that_is_no_shard_is_rejected_whatever_its_hash(make, tmp_path):
     """Made by another program, whose provenance agrees with it."""
     make(FEW)
     folder = tmp_path / name_of(FEW)

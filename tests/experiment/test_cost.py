@@ -1,0 +1,44 @@
+"""The cost ledger."""
+
+import pytest
+
+from experiment.cost import TrainingFlops
+from models.language import (
+    build_model,
+    parameter_count,
+)
+from models.rows import batch_order, collate
+from tests.helpers import fit
+
+
+def test_the_ledger_has_the_time_of_writing_and_the_bytes_per_token(methods_run):
+    for name in ("own", "mixed"):
+        cost = methods_run.cost_of(f"students/{name}/seed-0")
+        assert 0 < cost["writing_seconds"] < cost["seconds"]
+        share = cost["writing_seconds"] / cost["seconds"]
+        assert cost["writing_share"] == pytest.approx(share, abs=2e-3)
+    assert "writing_seconds" not in methods_run.cost_of("students/plain/seed-0")
+    bytes_per_token = {
+        stage: methods_run.cost_of(f"outputs/{stage}")["bytes_per_token"]
+        for stage in ("data-logits", "data-top_k-5", "assistant-data-sampled-6")
+    }
+    assert bytes_per_token["data-logits"] > 2 * 72
+    assert bytes_per_token["data-top_k-5"] < 60
+    assert bytes_per_token["assistant-data-sampled-6"] < 60
+
+
+def test_flops_are_those_that_torch_counts_over_the_whole_step(lab):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    closing, _ = fit(lab, steps=3)
+    model = build_model(lab.config.teacher.model, lab.task)
+    order = batch_order(lab.rows.lengths, 32, 0)
+    with FlopCounterMode(display=False) as counter:
+        for step in range(3):
+            ids = collate(lab.rows, order(step), 0).input_ids
+            model(ids, use_cache=False).logits.sum().backward()
+    assert closing["flops"] == counter.get_total_flops()
+    # and are not what 6ND says: toy models are mostly attention and vocabulary
+    assert TrainingFlops(model).of_row(16) == pytest.approx(
+        6 * 16 * parameter_count(model), rel=0.3
+    )

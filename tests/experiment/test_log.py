@@ -1,0 +1,34 @@
+"""The log: metrics.jsonl and the learning curve."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from models.language import load_model
+from models.rows import collate
+from tests.helpers import fit
+
+
+def test_the_validation_loss_is_that_of_the_answer_tokens_whatever_was_trained(lab):
+    """exp of a training loss with a divergence or a prompt in it would be no perplexity."""
+    fit(lab, steps=3, prompt_weight=1.0)
+    model = load_model(lab.run.teacher)
+    batch = collate(lab.validation, np.arange(len(lab.validation)), 0)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(
+            model(batch.input_ids).logits[batch.counted], batch.targets
+        )
+    *_, logged = (line["validation_nll"] for line in lab.run.metrics())
+    assert logged == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_log_of_a_killed_stage_is_cut_back_to_its_checkpoint(lab):
+    for step in (1, 2, 3):
+        lab.run.log("teacher", step=step)
+    with open(lab.run.checkpoints("teacher") / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "teacher", "st')
+    lab.run.forget_metrics("teacher", after=2)
+    assert [line["step"] for line in lab.run.metrics(lab.run.checkpoints("teacher"))] == [1, 2]
+    assert json.loads((lab.run.folder / "ledger.json").read_text()) == []

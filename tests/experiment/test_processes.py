@@ -1,0 +1,61 @@
+"""Several processes that train one model."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from experiment.check import losses_of
+from experiment.run import Run
+from tests.helpers import ROOT
+
+
+def kill_at_a_checkpoint(command: list[str], checkpoints: Path) -> None:
+    """kill -9 the command and all its processes once a checkpoint is there."""
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while started.poll() is None and not list(checkpoints.glob("step-*0.*")):
+        time.sleep(0.05)
+    assert started.poll() is None, "it was over before it could be killed"
+    launcher = psutil.Process(started.pid)  # its processes have sessions of their own
+    family = [launcher, *launcher.children(recursive=True)]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, timeout=10)
+    started.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
+def test_several_processes_train_the_same_model_and_resume_as_fewer_or_more(
+    precision, tolerance, tmp_path
+):
+    """The same global batch on 1, on 2, from 2 to 1 and from 1 to 3 processes."""
+    arguments = [
+        str(ROOT / "configs" / "trace-float64.yaml"), f"precision={precision}", "teacher.epochs=2",
+        "students.budget=0.5", "checkpoint_seconds=0", "threads=1",
+    ]  # fmt: skip
+    script = str(ROOT / "train.py")
+
+    def command(processes: int, runs: str) -> list[str]:
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
+        launch = [*launch, str(processes)] if processes > 1 else []
+        return [sys.executable, *launch, script, *arguments, "--runs", str(tmp_path / runs)]
+
+    for runs, begun, ended in (("one", 1, 1), ("two", 2, 2), ("fewer", 2, 1), ("more", 1, 3)):
+        if begun != ended:
+            checkpoints = tmp_path / runs / "trace-float64" / "checkpoints" / "teacher"
+            kill_at_a_checkpoint(command(begun, runs), checkpoints)
+            assert list(checkpoints.glob("step-*"))
+        done = subprocess.run(command(ended, runs), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    first, *others = (
+        losses_of(Run.finished(tmp_path / runs / "trace-float64"))
+        for runs in ("one", "two", "fewer", "more")
+    )
+    for trace in others:
+        assert trace.keys() == first.keys()
+        for stage, steps in first.items():
+            assert trace[stage] == pytest.approx(steps, abs=tolerance)

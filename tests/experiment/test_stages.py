@@ -1,0 +1,51 @@
+"""Stages: what another run made from the same things is copied."""
+
+from dataclasses import replace
+
+from experiment.experiment import teacher_made_from
+from experiment.reading import read_config
+from experiment.run import Run
+from tests.helpers import TINY, train_tiny
+
+CHANGED = (
+    "seeds=[1]", "controls=[]", "verdicts=[]", "students.budget=0.5",
+    "recipes={warm: {access: logits, temperature: 2}}",
+)  # fmt: skip
+
+
+def test_a_changed_recipe_finds_the_teacher_and_the_outputs_of_another_run(copy, capsys):
+    assert train_tiny(copy.parent, "name=warm", *CHANGED) == 0
+    printed = capsys.readouterr().out
+    assert "teacher: copied from" in printed
+    assert "outputs/data-logits: copied from" in printed
+    first, warm = Run.finished(copy), Run.finished(copy.parent / "warm")
+    for stage in ("teacher", "outputs/data-logits"):
+        assert warm.manifest["stages"][stage]["sha256"] == first.manifest["stages"][stage]["sha256"]
+        assert warm.cost_of(stage)["flops"] == first.cost_of(stage)["flops"]
+    assert any(line["stage"] == "teacher" for line in warm.metrics())
+    assert train_tiny(copy.parent, "--fresh", "name=fresh", *CHANGED) == 0
+    assert "copied from" not in capsys.readouterr().out
+
+
+def test_another_teacher_is_not_taken_for_this_one(lab):
+    """Whatever a teacher depends on changes what it was made from; nothing else does."""
+
+    def made_from(*overrides, seed=0):
+        config = read_config(TINY, ["log_every=1", *overrides])
+        return teacher_made_from(replace(lab, config=config), seed)
+
+    first = made_from()
+    for change in (
+        "task.limit=300",
+        "teacher.epochs=1",
+        "teacher.model.hidden_size=48",
+        "teacher.training.learning_rate=0.02",
+        "precision=float64",
+    ):
+        assert made_from(change) != first, change
+    assert made_from(seed=1) != first
+    for change in ("seeds=[1]", "students.budget=0.5", "name=a", "recipes.top.temperature=2"):
+        assert made_from(change) == first, change
+    other = replace(lab, run=Run(lab.run.folder))
+    other.run.manifest["data"] = lab.run.manifest["data"] | {"rows": "others"}
+    assert teacher_made_from(other, 0) != first

@@ -1,0 +1,47 @@
+"""Worker processes that share the threads."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT, tensor_hashes, train_tiny
+
+
+def test_two_workers_train_the_same_models_as_one(tiny_run, tmp_path):
+    recipes = (
+        "recipes={distilled: {access: logits}, invented: {access: logits, sequences: teacher, "
+    )
+    recipes += "outputs: {prompts: invented, transfer_rows: 200}}}"
+    part = ("workers=2", "seeds=[0]", "controls=[baseline,second_teacher]", "verdicts=[]", recipes)
+    assert train_tiny(tmp_path, *part) == 0  # teacher and twin side by side too
+    found, whole = tensor_hashes(tmp_path / "tiny"), tensor_hashes(tiny_run)
+    assert len(found) == 7
+    assert found.items() <= whole.items()
+
+
+# Steps that free 8 MB and take as much again; prints how many pages the system had to find.
+STEPS = """
+import resource
+import numpy
+from experiment.workers import keep_freed_memory
+
+def steps(count):
+    for _ in range(count):
+        taken = [numpy.ones(2**17) for _ in range(8)]
+        del taken
+
+keep_freed_memory()
+steps(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+steps(20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other library can be told")
+def test_memory_freed_by_a_step_is_kept_for_the_next():
+    command = [sys.executable, "-c", STEPS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert int(done.stdout) < 100  # of 40,960

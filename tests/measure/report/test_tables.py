@@ -1,0 +1,58 @@
+"""Tables: in the console, the README and the report."""
+
+import json
+
+from measure.report.tables import (
+    BLOCK,
+    SHORT_RESULT,
+    facts_of,
+    more_cells,
+    more_headings,
+    with_tables,
+)
+from tests.helpers import RECIPES, ROOT
+
+
+def test_every_method_is_compared_with_the_same_two_and_corrected_for_all(methods_run, capsys):
+    result = json.loads((methods_run.folder / "eval.json").read_text("utf-8"))
+    claims = [verdict["claim"] for verdict in result["verdicts"]]
+    assert len(claims) == len(set(claims)) == 2 * (len(RECIPES) - 1) - 1
+    assert "assistant beats baseline" not in claims  # it had half the budget
+    assert "own beats baseline" in claims
+    assert "own beats plain" in claims
+    assert "plain beats plain" not in claims
+    headings, cells = more_headings(result), more_cells(result, "own")
+    assert headings == [
+        "cost %", "bytes per token", "agreement with teacher against baseline",
+        "agreement with teacher against plain",
+    ]  # fmt: skip
+    share = result["cost"]["fraction_of_teacher_by_student"]["own"]["flops"]
+    assert cells[0] == f"{100 * share:.1f}"
+    assert share <= 0.6
+    assert cells[1] == "-"  # nothing is stored of what is scored live
+    own = next(v for v in result["verdicts"] if v["claim"] == "own beats baseline")
+    assert cells[2] == f"{100 * own['difference']:+.1f} {SHORT_RESULT[own['result']]}"
+    assert more_cells(result, "plain")[3] == "-"
+    (fact,) = facts_of(result)
+    assert fact.startswith(f"{len(claims)} comparisons over 1 seed (the intervals are over rows ")
+    assert "significant after Holm's correction" in fact
+
+
+def test_the_numbers_in_the_readme_equal_those_in_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = {match[2] for match in BLOCK.finditer(readme)}
+    shown = {file.stem for file in (ROOT / "results").glob("*.json")} - {"trace-float64"}
+    assert named == shown
+    assert with_tables(readme, ROOT / "results") == readme
+
+
+def test_a_changed_result_would_change_the_readme(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = [f for f in (ROOT / "results").glob("*.json") if f"results/{f.name} -->" in readme]
+    assert len(shown) >= 5
+    for file in shown:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        next(iter(result["teacher"]["quality"].values()))["mean"] += 0.01
+        (tmp_path / file.name).write_text(json.dumps(result), encoding="utf-8")
+        assert with_tables(readme, tmp_path) != readme, file.name
+        (tmp_path / file.name).unlink()

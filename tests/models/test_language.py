@@ -1,0 +1,117 @@
+"""Models: starting weights, saved folders, and the ones that are rejected."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import eval as judge
+from experiment.plan import Plan
+from experiment.reading import read_config
+from models.language import Averaged, build_model, initialise, load_model, take_layers
+from tasks.pronounce import Pronounce
+from tests.helpers import TINY, tensor_hashes
+
+
+def test_transformers_loads_every_saved_model(tiny_run):
+    folder = tiny_run / "students" / "distilled" / "seed-0"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asked = tokenizer("<s> lab =", return_tensors="pt")
+    assert model(**asked).logits.shape[-1] == len(tokenizer) == 72
+    card = (folder / "README.md").read_text()
+    teacher = tensor_hashes(tiny_run)["teacher"]
+    assert "Student `distilled`" in card
+    assert teacher[:16] in card
+    assert "data `pronounce`" in card
+
+
+def test_students_of_one_seed_start_from_the_same_weights():
+    from experiment.reading import read_config
+    from models.language import build_model, initialise
+
+    config, task = read_config(TINY), Pronounce(limit=600)
+    assert {"baseline", "distilled"} <= set(Plan(config).recipes)
+    models = [initialise(build_model(config.students.model, task), seed) for seed in (0, 0, 1)]
+    weights = [m.model.layers[0].mlp.up_proj.weight for m in models]
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
+def test_a_damaged_model_is_rejected_by_name(damage, copy, capsys):
+    file = copy / "students" / "baseline" / "seed-1" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    else:
+        content[-100] ^= 1
+        file.write_bytes(content[:-60] if damage == "cut" else content)
+    assert judge.main([str(copy)]) == 2
+    error = capsys.readouterr().err
+    assert "baseline/seed-1" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_model_that_links_out_of_the_run_is_rejected(what, copy, tmp_path, capsys):
+    folder = copy / "students" / "baseline" / "seed-0"
+    linked = folder if what == "folder" else folder / "model.safetensors"
+    linked.rename(tmp_path / "elsewhere")
+    linked.symlink_to(tmp_path / "elsewhere")
+    assert judge.main([str(copy)]) == 2
+    assert "is a link out of this run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["pickle", "remote code"])
+def test_a_model_that_carries_code_is_rejected(kind, copy, capsys):
+    folder = copy / "students" / "baseline" / "seed-0"
+    if kind == "pickle":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    assert judge.main([str(copy)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "baseline/seed-0" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_model_is_identified_by_its_tensors_not_by_its_file(tiny_run):
+    """Two files of one model may differ in bytes; their tensors' hash is the same."""
+    from safetensors.torch import load_file, save_file
+
+    from models.language import sha256_of_tensors
+
+    file = tiny_run / "teacher" / "model.safetensors"
+    tensors = load_file(file)
+    copy = tiny_run / "copy.safetensors"
+    save_file(tensors, copy, metadata={"other": "metadata"})
+    assert hashlib.sha256(copy.read_bytes()).digest() != hashlib.sha256(file.read_bytes()).digest()
+    assert sha256_of_tensors(load_file(copy)) == tensor_hashes(tiny_run)["teacher"]
+    copy.unlink()
+
+
+def test_several_teachers_are_the_mean_of_their_probabilities(tiny_run):
+    models = [load_model(tiny_run / name) for name in ("teacher", "second_teacher")]
+    ids = torch.tensor([Pronounce(limit=600).prompt("lab")])
+    with torch.no_grad():
+        each = [model(ids).logits.softmax(-1) for model in models]
+        found = Averaged(models, 72)(ids).logits
+    torch.testing.assert_close(found.exp(), sum(each) / 2)
+
+
+def test_a_student_may_start_from_layers_of_its_teacher():
+    task = Pronounce(limit=100)
+    shape = read_config(TINY).teacher.model.model_copy(update={"num_hidden_layers": 3})
+    teacher = initialise(build_model(shape, task), 0)
+    student = initialise(build_model(shape.model_copy(update={"num_hidden_layers": 2}), task), 1)
+    take_layers(student, teacher, [1, 3])
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    for name, tensor in ours.items():
+        source = name.replace("layers.1.", "layers.2.")
+        assert torch.equal(tensor, theirs[source]), name

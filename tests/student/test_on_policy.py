@@ -1,0 +1,81 @@
+"""On-policy: the student writes, the teacher scores."""
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from configs.schema import Recipe
+from experiment.cost import CountedForward
+from experiment.run import Run
+from models.language import load_model
+from models.rows import collate
+from student.on_policy import OnPolicy
+from tasks.pronounce import Pronounce
+from tests.helpers import METHODS, TINY
+
+
+def test_a_student_writes_in_exactly_the_steps_of_its_schedule(tmp_path):
+    task = Pronounce(limit=300)
+    recipe = Recipe(access="logits", student={"on_policy": {"start": 0, "end": 1}})
+    policy = OnPolicy(task.rows("train"), None, None, None, recipe, 0, 8, 20, 2, 72)
+    due = [policy.due(step, step / 2000) for step in range(2000)]
+    assert sum(due[:200]) < 40 < 160 < sum(due[-200:])
+    assert sum(due) == pytest.approx(1000, abs=70)
+    assert due == [policy.due(step, step / 2000) for step in range(2000)]
+
+
+def test_on_policy_rows_are_the_students_own_with_the_teachers_live_signal(tiny_run):
+    task, teacher = Pronounce(limit=600), load_model(tiny_run / "teacher")
+    student = load_model(tiny_run / "students" / "distilled" / "seed-0")
+    recipe = Recipe(access="logits", sequences="student", student={"temperature": 0})
+    rows = task.rows("train")
+    counted = CountedForward(teacher)
+    policy = OnPolicy(rows, counted, None, CountedForward, recipe, 0, 16, 20, 2, 72)
+    written = policy.written(student, step=3)
+    again = policy.written(student, step=3)
+    assert written.rows.digest() == again.rows.digest()
+    assert written.rows.digest() != policy.written(student, step=4).rows.digest()
+    assert written.flops == pytest.approx(again.flops)
+    for i in range(4):  # greedy here, so that it can be checked without a cache
+        prompt = torch.from_numpy(written.rows.prompt(i).astype(np.int64))
+        answer = written.rows.completion(i).tolist()
+        seen = prompt
+        for token in answer:
+            with torch.no_grad():
+                assert int(student(seen[None]).logits[0, -1].argmax()) == token
+            seen = torch.cat([seen, torch.tensor([token])])
+    part = collate(written.rows, np.array([5, 2, 9]), pad=0)
+    with torch.no_grad():
+        live = torch.log_softmax(teacher(part.input_ids).logits[part.counted], -1)
+    signal = written.signal(part)
+    torch.testing.assert_close(signal.log_probs, live, atol=1e-4, rtol=1e-4)
+    assert not signal.log_probs.requires_grad
+
+
+def test_interrupted_on_policy_training_resumes_exactly(methods_run, tmp_path, monkeypatch):
+    """What it wrote is a function of the step, what it cost is in the checkpoint."""
+    import experiment.log
+
+    overrides = [*METHODS, "checkpoint_seconds=0"]
+    noted = []
+
+    class Stop(Exception):
+        pass
+
+    note = experiment.log.TrainingLog.record
+
+    def interrupt(self, step, *rest):
+        if self.stage == "students/mixed/seed-0" and step == 27:
+            raise Stop
+        noted.append(self.stage)
+        return note(self, step, *rest)
+
+    monkeypatch.setattr(experiment.log.TrainingLog, "record", interrupt)
+    with pytest.raises(Stop):
+        train.main([TINY, *overrides, "--runs", str(tmp_path)])
+    monkeypatch.setattr(experiment.log.TrainingLog, "record", note)
+    assert train.main([TINY, *overrides, "--runs", str(tmp_path)]) == 0
+    found = Run.finished(tmp_path / "methods").manifest["stages"]
+    for stage, made in methods_run.manifest["stages"].items():
+        assert found[stage]["sha256"] == made["sha256"], stage

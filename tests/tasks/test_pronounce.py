@@ -1,0 +1,28 @@
+"""The task `pronounce`: the dictionary and the questions that it rejects."""
+
+import pytest
+
+import eval as judge
+
+
+@pytest.mark.parametrize("word", ["", "a" * 100_000, "\udcff"])
+def test_a_word_that_no_model_can_read_is_rejected_in_one_line(word, tiny_run, capsys):
+    assert judge.main([str(tiny_run), "--ask", word]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert len(error) < 300
+
+
+def test_unknown_letters_are_rejected_by_ask(tiny_run, capsys):
+    assert judge.main([str(tiny_run), "--ask", "naïve"]) == 2
+    assert "'ï' is not one of the letters" in capsys.readouterr().err
+
+
+def test_another_dictionary_is_rejected_by_name(tmp_path):
+    from configs.schema import LabError
+    from tasks.pronounce import dictionary_file, read_dictionary
+
+    other = tmp_path / "other.dict"
+    other.write_bytes(dictionary_file().read_bytes() + b"zzz Z\n")
+    with pytest.raises(LabError, match="another version of the dictionary"):
+        read_dictionary(other)

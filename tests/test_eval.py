@@ -1,0 +1,55 @@
+"""The real eval.py, on the run of configs/tiny.yaml."""
+
+import json
+
+import eval as judge
+from experiment.run import Run
+from tasks.pronounce import Pronounce
+
+
+def test_a_finished_run_has_every_file_and_key(tiny_run):
+    for name in ("config.yaml", "manifest.json", "metrics.jsonl", "ledger.json"):
+        assert (tiny_run / name).stat().st_size > 0
+    assert (tiny_run / "outputs" / "data-logits" / "provenance.json").exists()
+    assert not (tiny_run / "checkpoints").exists() or not any((tiny_run / "checkpoints").iterdir())
+    result = json.loads((tiny_run / "eval.json").read_text())
+    assert set(result) >= {
+        "schema", "config", "seeds", "teacher", "students", "controls", "cost", "verdicts",
+        "environment",
+    }  # fmt: skip
+    assert set(result["students"]) == {"distilled", "written", "top", "states", "invented"}
+    assert set(result["controls"]) == {
+        "baseline",
+        "low_data",
+        "shuffled",
+        "smoothed",
+        "second_teacher",
+    }
+    for entry in [*result["students"].values(), *result["controls"].values()]:
+        assert set(entry) >= {"params", "recipe", "quality", "fidelity", "cost", "long"}
+        assert set(entry["fidelity"]) == {
+            "kl_teacher_student", "kl_student_teacher", "top1_agreement", "sequence_agreement",
+            "agreement_on_teacher_errors", "nll_gap", "ece",
+        }  # fmt: skip
+        for metric in [*entry["fidelity"].values(), *entry["quality"].values()]:
+            assert set(metric) == {"mean", "ci95", "per_seed"}
+
+
+def test_ask_prints_every_models_answer(tiny_run, capsys):
+    listed, *pronunciations = next(iter(Pronounce(limit=600).words.items()))
+    assert judge.main([str(tiny_run), "--ask", "deepseek", listed]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("deepseek", "teacher", "distilled", "baseline", "p = ", "(not listed)"):
+        assert expected in printed
+    assert pronunciations[0][0] in printed  # the dictionary's own answer
+
+
+def test_held_out_rows_count_as_read_when_the_evaluation_begins(copy, monkeypatch):
+    before = Run(copy).reload().manifest["heldout_reads"]
+    monkeypatch.setattr(
+        judge, "TeacherReference", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    assert judge.main([str(copy)]) == 130
+    assert Run(copy).reload().manifest["heldout_reads"] == before + 1
+    assert judge.main([str(copy), "--split", "validation"]) == 130
+    assert Run(copy).reload().manifest["heldout_reads"] == before + 1
