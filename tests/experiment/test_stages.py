@@ -44,7 +44,7 @@ def test_another_teacher_is_not_taken_for_this_one(lab):
     ):
         assert made_from(change) != first, change
     assert made_from(seed=1) != first
-    for change in ("seeds=[1]", "students.budget=0.5", "name=a", "recipes.top.temperature=2"):
+    for change in ("seeds=[1]", "students.budget=0.5", "name=a", "recipes.distilled.temperature=2"):
         assert made_from(change) == first, change
     other = replace(lab, run=Run(lab.run.folder))
     other.run.manifest["data"] = lab.run.manifest["data"] | {"rows": "others"}
