@@ -197,38 +197,43 @@ def verdict(comparison: Comparison, p_holm: float, claims: int) -> dict:
 
 
 def verdict_line(verdict: dict, metrics: Mapping[str, Metric]) -> str:
-    """`states beats baseline by 3.1 points of word errors [2.2, 4.0] over 5 seeds: BEATS`; where it
-    does not beat, `not supported: states is 3.1 points of word errors worse than ...`."""
-    metric = metrics[verdict["metric"]]
+    """`states beats baseline by 3.1 points of word errors [2.2, 4.0] over 5 seeds`; where that is
+    not shown, `inconclusive: ...` or `not supported: states is 3.1 points of word errors worse
+    than ...`."""
+    claimed = verdict["result"] in ("beats", "keeps", "matches")
+    undecided = verdict["result"] == "inconclusive"
+    opening = "" if claimed else "inconclusive: " if undecided else "not supported: "
+    more = f" ({what_would_decide(verdict)})" if undecided else ""
+    return opening + comparison_in_words(verdict, metrics[verdict["metric"]], claimed) + more
+
+
+def comparison_in_words(verdict: dict, metric: Metric, claimed: bool) -> str:
+    """What was measured of a claim, as the claim puts it if it holds."""
     first, verb, second = verdict["claim"].split()
-    scale, digits = metric.scale, metric.digits
+    scale, digits, seeds = metric.scale, metric.digits, seeds_behind(verdict)
+    threshold = scale * verdict["threshold"]
     low, high = (scale * bound for bound in verdict["ci95"])
-    seeds = seeds_behind(verdict)
-    more = f" ({what_would_decide(verdict)})" if verdict["result"] == "inconclusive" else ""
-    outcome = f"{verdict['result'].upper()}{more}"
     if verb == "keeps":
         low, high = (100 * bound for bound in verdict["share_ci95"])
         return (
             f"{first} keeps {100 * verdict['share']:.1f} % of the {metric.heading} of {second} "
-            f"[{low:.1f}, {high:.1f}] {seeds}, {100 * verdict['threshold']:g} % needed: {outcome}"
+            f"[{low:.1f}, {high:.1f}] {seeds}, {100 * verdict['threshold']:g} % needed"
         )
-    difference = scale * verdict["difference"]
-    of = f"{metric.difference_unit} of {metric.heading}"
-    bounds = f"[{low:.{digits}f}, {high:.{digits}f}] {seeds}"
-    if verb == "matches":
-        margin = f"margin {scale * verdict['threshold']:g}"
-        return f"{verdict['claim']} to {difference:.{digits}f} {of} {bounds}, {margin}: {outcome}"
-    needed = f", more than {scale * verdict['threshold']:g} needed" if verdict["threshold"] else ""
-    if verdict["result"] == "does not beat":
+    difference, of = scale * verdict["difference"], f"{metric.difference_unit} of {metric.heading}"
+    relation = f"{verb} {second} by" if verb == "beats" else f"{verb} {second} within"
+    if claimed:
+        text = f"{first} {relation} {difference:.{digits}f} {of}"
+    else:
         worse = difference < 0
         if worse:
             difference, low, high = -difference, -high, -low
-        return (
-            f"not supported: {first} is {abs(difference):.{digits}f} {of} "
-            f"{'worse' if worse else 'better'} than {second} [{low:.{digits}f}, {high:.{digits}f}] "
-            f"{seeds}{needed}"
+        text = (
+            f"{first} is {difference:.{digits}f} {of} {'worse' if worse else 'better'} than "
+            f"{second}"
         )
-    return f"{verdict['claim']} by {difference:.{digits}f} {of} {bounds}{needed}: {outcome}"
+    needed = f", margin {threshold:g}" if verb == "matches" else f", more than {threshold:g} needed"
+    needed = needed if verdict["threshold"] else ""
+    return f"{text} [{low:.{digits}f}, {high:.{digits}f}] {seeds}{needed}"
 
 
 def seeds_behind(verdict: dict) -> str:

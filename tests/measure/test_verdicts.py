@@ -157,8 +157,9 @@ def test_a_share_is_kept_if_the_arm_beats_that_share_of_the_other(truth, rows, r
     assert found["share_ci95"][0] < found["share"] < found["share_ci95"][1]
     assert found["difference"] == pytest.approx(arms.first.mean - 0.95 * arms.second.mean)
     said = f"a keeps {100 * found['share']:.1f} % of the right answers of b ["
-    assert verdict_line(found).startswith(said)
-    assert "95 % needed: " + result.upper() in verdict_line(found)
+    opening = {"keeps": "", "inconclusive": "inconclusive: "}.get(result, "not supported: ")
+    assert verdict_line(found).startswith(opening + said)
+    assert "95 % needed" in verdict_line(found)
 
 
 def test_a_verdict_line_states_the_result():
@@ -166,7 +167,7 @@ def test_a_verdict_line_states_the_result():
     line = verdict_line(verdict("a beats b", "sequence_agreement", 0.0, *arms))
     assert re.fullmatch(
         r"a beats b by (19|20)\.\d points of agreement with teacher \[1\d\.\d, 2\d\.\d\] over "
-        "5 seeds: BEATS",
+        "5 seeds",
         line,
     )
     one = coin(np.random.default_rng(0), 1, 400, 0.5)

