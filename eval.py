@@ -43,6 +43,7 @@ from experiment.result import (
 )
 from experiment.run import SCHEMA, Run
 from experiment.selfcheck import selfcheck_run
+from experiment.workers import keep_freed_memory
 from measure.evaluate import Evaluation, TeacherReference, free_running
 from measure.laws import scaling_laws
 from measure.report.page import render_report
@@ -90,6 +91,7 @@ def story(options: argparse.Namespace) -> int:
     run = Run.finished(options.run)
     config = run.config()
     torch.set_num_threads(run.manifest["environment"]["threads"])
+    keep_freed_memory()
     if options.ask:
         ask(run, config, options.ask)
     elif options.check is not None:
