@@ -17,6 +17,7 @@ from tasks.task import Metric, Task
 from teacher.source import prompts_for
 
 BATCH_ROWS = 512
+COMPARED_NUMBERS = 2**22  # logits compared at a time; larger tensors are slow to allocate
 
 
 @dataclass
@@ -77,7 +78,8 @@ class TeacherReference:
         self.own_task = own_task or task
         self.compares_tokens = self.own_task is task
         order = np.argsort(rows.lengths, kind="stable")
-        at_once = rows_at_once(BATCH_ROWS, int(rows.lengths.max()), task.vocabulary)
+        longest, vocabulary = int(rows.lengths.max()), task.vocabulary
+        at_once = rows_at_once(BATCH_ROWS, longest, vocabulary, COMPARED_NUMBERS)
         self.batches = np.array_split(order, -(-len(rows) // at_once))
         positions = int((rows.lengths - rows.prompt_lengths).sum())
         self.keeps_logits = positions * task.vocabulary <= MAX_NUMBERS

@@ -36,9 +36,9 @@ class Generated:
     maps: Tensor | None = None
 
 
-def rows_at_once(most: int, tokens: int, vocabulary: int) -> int:
-    """How many rows of this many tokens fit into memory with all their logits."""
-    return min(most, max(1, MAX_NUMBERS // (tokens * vocabulary)))
+def rows_at_once(most: int, tokens: int, vocabulary: int, numbers: int = MAX_NUMBERS) -> int:
+    """How many rows of this many tokens have at most `numbers` logits in all."""
+    return min(most, max(1, numbers // (tokens * vocabulary)))
 
 
 def answers_of(
