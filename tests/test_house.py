@@ -1,6 +1,7 @@
 """The rules of the house: which room may know which, and what none may do."""
 
 import ast
+import os
 import re
 import sys
 from pathlib import Path
@@ -134,3 +135,10 @@ def test_no_line_branches_on_one_access_level_or_objective_outside_its_table(tab
                 named = isinstance(part, ast.Constant) and part.value in table
                 ambiguous = isinstance(part, ast.Constant) and part.value in ("none", "text")
                 assert not named or ambiguous, f"line {node.lineno}: {part.value!r}"
+
+
+@pytest.mark.xdist_group("house")
+def test_groups_of_tests_reach_the_workers(request):
+    """Else every worker trains the runs that a group shares: pytest 9.2 with xdist 3.8 does."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert request.node.nodeid.endswith("@house")
