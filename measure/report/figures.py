@@ -10,8 +10,16 @@ import numpy as np
 from measure.evaluate import Evaluation
 from measure.fidelity import ECE_BINS
 from measure.laws import Law, students_differing_in
-from measure.metrics import AGREEMENT, CALIBRATION, DIVERGENCE
-from measure.report.tables import SHORT_RESULT, by_split, models_in, task_of, value_in
+from measure.metrics import CALIBRATION, DIVERGENCE, metrics_in
+from measure.report.tables import (
+    SHORT_RESULT,
+    by_split,
+    fidelity_shown,
+    heading,
+    models_in,
+    task_of,
+    value_in,
+)
 from tasks.task import Task
 
 mpl.use("Agg")
@@ -70,21 +78,20 @@ def fidelity_against_cost(result: dict[str, Any], colours: dict[str, str], key: 
     models = models_in(result)
     figure, axes = plt.subplots(figsize=(7, max(4, 0.2 * len(models))))
     shares = result["cost"]["fraction_of_teacher_by_student"]
-    # of whole answers, or of their final numbers
-    agreement = next(iter(task_of(result).agreement), AGREEMENT)
-    points = []
+    shown = fidelity_shown(result)
+    metric, points = metrics_in(result)[shown], []
     for name, entry in models.items():
-        value = value_in(entry, agreement)
+        value = value_in(entry, shown)
         if value is None:
             continue
-        x, y = 100 * shares[name][key] if name in shares else 100.0, 100 * value["mean"]
-        error = [[y - 100 * value["ci95"][0]], [100 * value["ci95"][1] - y]]
-        axes.errorbar(x, y, yerr=error, fmt="o", color=colours[name], capsize=3)
+        x = 100 * shares[name][key] if name in shares else 100.0
+        y, low, high = (metric.scale * number for number in (value["mean"], *value["ci95"]))
+        axes.errorbar(x, y, yerr=[[y - low], [high - y]], fmt="o", color=colours[name], capsize=3)
         points.append((y, x, name))
-    front = pareto_front([(x, y) for y, x, _ in points])
+    front = pareto_front([(x, y) for y, x, _ in points], metric.sign)
     axes.plot(*zip(*front, strict=True), color="#999", lw=1, ls="--", zorder=0)
     spread_labels(axes, points)
-    axes.set(xlabel=f"% of the teacher's training {COST[key]}", ylabel="same answer %")
+    axes.set(xlabel=f"% of the teacher's training {COST[key]}", ylabel=heading(metric))
     axes.set(xscale="log", xlim=(min(x for _, x, _ in points) / 1.6, 250))
     ticks = [1, 2, 5, 10, 20, 50, 100]
     axes.set_xticks(ticks, labels=map(str, ticks))
@@ -92,11 +99,12 @@ def fidelity_against_cost(result: dict[str, Any], colours: dict[str, str], key: 
     return picture(figure)
 
 
-def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (cost, worth) that none of at most the same cost exceeds, by cost."""
+def pareto_front(points: list[tuple[float, float]], sign: int) -> list[tuple[float, float]]:
+    """The points (cost, fidelity) that none of at most the same cost exceeds, by cost. sign: -1
+    where less is better."""
     front: list[tuple[float, float]] = []
-    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or y > front[-1][1]:
+    for x, y in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+        if not front or sign * y > sign * front[-1][1]:
             front.append((x, y))
     return front
 
@@ -159,19 +167,22 @@ def scaling(
     return picture(figure)
 
 
-def agreement_by_temperature(result: dict[str, Any]) -> str:
-    """For recipes that differ in temperature alone."""
+def fidelity_by_temperature(result: dict[str, Any]) -> str:
+    """For recipes that differ only in temperature."""
     figure, axes = plt.subplots(figsize=(7, 4))
     students, names = result["students"], students_differing_in(result, ("temperature",))
     found = sorted((students[name]["recipe"]["temperature"], name) for name in names)
-    metrics = [students[name]["fidelity"][AGREEMENT] for _, name in found]
-    heats, means = [heat for heat, _ in found], [100 * metric["mean"] for metric in metrics]
+    shown = fidelity_shown(result)
+    metric, heats = metrics_in(result)[shown], [heat for heat, _ in found]
+    values = [value_in(students[name], shown) for _, name in found]
+    means = [metric.scale * value["mean"] for value in values]
+    bounds = [[metric.scale * bound for bound in value["ci95"]] for value in values]
     error = [
-        [100 * (m["mean"] - m["ci95"][0]) for m in metrics],
-        [100 * (m["ci95"][1] - m["mean"]) for m in metrics],
+        [mean - low for mean, (low, _) in zip(means, bounds, strict=True)],
+        [high - mean for mean, (_, high) in zip(means, bounds, strict=True)],
     ]
     axes.errorbar(heats, means, yerr=error, marker="o", capsize=3, color="#1b6ca8")
-    axes.set(xscale="log", xlabel="temperature", ylabel="same answer %")
+    axes.set(xscale="log", xlabel="temperature", ylabel=heading(metric))
     axes.set_xticks(heats, labels=[f"{heat:g}" for heat in heats])
     axes.minorticks_off()
     return picture(figure)

@@ -21,9 +21,9 @@ from measure.metrics import CALIBRATION
 from measure.report.figures import (
     ACCESS_KEYS,
     accuracy_by_steps,
-    agreement_by_temperature,
     bytes_against_kl,
     fidelity_against_cost,
+    fidelity_by_temperature,
     first_wrong_steps,
     learning_curves,
     reliability,
@@ -97,6 +97,7 @@ def render_report(
         models=shown,
         item=task.item_noun.removesuffix("s"),
         differ=[a for a in answers if a["teacher"] != a[main]][:EXAMPLES],
+        graded="wrong" in reference.evaluation.columns,
         copied=[a for a in answers if a["teacher"] == a[main] and not a["right"]][:EXAMPLES],
         uncertain=dark_knowledge(reference),
     )
@@ -129,7 +130,7 @@ def figures_of(
     if result["cost"]["fraction_of_teacher"]["flops"]:
         found["Fidelity against cost"] = (
             fidelity_against_cost(result, colours, "seconds" if compares else "flops"),
-            "How often a student gives the teacher's answer, against its cost, outputs included. "
+            "How closely a student follows the teacher, against its cost, outputs included. "
             f"All students and controls have the same budget of FLOPs by design"
             f"{smaller_budgets(result)}. Dashed: the Pareto front."
             + (" Time: the median seed, on a machine that did other work too." if compares else ""),
@@ -142,7 +143,7 @@ def figures_of(
         )
     if len(students_differing_in(result, ("temperature",))) > 2:
         found["Temperature"] = (
-            agreement_by_temperature(result),
+            fidelity_by_temperature(result),
             "Students whose recipes differ only in temperature.",
         )
     found |= law_figures(result, colours)

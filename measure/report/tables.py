@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from measure.laws import Law
-from measure.metrics import DIVERGENCE, metrics_in
+from measure.metrics import AGREEMENT, DIVERGENCE, metrics_in
 from measure.verdicts import verdict_line
 from tasks import TASKS
 from tasks.task import Metric, Task
@@ -33,6 +33,13 @@ def columns_of(result: dict[str, Any], short: bool = False) -> Columns:
     """The metrics of the result's task, then those of all tasks; the short table has a few."""
     metrics, task = metrics_in(result), task_of(result)
     return {name: metrics[name] for name in task.table} if short and task.table else metrics
+
+
+def fidelity_shown(result: dict[str, Any]) -> str:
+    """The metric that stands for fidelity in figures: the first of the short table that compares a
+    model with its teacher."""
+    metrics = metrics_in(result)
+    return next((n for n in task_of(result).table if metrics[n].needs_teacher), AGREEMENT)
 
 
 def heading(metric: Metric) -> str:

@@ -11,7 +11,8 @@ from measure.report.tables import models_in
 
 def test_the_pareto_front_is_what_nothing_cheaper_exceeds():
     points = [(1, 5), (2, 4), (2, 7), (3, 7), (4, 9), (1, 3)]
-    assert pareto_front(points) == [(1, 5), (2, 7), (4, 9)]
+    assert pareto_front(points, 1) == [(1, 5), (2, 7), (4, 9)]
+    assert pareto_front([(x, -y) for x, y in points], -1) == [(1, -5), (2, -7), (4, -9)]
 
 
 @pytest.mark.parametrize("study", ["rows", "size"])
