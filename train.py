@@ -184,7 +184,7 @@ def produce_outputs(
     accelerator.wait_for_everyone()
     result = None
     if experiment.is_main:
-        made = finish_outputs(folder)
+        made = finish_outputs(folder, rows)
         size = {"bytes": made.bytes, "bytes_per_token": made.bytes / max(1, made.tokens)}
         names = {"sha256": sha256_of_outputs(folder), "made_from": made_from}
         result = (
@@ -252,7 +252,9 @@ def fit(
         model.parameters(), betas=training.betas, weight_decay=training.weight_decay, fused=True
     )
     require_rows_for_all(stage, len(data.indices(0)), accelerator)
-    state = TrainingState(experiment, stage, model, optimizer, steps, max_flops, validation)
+    state = TrainingState(
+        experiment, stage, model, optimizer, steps, lineage, max_flops, validation
+    )
     model.train()
     while state.progress < 1:
         step, progress = state.step, state.progress
@@ -273,7 +275,7 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
         state.advance(step_data, indices, loss.uses_hidden(progress), total_loss, norm)
-    return state.finish(data, lineage)
+    return state.finish(data)
 
 
 def learning_rate(training: Training, step: float, steps: int) -> float:

@@ -25,6 +25,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def flush_to_disk(path: Path) -> None:
+    """Of a complete file that another library wrote: a power cut may otherwise leave the name
+    without the content."""
+    with open(path, "r+b") as file:  # Windows refuses fsync on a file opened for reading
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, content: Any) -> None:
     write_atomically(path, formatted_json(content) + "\n")
 

@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from configs.files import differences, flush_to_disk
+from configs.schema import LabError
+
 
 def checkpoint(
     folder: Path,
@@ -18,25 +21,33 @@ def checkpoint(
     optimizer: torch.optim.Optimizer,
     flops: float,
     cost: dict[str, Any],
+    belongs_to: dict[str, Any],
 ) -> None:
-    """Weights, both moments of AdamW, the step and its cost so far. The order of the data follows
-    from the step."""
+    """Weights, both moments of AdamW, the step and its cost so far, and what training they belong
+    to. The order of the data follows from the step."""
     tensors = {f"model/{name}": p for name, p in model.named_parameters()}
     for key in ("exp_avg", "exp_avg_sq"):
         tensors |= {
             f"{key}/{name}": optimizer.state[p][key] for name, p in model.named_parameters()
         }
-    save_checkpoint(folder, step, tensors, {"flops": flops, "cost": cost})
+    save_checkpoint(folder, step, tensors, {"flops": flops, "cost": cost, "of": belongs_to})
 
 
 def restore(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, belongs_to: dict[str, Any]
 ) -> tuple[int, float, dict[str, Any] | None]:
-    """Load the newest checkpoint: the step to resume from, FLOPs and cost so far."""
+    """Load the newest checkpoint: the step to resume from, FLOPs and cost so far. LabError if it
+    belongs to another training."""
     found = load_checkpoint(folder)
     if found is None:
         return 0, 0.0, None
     tensors, meta = found
+    differing = differences(meta.get("of"), belongs_to)
+    if differing:
+        raise LabError(
+            f"the checkpoint in {folder} belongs to another training ({differing[0]}); move that "
+            "folder elsewhere and run train.py on the config again"
+        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model/{name}"])
@@ -53,6 +64,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], m
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".partial"
     save_file(tensors, partial, metadata={"lab": json.dumps({"step": step, **meta})})
+    flush_to_disk(partial)
     digest = hashlib.sha256(partial.read_bytes()).hexdigest()[:16]
     os.replace(partial, folder / f"step-{step:08d}.{digest}.safetensors")
     for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
@@ -67,7 +79,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         if hashlib.sha256(content).hexdigest()[:16] != file.name.split(".")[1]:
             print(f"checkpoint {file} is damaged (sha256 differs); resuming from the one before it")
             damaged = True
-            file.unlink()  # or it would count as one of the two that are kept
+            # Set aside: it would count as one of the two that are kept, and is evidence.
+            os.replace(file, file.with_name(f"damaged-{file.name}"))
             continue
         header = int.from_bytes(content[:8], "little")
         meta = json.loads(json.loads(content[8 : 8 + header])["__metadata__"]["lab"])

@@ -15,8 +15,10 @@ import psutil
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.cache_utils import CacheLayerMixin
 
 from configs.schema import Cost
+from models.generate import CACHES
 
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
@@ -79,10 +81,8 @@ class CountedForward:
         return self.model.device
 
     def __call__(self, input_ids: torch.Tensor, **options: Any) -> Any:
-        cache = options.get("past_key_values")
         rows, length = input_ids.shape
-        cached = cache.get_seq_length() if cache is not None else 0
-        shape = (length, cached, options.get("logits_to_keep", 0))
+        shape = (length, cached_length(options), options.get("logits_to_keep", 0))
         if shape not in self.per_row:
             with FlopCounterMode(display=False) as counter:
                 result = self.model(input_ids, **options)
@@ -91,6 +91,16 @@ class CountedForward:
             result = self.model(input_ids, **options)
         self.flops += self.per_row[shape] * rows
         return result
+
+
+def cached_length(options: dict[str, Any]) -> int:
+    """How many tokens the cache of a forward pass holds; a recurrent state has no length, and its
+    passes cost the same however many it has read."""
+    cache = next((options[n] for n in CACHES if options.get(n) is not None), None)
+    layers = [] if cache is None else cache.layers
+    if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        return 0
+    return cache.get_seq_length()
 
 
 class Stopwatch:

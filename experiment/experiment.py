@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from models.language import (
     load_model,
     load_pretrained,
     load_tokenizer,
+    sha256_of_files,
     sha256_of_model,
     take_layers,
 )
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
 
 Counted = Callable[[nn.Module], Forward]  # wraps a model so that its forward passes are counted
 
-RUN_AGAIN = "delete that folder and run train.py on the config again"
+RUN_AGAIN = "move that folder elsewhere and run train.py on the config again"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def new_student(
     projections if it matches hidden states."""
     model = new_model(experiment, experiment.config.model_of(recipe), seed)
     if recipe.student.initial_layers:
-        source = experiment.run.folder / experiment.plan.stage(recipe.teachers[0], seed)
+        source = verified(experiment.run, experiment.plan.stage(recipe.teachers[0], seed))
         model = take_layers(model, load_model(source), recipe.student.initial_layers)
     if not hidden_loss_of(recipe):
         return model
@@ -121,21 +123,33 @@ def loss_of(experiment: Experiment, recipe: Recipe, training: Training) -> Loss:
     )
 
 
-def open_model(run: Run, stage: str) -> nn.Module:
-    """A model of the run, verified against the hash in the manifest."""
-    folder = run.folder / stage
-    model = load_model(folder)
-    if sha256_of_model(folder) != run.manifest["stages"][stage]["sha256"]:
+def verified(run: Run, stage: str) -> Path:
+    """The folder of a model of the run. LabError if its weights, config or tokenizer are not those
+    that the manifest has."""
+    folder, made = run.folder / stage, run.manifest["stages"][stage]
+    if sha256_of_model(folder) != made["sha256"]:
         raise LabError(
             f"{folder} is not the model that this run trained (sha256 differs); {RUN_AGAIN}"
         )
+    differing = sha256_of_files(folder).items() ^ made["files"].items()
+    if differing:
+        raise LabError(
+            f"{folder / min(differing)[0]} is not the one that this run saved (sha256 differs); "
+            f"{RUN_AGAIN}"
+        )
+    return folder
+
+
+def open_model(run: Run, stage: str) -> nn.Module:
+    """A model of the run, verified."""
+    model = load_model(verified(run, stage))
     return model.to("cuda") if torch.cuda.is_available() else model
 
 
 def teacher_of(experiment: Experiment, recipe: Recipe, counted: Counted) -> Forward:
     """The model that teaches a recipe; of several, their mean."""
     plan, task = experiment.plan, experiment.task
-    folders = [experiment.run.folder / plan.stage(name) for name in recipe.teachers]
+    folders = [verified(experiment.run, plan.stage(name)) for name in recipe.teachers]
     if compares_ids(recipe) and task.tokenizer is not None:
         for folder in folders:
             tokenizer = load_tokenizer(folder)
@@ -205,6 +219,7 @@ def binding_of(experiment: Experiment, recipe: Recipe, request: OutputsRequest) 
 
 def outputs_of(experiment: Experiment, recipe: Recipe) -> Outputs:
     request = experiment.plan.request(recipe)
+    verified_outputs(experiment.run, request.stage)
     folder = experiment.run.folder / request.stage
     return Outputs(folder, binding_of(experiment, recipe, request))
 
@@ -220,14 +235,18 @@ def source_of(
 
 
 def open_outputs(run: Run, stage: str) -> Outputs:
-    """Outputs of the run, verified against the hash in the manifest."""
-    outputs = Outputs(run.folder / stage)
+    """Outputs of the run, verified."""
+    verified_outputs(run, stage)
+    return Outputs(run.folder / stage)
+
+
+def verified_outputs(run: Run, stage: str) -> None:
+    """LabError if the outputs are not those in the manifest."""
     if sha256_of_outputs(run.folder / stage) != run.manifest["stages"][stage]["sha256"]:
         raise LabError(
             f"{run.folder / stage} does not hold the outputs that this run made (sha256 differs); "
             f"{RUN_AGAIN}"
         )
-    return outputs
 
 
 def lineage_of(experiment: Experiment, name: str, recipe: Recipe, seed: int) -> str:

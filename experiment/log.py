@@ -106,7 +106,7 @@ def validation_nll(model: nn.Module, task: Task, rows: Rows) -> float:
     for indices in np.array_split(chosen, -(-len(chosen) // VALIDATION_BATCH)):
         batch = collate(rows, indices, task.pad)
         signal, vocabulary = Signal(batch.targets).to(model.device), task.vocabulary
-        if vocabulary >= chunked.LARGE:
+        if chunked.pays(model, vocabulary):
             losses = chunked.losses_in_chunks(model, batch, cross_entropy, signal, vocabulary)
         else:
             output = model(batch.input_ids.to(model.device), use_cache=False)

@@ -1,11 +1,10 @@
 """Checks that need the task or the models loaded, before a run folder is made."""
 
-import torch
-
 from configs.schema import LabError, Model, Recipe
-from experiment.experiment import Experiment
+from experiment.experiment import Experiment, new_model
 from measure.metrics import metrics_of
-from models.language import build_model, load_tokenizer, pretrained_layers
+from models.language import load_tokenizer, pretrained_layers
+from models.probe import probe
 from models.vocabulary import first_differing_id, require_same_vocabulary
 from student.recipe import compares_ids
 from teacher.access import ACCESS
@@ -13,11 +12,10 @@ from teacher.access import ACCESS
 
 def check_experiment(experiment: Experiment) -> None:
     """LabError for what only the task or the models can tell, before a run folder is made."""
-    config, task, words = experiment.config, experiment.task, len(experiment.rows)
+    task, words = experiment.task, len(experiment.rows)
     check_vocabularies(experiment)
-    check_model(experiment, config.teacher.model)
+    check_models(experiment)
     for name, recipe in experiment.plan.recipes.items():
-        check_model(experiment, config.model_of(recipe))
         check_layers(experiment, name, recipe)
         outputs = recipe.outputs
         if ACCESS[recipe.access].uses_k and outputs.k > task.vocabulary:
@@ -33,21 +31,26 @@ def check_experiment(experiment: Experiment) -> None:
             )
 
 
-def check_model(experiment: Experiment, settings: Model) -> None:
-    """One row through a model of this shape."""
-    if settings.pretrained:
-        return  # it has run before
-    try:
-        length = int(experiment.rows.lengths.min())
-        ids = torch.zeros((1, length), dtype=torch.long)
-        build_model(settings, experiment.task)(ids, use_cache=False)
-    except LabError:
-        raise
-    except Exception as error:  # each library has its own
-        raise LabError(
-            f"a model of this shape cannot run: {settings.model_dump(exclude_defaults=True)} "
-            f"({' '.join(str(error).split())}); choose other sizes"
-        ) from None
+def check_models(experiment: Experiment) -> None:
+    """Every kind of model is probed once, teacher and students alike."""
+    config = experiment.config
+    models = {
+        config.model_of(recipe).model_dump_json(): f"students of recipe {name}"
+        for name, recipe in reversed(experiment.plan.recipes.items())
+    }
+    models |= {config.teacher.model.model_dump_json(): "teacher"}
+    for shape, what in models.items():
+        settings = Model.model_validate_json(shape)
+        try:
+            probe(new_model(experiment, settings, 0), experiment.task, what)
+        except LabError:
+            raise
+        except Exception as error:  # each library has its own
+            raise LabError(
+                f"{what}: a model of this shape cannot run: "
+                f"{settings.model_dump(exclude_defaults=True)} ({' '.join(str(error).split())}); "
+                "choose other sizes"
+            ) from None
 
 
 def check_layers(experiment: Experiment, name: str, recipe: Recipe) -> None:

@@ -30,7 +30,7 @@ from configs.files import (
 from configs.schema import Config, LabError
 from experiment.reading import check_config
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def now() -> str:

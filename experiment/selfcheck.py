@@ -17,6 +17,7 @@ from experiment.experiment import (
     Experiment,
     loss_of,
     new_student,
+    open_model,
     outputs_of,
     teacher_of,
     teacher_task,
@@ -25,7 +26,7 @@ from experiment.experiment import (
 from measure.evaluate import TeacherReference
 from measure.metrics import AGREEMENT, DIVERGENCE, REVERSE, TOP1
 from measure.report.tables import models_in
-from models.language import load_model, logits_at
+from models.language import logits_at
 from models.rows import collate
 from models.states import states_of, states_options
 from student.hidden import student_of
@@ -71,7 +72,7 @@ def selfcheck(experiment: Experiment, result: dict[str, Any]) -> Iterator[Findin
 def teacher_is_its_own_student(experiment: Experiment) -> Finding:
     if teacher_task(experiment.config, experiment.run, experiment.task) is not experiment.task:
         return None, "the teacher as its own student: it has another tokenizer than its students"
-    teacher = load_model(experiment.run.teacher)
+    teacher = open_model(experiment.run, "teacher")
     rows = experiment.validation.take(np.arange(min(ROWS, len(experiment.validation))))
     reference = TeacherReference(teacher, experiment.task, rows)
     fidelity = reference.metrics([reference.evaluate(teacher)])["fidelity"]

@@ -18,6 +18,7 @@ from models.language import (
     model_card,
     parameter_count,
     save_model,
+    sha256_of_files,
     sha256_of_model,
 )
 
@@ -76,8 +77,16 @@ def register_pretrained(experiment: Experiment, stage: str, model: nn.Module) ->
         card = model_card(stage, model, f"`{name}`, unchanged.", 0)
         save_model(model, load_tokenizer(name), folder, card)
     experiment.accelerator.wait_for_everyone()
-    made = {"sha256": sha256_of_model(folder), "params": parameter_count(model)}
-    return {**watch.read(0), "steps": 0}, made
+    return {**watch.read(0), "steps": 0}, made_of(folder, model)
+
+
+def made_of(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """What the manifest says of a saved model."""
+    return {
+        "sha256": sha256_of_model(folder),
+        "files": sha256_of_files(folder),
+        "params": parameter_count(model),
+    }
 
 
 def open_worker(config: Config, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The state of a training: steps, FLOPs and cost, resumed from a checkpoint, logged and saved."""
 
+import json
 import math
 
 import numpy as np
@@ -12,8 +13,8 @@ from experiment.checkpoints import checkpoint, restore
 from experiment.cost import Stopwatch, TrainingFlops
 from experiment.experiment import Experiment
 from experiment.log import TrainingLog
-from experiment.stages import StageResult
-from models.language import model_card, parameter_count, save_model, sha256_of_model
+from experiment.stages import StageResult, made_of
+from models.language import model_card, save_model
 from models.rows import Rows
 from student.hidden import student_of
 from student.training_set import TrainingSet
@@ -30,6 +31,7 @@ class TrainingState:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         steps: int,
+        lineage: str,
         max_flops: float | None = None,
         validation: Rows | None = None,
     ) -> None:
@@ -39,11 +41,19 @@ class TrainingState:
             model,
             optimizer,
         )
-        self.steps, self.max_flops = steps, max_flops
+        self.steps, self.max_flops, self.lineage = steps, max_flops, lineage
         self.flops_with_projections = TrainingFlops(model)
         self.plain_flops = TrainingFlops(student_of(model))
         self.checkpoints = experiment.run.checkpoints(stage)
-        self.step, self.flops, cost = restore(self.checkpoints, model, optimizer)
+        self.belongs_to = {
+            "stage": stage,
+            "lineage": lineage,
+            "steps": steps,
+            "max_flops": max_flops,
+            "model": json.loads(student_of(model).config.to_json_string()),
+            "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
+        }
+        self.step, self.flops, cost = restore(self.checkpoints, model, optimizer, self.belongs_to)
         self.watch = Stopwatch(experiment.config.cost, torch.get_num_threads(), cost)
         self.writing_seconds = (cost or {}).get("writing_seconds", 0.0)
         experiment.accelerator.wait_for_everyone()  # all have read it before one writes another
@@ -88,7 +98,15 @@ class TrainingState:
         )
         if logged and due and self.progress < 1:
             cost = {**self.watch.read(self.flops), "writing_seconds": self.writing_seconds}
-            checkpoint(self.checkpoints, self.step, self.model, self.optimizer, self.flops, cost)
+            checkpoint(
+                self.checkpoints,
+                self.step,
+                self.model,
+                self.optimizer,
+                self.flops,
+                cost,
+                self.belongs_to,
+            )
             self.saved_at, self.saved_step = self.watch.elapsed(), self.step
 
     def require_finite(self, loss: Tensor, norm: Tensor, ids: np.ndarray) -> None:
@@ -109,16 +127,16 @@ class TrainingState:
             "learning_rate under another name=..., the checkpoint before it is kept"
         )
 
-    def finish(self, data: TrainingSet, lineage: str) -> StageResult:
+    def finish(self, data: TrainingSet) -> StageResult:
         """Save the model at <run>/<stage>; its cost, and what was made."""
         if self.log is None:
             return None
         self.log.close()
         model, folder = student_of(self.model), self.experiment.run.folder / self.stage
-        card = model_card(self.stage, model, lineage, self.step)
+        card = model_card(self.stage, model, self.lineage, self.step)
         save_model(model, self.experiment.task.tokenizer, folder, card)
         cost = {**self.watch.read(self.flops), "steps": self.step, "rows": len(data.rows)}
         if data.on_policy:
             cost["writing_seconds"] = round(self.writing_seconds, 3)
             cost["writing_share"] = round(self.writing_seconds / cost["seconds"], 3)
-        return cost, {"sha256": sha256_of_model(folder), "params": parameter_count(model)}
+        return cost, made_of(folder, model)

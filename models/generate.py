@@ -3,6 +3,7 @@
 No top-p, top-k or repetition penalty is applied anywhere.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from models.language import Forward, device_of
 from models.rows import Rows
 from models.states import states_of, states_options
 
+CACHES = ("past_key_values", "cache_params")  # the names of a cache: attention's, recurrent ones
 MAX_NUMBERS = 2**28  # of logits held at a time: 1 GB of float32
 
 
@@ -34,6 +36,28 @@ class Generated:
     log_probs: Tensor | None = None
     hidden: Tensor | None = None
     maps: Tensor | None = None
+
+
+class CachedForward:
+    """A model that remembers what it has read: token ids [B, new] -> its output at them.
+
+    Recurrent models take their cache under another name than attention; classifiers take none.
+    """
+
+    def __init__(self, forward: Forward) -> None:
+        model = getattr(forward, "model", forward)  # of a counted one
+        accepted = inspect.signature(model.forward).parameters
+        name = next((n for n in CACHES if n in accepted), None)
+        self.forward, self.cache = forward, DynamicCache(config=model.config) if name else None
+        self.options = {name: self.cache, "use_cache": True} if name else {}
+
+    def __call__(self, ids: Tensor, **options: Any) -> Any:
+        return self.forward(ids, **self.options, **options)
+
+    def keep(self, rows: Tensor) -> None:
+        """Continue with some rows of the batch only."""
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
 
 
 def rows_at_once(most: int, tokens: int, vocabulary: int, numbers: int = MAX_NUMBERS) -> int:
@@ -100,13 +124,13 @@ def generate(
     log_probs: Tensor | None = None
     hidden: Tensor | None = None
     maps: Tensor | None = None
-    cache, device = DynamicCache(), device_of(forward)
-    options = {"use_cache": True} | states_options(keep_layers, keep_relations)
+    cached, device = CachedForward(forward), device_of(forward)
+    options = states_options(keep_layers)
     read = 0
     for place in range(int(starts.min()), width):
         inputs = tokens[alive, read:place].to(device)
         # of a whole prompt the logits would be large, and the last ones are all that is needed
-        output = forward(inputs, past_key_values=cache, logits_to_keep=1, **options)
+        output = cached(inputs, logits_to_keep=1, **options)
         logits = output.logits if output.logits.ndim == 2 else output.logits[:, -1]
         logits = logits[:, :vocabulary].cpu()
         if keep_layers:
@@ -147,7 +171,7 @@ def generate(
             # Finished rows leave the batch, so that a few long ones do not hold up the rest.
             keep = (~over).nonzero()[:, 0]
             alive, answering, thinking = alive[keep], answering[keep], thinking[keep]
-            cache.batch_select_indices(keep.to(device))
+            cached.keep(keep.to(device))
     return [
         Generated(
             tokens[row, start:stop],

@@ -11,6 +11,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils.logging import disable_progress_bar
 
+from configs.files import flush_to_disk, sha256_of_file
 from configs.schema import LabError, Model, nearest
 from models.classifier import CLASSIFIERS, build_classifier
 from models.rows import Batch
@@ -41,7 +43,9 @@ logging.getLogger("transformers.modeling_utils").addFilter(
 # input_ids [B, L] -> an output with .logits; a model, or one that counts its forward passes.
 Forward = Callable[..., Any]
 
-TRAIN_AGAIN = "delete that folder and run train.py on the config again"
+WEIGHTS = "model.safetensors"
+LARGE_VOCABULARY = 8192  # outcomes, from which on logits are computed in chunks
+TRAIN_AGAIN = "move that folder elsewhere and run train.py on the config again"
 
 
 class ModelTask(Protocol):
@@ -114,21 +118,27 @@ def build_language_model(
     for name, value in known.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
             wanted.setdefault(name, 0.0)
+    if "is_decoder" in known.to_dict():
+        wanted.setdefault("is_decoder", True)  # architectures that read in both directions else
     config = AutoConfig.for_model(settings.architecture, **wanted)
-    # Rows of tens of tokens: plain matrix products beat the fused attention kernels on a CPU.
+    # Rows of tens of tokens: plain matrix products beat the fused attention kernels on a CPU, and
+    # those of experts are only counted one by one.
+    config._experts_implementation = "eager"
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
 def initialise(model: nn.Module, seed: int) -> nn.Module:
     """Starting weights from NumPy, a function of (seed, parameter name) alone.
 
-    torch's own initialisers differ between instruction sets; these do not. Matrices are normal
-    with the config's initializer_range, biases and norms stay as built (zeros and ones).
+    torch's own initialisers differ between instruction sets; these do not. What two builds draw
+    differently is normal with the config's initializer_range; what they share stays as built:
+    biases, norms, the decay rates of a recurrent model.
     """
     scale = model.config.initializer_range
+    again = dict(type(model)(model.config).to(model.dtype).named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
+            if not torch.equal(parameter, again[name]):
                 bits = np.random.PCG64([seed, zlib.crc32(name.encode())])
                 values = np.random.Generator(bits).standard_normal(parameter.shape) * scale
                 parameter.copy_(torch.from_numpy(values))
@@ -142,6 +152,29 @@ def logits_at(output: Any, batch: Batch, vocabulary: int) -> Tensor:
     if logits.ndim == 3:
         logits = logits[batch.counted.to(logits.device)]
     return logits[:, :vocabulary]
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """logits = scale * (states W^T + b): weight [V, H], bias [V] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+
+    def logits(self, states: Tensor) -> Tensor:
+        return self.scale * nn.functional.linear(states, self.weight, self.bias)
+
+
+def linear_head(model: nn.Module) -> LinearHead | None:
+    """How a language model makes logits [.., V] of its last states [.., H]; None for a classifier
+    and for a model that caps them, which is not linear."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or getattr(model.config, "final_logit_softcapping", None):
+        return None
+    # granite divides its logits by a constant, cohere multiplies them
+    scale = getattr(model.config, "logit_scale", 1.0) / getattr(model.config, "logits_scaling", 1.0)
+    return LinearHead(head.weight, head.bias, scale)
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -168,6 +201,8 @@ def save_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
+    for file in partial.iterdir():
+        flush_to_disk(file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
@@ -184,41 +219,58 @@ def model_card(stage: str, model: nn.Module, lineage: str, steps: int) -> str:
 
 
 def load_model(folder: Path) -> nn.Module:
-    """A saved model in evaluation mode. LabError if the folder is missing or damaged."""
-    file = folder / "model.safetensors"
+    """A saved model in evaluation mode. LabError if the folder is missing or damaged, or if its
+    weights are not those of its config."""
+    file = folder / WEIGHTS
     if not file.is_file():
         raise LabError(f"{folder} holds no model.safetensors; {TRAIN_AGAIN}")
     if folder.is_symlink() or file.is_symlink():
         raise LabError(f"{file} is a link out of this run; put the file itself there")
-    options = {"local_files_only": True, "trust_remote_code": False}
+    options = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if config.model_type in CLASSIFIERS:
-            model = AutoModelForImageClassification.from_pretrained(folder, **options)
+            model, report = AutoModelForImageClassification.from_pretrained(folder, **options)
         else:
             options |= {"use_safetensors": True, "attn_implementation": "eager"}
-            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise LabError(
             f"{folder} cannot be loaded ({type(error).__name__}: {reason}); {TRAIN_AGAIN}"
         ) from None
+    require_all_weights(report, f"{folder}", TRAIN_AGAIN)
     return model.eval()
+
+
+def require_all_weights(report: dict[str, Any], what: str, advice: str) -> None:
+    """LabError if a model was loaded with weights that are missing (and so random), unexpected (and
+    so dropped) or of another shape, by the report of transformers."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        found = sorted(map(str, report.get(kind) or ()))
+        if found:
+            raise LabError(
+                f"{what} has {len(found)} {kind.replace('_', ' ')} for its config, such as "
+                f"{found[0]}: part of the model would be random; {advice}"
+            )
 
 
 def load_pretrained(name: str) -> nn.Module:
     """The weights and shape of a folder or of a model of the hub, which may have to be downloaded.
     No code of it is run, and nothing is unpickled."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             name,
             use_safetensors=True,
             attn_implementation="eager",
             dtype=torch.float32,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:
         raise cannot_load(f"model.pretrained {name!r}", error) from None
+    require_all_weights(report, f"model.pretrained {name!r}", "expected a complete model")
+    return model
 
 
 def pretrained_layers(name: str) -> int:
@@ -263,13 +315,21 @@ def sha256_of_tensors(tensors: dict[str, Tensor]) -> str:
 
 def sha256_of_model(folder: Path) -> str:
     """The tensor hash of a saved model. LabError if its file is missing or damaged."""
-    file = folder / "model.safetensors"
+    file = folder / WEIGHTS
     try:
         return sha256_of_tensors(load_file(file))
     except FileNotFoundError:
         raise LabError(f"no {file}; run train.py on the config again") from None
     except Exception as error:
         raise LabError(f"{file} is damaged ({error}); {TRAIN_AGAIN}") from None
+
+
+def sha256_of_files(folder: Path) -> dict[str, str]:
+    """{name: sha256} of what a saved model consists of beside its weights and its card: config,
+    generation config, tokenizer."""
+    names = (file for file in folder.iterdir() if file.is_file())
+    kept = {WEIGHTS, "README.md"}
+    return {file.name: sha256_of_file(file) for file in sorted(names) if file.name not in kept}
 
 
 # -- models made of others -------------------------------------------------------------------------

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.language import LARGE_VOCABULARY, LinearHead, linear_head
 from models.rows import Batch
 from teacher.signal import Signal
 
-LARGE = 8192  # outcomes, from which on logits are computed in chunks
 CHUNKS = 128  # an objective keeps up to twenty tensors of the size of one
 
 LossFunction = Callable[[Tensor, Signal], Tensor]
 
 
 class InChunks(torch.autograd.Function):
-    """states [M, H], weight [V, H] and bias [V] of the last layer -> losses [M] nats."""
+    """states [M, H], weight [V, H], bias [V] and scale of the head -> losses [M] nats."""
 
     @staticmethod
     def forward(
@@ -30,14 +30,15 @@ class InChunks(torch.autograd.Function):
         states: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        scale: float,
         objective: LossFunction,
         signal: Signal,
         positions: int,
     ) -> Tensor:
         ctx.save_for_backward(states, weight, bias)
-        ctx.options = objective, signal, positions
+        ctx.options = scale, objective, signal, positions
         pieces = [
-            objective(nn.functional.linear(states[start:stop], weight, bias), part)
+            objective(scaled_logits(states[start:stop], weight, bias, scale), part)
             for start, stop, part in chunks_of(signal, len(states), positions)
         ]
         return torch.cat(pieces)
@@ -46,19 +47,26 @@ class InChunks(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the weight is accumulated in place: it is as large as some chunks."""
         states, weight, bias = ctx.saved_tensors
-        objective, signal, positions = ctx.options
+        scale, objective, signal, positions = ctx.options
         states_grad, weight_grad = torch.empty_like(states), torch.zeros_like(weight)
         bias_grad = None if bias is None else torch.zeros_like(bias)
         for start, stop, part in chunks_of(signal, len(states), positions):
-            logits = nn.functional.linear(states[start:stop], weight, bias).requires_grad_()
+            logits = scaled_logits(states[start:stop], weight, bias, scale).requires_grad_()
             with torch.enable_grad():
                 losses = objective(logits, part)
             (logits_grad,) = torch.autograd.grad(losses, logits, gradient[start:stop])
+            if scale != 1:
+                logits_grad *= scale
             torch.mm(logits_grad, weight, out=states_grad[start:stop])
             weight_grad.addmm_(logits_grad.T, states[start:stop])
             if bias is not None:
                 bias_grad += logits_grad.sum(0)
-        return states_grad, weight_grad, bias_grad, None, None, None
+        return states_grad, weight_grad, bias_grad, None, None, None, None
+
+
+def scaled_logits(states: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    logits = nn.functional.linear(states, weight, bias)
+    return logits if scale == 1 else logits.mul_(scale)
 
 
 def chunks_of(signal: Signal, count: int, positions: int) -> Iterator[tuple[int, int, Signal]]:
@@ -69,7 +77,7 @@ def chunks_of(signal: Signal, count: int, positions: int) -> Iterator[tuple[int,
 
 
 def chunked(
-    objective: LossFunction, states: Tensor, head: nn.Linear, signal: Signal, vocabulary: int
+    objective: LossFunction, states: Tensor, head: LinearHead, signal: Signal, vocabulary: int
 ) -> Tensor:
     """objective(head(states), signal), [M] nats, in about CHUNKS chunks: states [M, H]. Value and
     gradient equal those of the unchunked computation; outcomes beyond the vocabulary pad the
@@ -78,7 +86,12 @@ def chunked(
     if len(weight) > vocabulary:
         weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
     positions = max(1, len(states) // CHUNKS)
-    return InChunks.apply(states, weight, bias, objective, signal, positions)
+    return InChunks.apply(states, weight, bias, head.scale, objective, signal, positions)
+
+
+def pays(model: nn.Module, vocabulary: int) -> bool:
+    """Whether the logits of a model are many, and a product that can be taken in chunks."""
+    return vocabulary >= LARGE_VOCABULARY and linear_head(model) is not None
 
 
 def losses_in_chunks(
@@ -88,4 +101,4 @@ def losses_in_chunks(
     without holding all its logits."""
     ids = part.input_ids.to(model.device)
     states = model.base_model(ids, use_cache=False).last_hidden_state[part.counted]
-    return chunked(objective, states, model.get_output_embeddings(), signal, vocabulary)
+    return chunked(objective, states, linear_head(model), signal, vocabulary)

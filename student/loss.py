@@ -52,7 +52,7 @@ class Loss:
         batch = collate(data.rows, indices, self.pad, self.prompt_weight)
         signal = data.signal(batch).to(model.device)
         objective = partial(self.objective, progress=progress)
-        if self.vocabulary >= chunked.LARGE and not uses_hidden:
+        if not uses_hidden and chunked.pays(learner, self.vocabulary):
             losses = chunked.losses_in_chunks(learner, batch, objective, signal, self.vocabulary)
         else:
             output = learner(batch.input_ids.to(model.device), use_cache=False)

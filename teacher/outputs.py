@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from configs.files import read_json, sha256_of_file, write_json
@@ -18,7 +17,7 @@ from configs.schema import LabError, Recipe
 from models.rows import Rows
 from tasks.task import Task
 from teacher.access import ACCESS, narrow, packed
-from teacher.shards import Record, check_binding, write_shard
+from teacher.shards import AGAIN, Record, check_binding, find_shard, read_shard, write_shard
 from teacher.source import LocalModel, TeacherRow, bytes_of
 
 SHARD_ROWS = 8192
@@ -121,7 +120,7 @@ def make_outputs(
     process: int = 0,
     processes: int = 1,
 ) -> None:
-    """Write the teacher's outputs for `rows`, shard by shard; existing shards are kept.
+    """Write the teacher's outputs for `rows`, shard by shard; intact shards are kept.
 
     A killed run resumes at the first missing shard: the content of a shard depends only on the
     rows, the seed and the shard's number. Several processes share the shards.
@@ -138,16 +137,15 @@ def make_outputs(
         taken = {bytes_of(rows.prompt(i)) for i in range(len(rows))}
     shard_rows = request.rows_of_shard(source.task.longest_answer, source.task.vocabulary)
     for number, start in enumerate(range(0, count, shard_rows)):
-        file = folder / f"shard-{number:05d}.arrow"
         size = min(shard_rows, count - start)
-        if number % processes == process and not file.exists():
+        if number % processes == process and not find_shard(folder, number, binding):
             generator = torch.Generator().manual_seed(binding["seed"] * 1_000_003 + number)
             from_data = min(size, max(0, known - start))
             asked = rows.take(request.indices(rows, start, from_data)) if from_data else None
             records = shard_records(
                 source, request, asked, size - from_data, taken, generator, progress
             )
-            write_shard(file, records, source.forward)
+            write_shard(folder, number, binding, records, source.forward)
 
 
 def shard_records(
@@ -204,24 +202,28 @@ class OutputsSummary:
     different: int
 
 
-def finish_outputs(folder: Path) -> OutputsSummary:
-    """Record the hashes of all shards, which makes the outputs readable."""
+def finish_outputs(folder: Path, rows: int) -> OutputsSummary:
+    """Record the hashes of all shards, which makes the outputs readable. LabError if they are not
+    the shards of these outputs, with this number of rows."""
     provenance = folder / "provenance.json"
-    shards, flops, size, tokens, ids = {}, 0.0, 0, 0, []
-    for file in sorted(folder.glob("shard-*.arrow")):
-        shards[file.name] = sha256_of_file(file)
-        size += file.stat().st_size
-        try:
-            with pa.memory_map(str(file)) as source:
-                table = pa.ipc.open_stream(source).read_all()
-            metadata = table.schema.metadata
-            flops, tokens = flops + float(metadata[b"flops"]), tokens + int(metadata[b"tokens"])
-            ids.append(table["id"].to_numpy())
-        except (pa.ArrowInvalid, TypeError, KeyError):
-            raise LabError(
-                f"{file} is damaged; delete it and run train.py on the config again"
-            ) from None
-    write_json(provenance, {"binding": read_json(provenance)["binding"], "shards": shards})
+    binding = read_json(provenance)["binding"]
+    shards, flops, size, tokens, ids = {}, 0.0, 0, 0, [np.empty(0, np.int64)]
+    while sum(map(len, ids)) < rows:
+        file = find_shard(folder, len(shards), binding)
+        if file is None:
+            raise LabError(f"{folder}: shard {len(shards)} is missing; {AGAIN}")
+        table = read_shard(file, ["tokens"])
+        shards[file.name], size = sha256_of_file(file), size + file.stat().st_size
+        flops += float(table.schema.metadata[b"flops"])
+        tokens += int(table.schema.metadata[b"tokens"])
+        ids.append(table["id"].to_numpy())
+    extra = {file.name for file in folder.glob("shard-*")} - shards.keys()
+    if extra or sum(map(len, ids)) > rows:
+        raise LabError(
+            f"{folder} holds more than the {rows} rows of these outputs "
+            f"({min(extra, default=file.name)}); move that folder elsewhere and {AGAIN}"
+        )
+    write_json(provenance, {"binding": binding, "shards": shards})
     return OutputsSummary(flops, size, tokens, len(np.unique(np.concatenate(ids))))
 
 

@@ -13,6 +13,8 @@ Numbers are float16, token ids and counts as narrow as they can be. Reading is m
 student reads no more than its batch.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -48,7 +50,30 @@ class Record:
     columns: dict[str, np.ndarray]
 
 
-def write_shard(file: Path, records: Iterator[Record], forward: Forward) -> None:
+def shard_name(number: int, sha256: str, binding: dict[str, Any]) -> str:
+    """The name of a shard is bound to its content and to what made it: another run's, another
+    number's or a damaged one never passes for it."""
+    bound = json.dumps([number, sha256, binding], sort_keys=True)
+    return f"shard-{number:05d}.{hashlib.sha256(bound.encode()).hexdigest()[:16]}.arrow"
+
+
+def find_shard(folder: Path, number: int, binding: dict[str, Any]) -> Path | None:
+    """The shard of this number, if it is intact; one that is not is set aside."""
+    for file in sorted(folder.glob(f"shard-{number:05d}.*")):
+        if not file.is_symlink() and file.name == shard_name(number, sha256_of_file(file), binding):
+            return file
+        print(f"{file} is damaged or of other outputs; set aside, and made again")
+        os.replace(file, file.with_name(f"damaged-{file.name}"))
+    return None
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    binding: dict[str, Any],
+    records: Iterator[Record],
+    forward: Forward,
+) -> None:
     """One shard, and the FLOPs that it cost a counted teacher."""
     before = getattr(forward, "flops", 0.0)
     ids, prompts, lists, tokens = [], [], {"tokens": []}, 0
@@ -63,13 +88,13 @@ def write_shard(file: Path, records: Iterator[Record], forward: Forward) -> None
     columns |= {name: ragged(arrays) for name, arrays in lists.items()}
     cost = {"flops": repr(getattr(forward, "flops", 0.0) - before), "tokens": str(tokens)}
     table = pa.table(columns).combine_chunks().replace_schema_metadata(cost)
-    partial = file.with_name(f".{file.name}.partial")
+    partial = folder / f".shard-{number:05d}.partial"
     with open(partial, "wb") as sink:
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         sink.flush()
         os.fsync(sink.fileno())  # or a power cut may leave the name without the content
-    os.replace(partial, file)
+    os.replace(partial, folder / shard_name(number, sha256_of_file(partial), binding))
 
 
 def ragged(arrays: list[np.ndarray]) -> pa.LargeListArray:
@@ -90,8 +115,8 @@ def read_shard(file: Path, columns: Sequence[str]) -> pa.Table:
             raise ValueError("a column is chunked or has nulls")
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise LabError(
-            f"{file} is not a shard of outputs ({' '.join(str(error).split())[:100]}); delete "
-            f"{file.parent} and {AGAIN}"
+            f"{file} is not a shard of outputs ({' '.join(str(error).split())[:100]}); move "
+            f"{file.parent} elsewhere and {AGAIN}"
         ) from None
     return table
 
@@ -103,7 +128,7 @@ def check_binding(folder: Path, found: dict[str, Any], expected: dict[str, Any])
         if found.get(key, "nothing") != value:
             raise LabError(
                 f"{folder} was made with another {key} ({str(found.get(key))[:16]}, expected "
-                f"{str(value)[:16]}); delete that folder and {AGAIN}"
+                f"{str(value)[:16]}); move that folder elsewhere and {AGAIN}"
             )
 
 
@@ -237,7 +262,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         isinstance(provenance.get(key, 0), kind)
         for key, kind in (("binding", dict), ("shards", dict | None))
     ):
-        raise LabError(f"{folder / 'provenance.json'} is damaged; delete {folder} and {AGAIN}")
+        raise LabError(
+            f"{folder / 'provenance.json'} is damaged; move {folder} elsewhere and {AGAIN}"
+        )
     return provenance
 
 
@@ -248,7 +275,8 @@ def verified_shard(folder: Path, name: str, digest: str, columns: Sequence[str])
         raise LabError(f"{folder}: {name!r} is not a file of this folder; delete it")
     if not file.exists() or sha256_of_file(file) != digest:
         raise LabError(
-            f"{file} is {'damaged' if file.exists() else 'missing'}; delete {folder} and {AGAIN}"
+            f"{file} is {'damaged' if file.exists() else 'missing'}; move {folder} elsewhere and "
+            f"{AGAIN}"
         )
     return read_shard(file, columns)
 

@@ -123,8 +123,8 @@ def test_a_run_of_another_schema_is_rejected_by_name(copy, capsys):
     ("file", "content"),
     [
         ("manifest.json", "[]"),
-        ("manifest.json", '{"schema": 2, "finished": "yes", "stages": {"../../x": {}}}'),
-        ("manifest.json", '{"schema": 2, "finished": "yes", "stages": {"/etc": {}}}'),
+        ("manifest.json", '{"schema": 3, "finished": "yes", "stages": {"../../x": {}}}'),
+        ("manifest.json", '{"schema": 3, "finished": "yes", "stages": {"/etc": {}}}'),
         ("metrics.jsonl", '{"stage": }\n'),
         ("metrics.jsonl", b"\xff\xfe}\n"),
         ("config.yaml", b"name: \xff"),

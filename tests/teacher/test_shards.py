@@ -19,7 +19,7 @@ def test_a_damaged_shard_stops_the_training_that_needs_it(copy, capsys):
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert train_tiny(copy.parent) == 2
-    assert "is damaged; delete" in capsys.readouterr().err
+    assert "is damaged; move" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../stolen.arrow", "/etc/passwd", "link.arrow"])
