@@ -2,13 +2,13 @@
 
     python eval.py runs/quickstart                              # eval.json, report.html, a table
     python eval.py runs/quickstart --ask deepseek distillation  # what each model answers
-    python eval.py runs/quickstart --check                      # does it hold? exit code 0 or 1
-    python eval.py runs/quickstart --selfcheck                  # is the run sound? exit code 0 or 1
+    python eval.py runs/quickstart --check                      # reproduced? exit code 0 or 1
+    python eval.py runs/quickstart --selfcheck                  # silent errors? exit code 0 or 1
     python eval.py --compare runs/a runs/b                      # what differs, and why
     python eval.py --environment                                # what a bug report needs
     python eval.py runs/quickstart --update                     # write results/quickstart.json
 
-Never trains. Choices are made with --split validation; the held-out split is for the end.
+Never trains. Make choices with --split validation; the held-out split is for the final evaluation.
 """
 
 import argparse
@@ -59,13 +59,13 @@ SPEED_SAMPLE = 512  # rows
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, nargs="?", help="a finished run, as runs/quickstart")
+    parser.add_argument("run", type=Path, nargs="?", help="a finished run, e.g. runs/quickstart")
     parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="print every model's answer")
     parser.add_argument("--split", default="heldout", choices=["heldout", "validation"])
     parser.add_argument(
         "--check", nargs="?", const="", metavar="NAME", help="compare with results/<name>.json"
     )
-    parser.add_argument("--selfcheck", action="store_true", help="check the run by its own files")
+    parser.add_argument("--selfcheck", action="store_true", help="check for silent errors")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="RUN", help="two runs")
     parser.add_argument("--environment", action="store_true", help="is this machine set up?")
     parser.add_argument("--update", action="store_true", help="also write results/<name>.json")
@@ -75,12 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     options = parser.parse_args(arguments)
     if not (options.run or options.compare or options.environment):
-        parser.error("name a finished run, as in: python eval.py runs/quickstart")
+        parser.error("name a finished run, for example: python eval.py runs/quickstart")
     return run_command(lambda: story(options), "rerun the same command to evaluate again")
 
 
 def story(options: argparse.Namespace) -> int:
-    """What the options ask for; the exit code."""
+    """Do what the options ask for; returns the exit code."""
     if options.environment:
         return print_environment()
     if options.compare:
@@ -112,7 +112,7 @@ def judge(run: Run, config: Config, split: str) -> None:
         watch = Stopwatch(config.cost, torch.get_num_threads())
         plan, task = Plan(config), load_task(config.task)
         splits = [split] if split == "validation" else list(task.evaluation_splits)
-        if split != "validation":  # before it is read: an interrupted evaluation has read it too
+        if split != "validation":  # counted first: an interrupted evaluation has read it too
             count_read(run)
         references, evaluations, measured, flops = evaluate_models(run, plan, task, splits)
         estimates = {
@@ -143,7 +143,7 @@ def judge(run: Run, config: Config, split: str) -> None:
 
 
 def count_read(run: Run) -> None:
-    """How often the held-out split was read."""
+    """Count how often the held-out split was read."""
     run.manifest["heldout_reads"] = run.manifest.get("heldout_reads", 0) + 1
     run.save()
 
@@ -151,8 +151,8 @@ def count_read(run: Run) -> None:
 def evaluate_models(
     run: Run, plan: Plan, task: Task, splits: list[str]
 ) -> tuple[dict[str, TeacherReference], dict[str, dict[str, list[Evaluation]]], dict, float]:
-    """({split: the teacher there}, {model: {split: one evaluation per seed}}, what else was
-    measured of each model, FLOPs)."""
+    """({split: the teacher there}, {model: {split: one evaluation per seed}}, other measurements of
+    each model, FLOPs)."""
     own_task = teacher_task(plan.config, run, task)
     teacher = CountedForward(open_model(run, "teacher"))
     references = {s: TeacherReference(teacher, task, task.rows(s), own_task) for s in splits}
@@ -183,7 +183,7 @@ def publish(
     evaluations: dict[str, dict[str, list[Evaluation]]],
     split: str,
 ) -> None:
-    """eval.json and the report of the held-out split; the table, verdicts and cost on screen."""
+    """Write eval.json and the report for the held-out split; print table, verdicts and cost."""
     if result["config"]["precision"] == "float64":
         result["trace"] = {stage: list(steps.values()) for stage, steps in losses_of(run).items()}
     if split != "validation":
@@ -199,7 +199,7 @@ def publish(
 
 
 def ask(run: Run, config: Config, questions: list[str]) -> None:
-    """The answers of teacher, students and `baseline`, with the probability they give them."""
+    """Print the answers of teacher, students and `baseline`, with their probabilities."""
     plan, task = Plan(config), load_task(config.task)
     own_task = teacher_task(config, run, task)
     names = ["teacher", *config.recipes, *(c for c in config.controls if c == "baseline")]
@@ -210,13 +210,13 @@ def ask(run: Run, config: Config, questions: list[str]) -> None:
             asked = own_task if name == "teacher" else task
             rows = Rows.build([0], [asked.prompt(question)], [[]])
             answers[name] = free_running(model, asked, rows)
-        width = max(map(len, (*answers, "the truth")))
+        width = max(map(len, (*answers, "reference")))
         text = min(100, max(len(answer.texts[0]) for answer in answers.values()))
         print(question)
         for name, answer in answers.items():
             probability = np.exp(answer.log_probs[0])
             print(f"  {name:<{width}}  {answer.texts[0]:<{text}}  p = {probability:.3f}")
-        print(f"  {'the truth':<{width}}  {' | '.join(task.truths(question)) or '(not listed)'}")
+        print(f"  {'reference':<{width}}  {' | '.join(task.truths(question)) or '(not listed)'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a teacher, let it produce outputs, train students and their controls on them.
+"""Train a teacher, produce its outputs, and train students and their controls.
 
     python train.py configs/quickstart.yaml                     # about 5 minutes on 2 cores
     python train.py configs/quickstart.yaml seeds=[0,1] name=two-seeds
@@ -66,8 +66,8 @@ from teacher.outputs import finish_outputs, make_outputs, sha256_of_outputs
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="a YAML file, as in configs/")
-    parser.add_argument("overrides", nargs="*", help="key=value, as in teacher.epochs=2")
+    parser.add_argument("config", help="a YAML file, such as those in configs/")
+    parser.add_argument("overrides", nargs="*", help="key=value, such as teacher.epochs=2")
     parser.add_argument("--runs", default="runs", type=Path, help="where run folders are kept")
     parser.add_argument(
         "--fresh", action="store_true", help="copy no teacher or outputs from other runs"
@@ -116,7 +116,7 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
 
 
 def begin_run(experiment: Experiment, folder: Path) -> Experiment:
-    """Open or resume the run folder. LabError if it was begun on other data."""
+    """Open or resume the run folder. LabError if it was started on other data."""
     accelerator, config = experiment.accelerator, experiment.config
     if experiment.is_main:
         threads, processes = torch.get_num_threads(), accelerator.num_processes
@@ -128,7 +128,7 @@ def begin_run(experiment: Experiment, folder: Path) -> Experiment:
     data = data_of(experiment)
     if experiment.run.manifest.setdefault("data", data) != data:
         raise LabError(
-            f"{folder} was begun on other rows or with another tokenizer; train again under "
+            f"{folder} was started on other rows or with another tokenizer; train again under "
             "another name=..."
         )
     if experiment.is_main:
@@ -137,7 +137,7 @@ def begin_run(experiment: Experiment, folder: Path) -> Experiment:
 
 
 def train_teacher(experiment: Experiment, stage: str, seed: int) -> StageResult:
-    """The teacher, or a second one from another seed, learns the task's own rows."""
+    """Train the teacher, or a second one from another seed, on the task's rows."""
     settings = experiment.config.teacher
     model = new_model(experiment, settings.model, seed)
     if settings.epochs == 0:
@@ -162,7 +162,7 @@ def train_teacher(experiment: Experiment, stage: str, seed: int) -> StageResult:
 def produce_outputs(
     experiment: Experiment, stage: str, recipe: Recipe, fresh: bool = False
 ) -> None:
-    """What the teacher reveals for the transfer rows, computed once and stored."""
+    """Compute and store what the teacher reveals for the transfer rows."""
     run, request = experiment.run, experiment.plan.request(recipe)
     binding = binding_of(experiment, recipe, request)
     made_from = "+".join(map(str, binding.values()))
@@ -198,7 +198,7 @@ def produce_outputs(
 def train_student(
     experiment: Experiment, stage: str, name: str, recipe: Recipe, seed: int
 ) -> StageResult:
-    """One student or control: the same starting weights per seed, another training set and loss.
+    """Train one student or control: same initial weights per seed, its own training set and loss.
 
     All cost the same FLOPs, outputs included: one that needs no outputs trains for more steps.
     """
@@ -241,7 +241,7 @@ def fit(
     max_flops: float | None = None,
     validation: Rows | None = None,
 ) -> StageResult:
-    """THE training loop: teacher, student and control differ only in data and loss.
+    """The one training loop: teacher, student and control differ only in data and loss.
 
     Batch by step number, forward, loss, backward, clip, step, log, checkpoint; for a number of
     steps or until max_flops are spent. Several processes share every step.
@@ -289,14 +289,14 @@ def learning_rate(training: Training, step: float, steps: int) -> float:
 
 
 def seed_of_step(seed: int, step: int) -> int:
-    """All randomness of a step is a function of (seed, step): a checkpoint holds no generator.
-    torch decorrelates neighbouring seeds."""
+    """All randomness of a step is a function of (seed, step), so checkpoints hold no generator
+    state. torch decorrelates neighbouring seeds."""
     return (seed * 1_000_003 + step) % 2**63
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
-    """Seed the generators of this device; torch.manual_seed seeds those of every kind of device,
-    which takes a twentieth of a small step."""
+    """Seed the generators of this device; torch.manual_seed seeds those of all device types, which
+    takes a twentieth of a small step."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

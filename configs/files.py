@@ -26,8 +26,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Of a complete file that another library wrote: a power cut may otherwise leave the name
-    without the content."""
+    """fsync a file that another library wrote: after a power cut it might otherwise be empty."""
     with open(path, "r+b") as file:  # Windows refuses fsync on a file opened for reading
         os.fsync(file.fileno())
 
@@ -55,7 +54,7 @@ def formatted_json(content: Any, indent: str = "") -> str:
 
 
 def is_flat(value: Any) -> bool:
-    """A number or text, or a list of those."""
+    """A scalar, or a list of scalars."""
     items = value if isinstance(value, list) else [value]
     return not any(isinstance(item, dict | list) for item in items)
 

@@ -25,7 +25,7 @@ class Section(BaseModel):
 
 
 class TaskConfig(Section):
-    """What is learned. Every task has keys of its own beside `name`; see its `Settings`."""
+    """What is learned. Every task adds its own keys to `name`; see its `Settings`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -37,7 +37,7 @@ class TaskConfig(Section):
 
 
 class Model(Section):
-    """A model to build, or a pretrained one to start from. The names are those of transformers."""
+    """A model to build, or a pretrained one to start from. Keys are named as in transformers."""
 
     pretrained: str | None = None  # a folder or a hub id: its shape and its weights
     architecture: str = "llama"
@@ -46,7 +46,7 @@ class Model(Section):
     num_attention_heads: int | None = Field(None, gt=0)
     intermediate_size: int | None = Field(None, gt=0)
     initializer_range: float = Field(0.02, gt=0)
-    settings: dict[str, Any] = {}  # anything else that the config of this architecture has
+    settings: dict[str, Any] = {}  # other keys of this architecture's config
 
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -63,9 +63,8 @@ class Training(Section):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[Share, Share] = (0.9, 0.98)
     clip_norm: float = Field(1.0, gt=0)
-    # Weight of a prompt token in the loss, where one of the completion has weight 1. Above 0 a
-    # model also learns to write prompts. A student of stored distributions needs 0: those are
-    # revealed for completions only.
+    # Weight of a prompt token in the loss; completion tokens have weight 1. Above 0 a model also
+    # learns to write prompts. Students of stored distributions need 0: only completions have them.
     prompt_weight: float = Field(0.0, ge=0, le=1)
 
 
@@ -77,8 +76,8 @@ class Teacher(Section):
 
 
 class Schedule(Section):
-    """A number that moves linearly from `start` to `end`, reached at the fraction `until` of the
-    training and kept from there."""
+    """A value that moves linearly from `start` to `end` until the fraction `until` of training, and
+    then stays there."""
 
     start: float = Field(ge=0)
     end: float = Field(ge=0)
@@ -103,53 +102,53 @@ def extremes(scheduled: Scheduled) -> tuple[float, float]:
 
 
 class OutputsSettings(Section):
-    """What the teacher writes and reveals, and what of it the student reads."""
+    """What the teacher writes and reveals, and how much of it the student reads."""
 
     transfer_rows: int | None = Field(None, gt=0)  # how many rows the teacher answers; null: all
     k: int = Field(8, gt=0)  # access top_k: probabilities per position; access sampled: draws
-    layers: list[int] = []  # access hidden: one layer of the teacher for each of the student
-    temperature: float = Field(0.0, ge=0)  # at which the teacher writes; 0: greedily
-    # Whose prompts it answers. train: those of the data; invented: its own; extended: those of the
-    # data first, then its own.
+    layers: list[int] = []  # access hidden: one teacher layer per student layer
+    temperature: float = Field(0.0, ge=0)  # the teacher's sampling temperature; 0: greedy
+    # Which prompts it answers. train: those of the data; invented: prompts it writes itself;
+    # extended: those of the data first, then invented ones.
     prompts: Literal["train", "extended", "invented"] = "train"
     # Tasks with reasoning: the student reads all answers, those with the right result (rejection
     # sampling), or all of them without the reasoning.
     traces: Literal["all", "right", "none"] = "all"
-    charged: bool = True  # to the student's budget; a study of ever more outputs sets it to false
+    charged: bool = True  # to the student's budget; false in studies that vary the outputs
 
 
 class DivergenceSettings(Section):
-    """Parameters of the divergences; each reads the ones that its formula has."""
+    """Parameters of the divergences; each uses those in its formula."""
 
-    temperature_squared: bool = True  # times T^2, so that gradients keep their scale
+    temperature_squared: bool = True  # multiply by T^2, so that gradients keep their scale
     beta: float = Field(0.5, gt=0, lt=1)  # generalised JSD: weight of the teacher in the mixture
-    skew: float = Field(0.1, gt=0, lt=1)  # skewed KLs: weight of the first in the mixture
+    skew: float = Field(0.1, gt=0, lt=1)  # skewed KLs: weight of the first distribution
 
 
 class StudentSettings(Section):
     """How the student of this recipe differs from the others."""
 
-    model: Model | None = None  # another shape than students.model
-    initial_layers: list[int] = []  # of the teacher, to start from; else random weights
-    learning_rate: float | None = Field(None, gt=0)  # another than students.training has
-    budget_fraction: float = Field(1.0, gt=0, le=1)  # of what every student may spend
-    # Share of the steps whose text the student writes and the teacher scores live; with sequences
-    # student it is all of them.
+    model: Model | None = None  # overrides students.model
+    initial_layers: list[int] = []  # teacher layers to start from; empty: random weights
+    learning_rate: float | None = Field(None, gt=0)  # overrides students.training.learning_rate
+    budget_fraction: float = Field(1.0, gt=0, le=1)  # of the students' budget
+    # Fraction of the steps in which the student writes the text and the teacher scores it live;
+    # all steps with sequences student.
     on_policy: Scheduled = 0.0
-    temperature: float = Field(1.0, ge=0)  # at which it writes
+    temperature: float = Field(1.0, ge=0)  # its sampling temperature
     group: int = Field(8, gt=1)  # objective policy_gradient: answers per prompt
 
 
 class ControlSettings(Section):
     """What turns a recipe into a control."""
 
-    label_fraction: float = Field(1.0, gt=0, le=1)  # access none: share of the training rows
+    label_fraction: float = Field(1.0, gt=0, le=1)  # access none: of the training rows
     shuffled: bool = False  # outputs of the wrong rows
     smoothed: bool = False  # uniform label smoothing with the teacher's mean entropy
 
 
 class Recipe(Section):
-    """A distillation method: three choices, and their dosage."""
+    """A distillation method: three choices and their settings."""
 
     access: str = "logits"  # what the teacher reveals
     sequences: Literal["data", "teacher", "student"] = "data"  # who writes the training text
@@ -170,7 +169,7 @@ class Recipe(Section):
 
     @property
     def needs_outputs(self) -> bool:
-        """Whether a teacher has to answer before a student of this recipe can train."""
+        """Whether a student of this recipe needs stored teacher outputs before it can train."""
         return self.access != "none" and self.sequences != "student"
 
     @property
@@ -191,7 +190,7 @@ class Students(Section):
 
 
 class Verdict(Section):
-    """A claim that the evaluation decides, fixed beforehand."""
+    """A claim that the evaluation tests, fixed beforehand."""
 
     claim: str  # "<name> beats <name>", "... matches ..." or "... keeps ..."
     metric: str = "sequence_agreement"
@@ -217,7 +216,7 @@ class Verdict(Section):
 
 
 class Compare(Section):
-    """Every recipe against some others, in a table: verdicts that are corrected together."""
+    """Compare every recipe with some models, in a table; all verdicts are corrected together."""
 
     against: list[str] = Field(min_length=1)
     metrics: list[str] = Field(["sequence_agreement"], min_length=1)
@@ -226,7 +225,7 @@ class Compare(Section):
 class Cost(Section):
     price_per_hour: float = Field(0.10, ge=0)  # money per hour of this machine, any currency
     currency: str = "USD"
-    watts_per_thread: float = Field(4.0, gt=0)  # the stated estimate where no meter can be read
+    watts_per_thread: float = Field(4.0, gt=0)  # estimate where no energy counter is readable
 
 
 CONTROLS = ("baseline", "low_data", "shuffled", "smoothed", "second_teacher")
@@ -248,14 +247,14 @@ class Config(Section):
     verdicts: list[Verdict] = []
     compare: Compare | None = None
     cost: Cost = Cost()
-    # A checkpoint is due after either, and written where the next line of the log ends.
+    # A checkpoint is due after either, and is written with the next log line.
     checkpoint_seconds: float = Field(30.0, ge=0)
     checkpoint_steps: int = Field(5_000, gt=0)
     log_every: int = Field(50, gt=0)
 
     def claims(self) -> list[Verdict]:
-        """What the evaluation decides: the verdicts, then those of `compare`, for all recipes that
-        may spend the whole budget."""
+        """All claims to test: the verdicts, then those of `compare` for every recipe with the full
+        budget."""
         if self.compare is None:
             return self.verdicts
         compared = [

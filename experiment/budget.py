@@ -1,4 +1,4 @@
-"""Budgets: every student may spend the same FLOPs, and trains for as many steps as they afford."""
+"""Budgets: every student may spend the same FLOPs, and trains for as many steps as they allow."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,10 +24,10 @@ def steps_within_budget(
     data: TrainingSet,
     loss: Loss,
 ) -> tuple[int, float | None]:
-    """(how many steps a student may train, None); where it writes its own rows, so that a step's
-    cost is known only afterwards, (about how many, the FLOPs after which it must stop).
+    """(how many steps a student may train, None); if it writes its own rows, so that a step's cost
+    is known only afterwards, (about how many steps, the FLOPs after which it must stop).
 
-    LabError if the budget leaves none.
+    LabError if the budget allows no step.
     """
     max_flops, stop_at = flops_left(experiment, recipe), None
     flops, plain = TrainingFlops(model), TrainingFlops(student_of(model))
@@ -44,7 +44,7 @@ def steps_within_budget(
 
 
 def flops_left(experiment: Experiment, recipe: Recipe) -> float:
-    """Of the budget of a student, after its prerequisites: outputs, and an assistant."""
+    """What is left of a student's budget after its prerequisites: outputs and an assistant."""
     config, run = experiment.config, experiment.run
     budget = 1e12 * (config.students.tflops or 0.0)
     if config.students.budget:
@@ -61,9 +61,9 @@ def affordable_steps(
     max_flops: float,
     hidden_steps: Callable[[int], int],
 ) -> int:
-    """How many steps on rows of these lengths a budget of FLOPs affords. Of n steps the first
+    """How many steps on rows of these lengths a budget of FLOPs allows. Of n steps the first
     hidden_steps(n) cost `with_projections`, the others `plain`."""
-    spent, extra = [0], [0]  # after n steps: plain, and in addition with hidden states
+    spent, extra = [0], [0]  # after n steps: plain, and the extra cost of hidden states
     while spent[-1] <= max_flops:
         batch = lengths[order(len(spent) - 1)]
         spent.append(spent[-1] + plain.of_batch(batch))
@@ -75,9 +75,9 @@ def affordable_steps(
 def expected_steps(
     plain: TrainingFlops, policy: Any, lengths: np.ndarray, batch_rows: int, max_flops: float
 ) -> tuple[int, float]:
-    """(about how many steps a budget affords, the FLOPs of the most expensive possible step), where
-    the student writes the rows of some steps, about as long as these lengths. The exact cost is
-    known only in the training, which ends when the budget is spent."""
+    """(about how many steps a budget allows, the FLOPs of the most expensive possible step) if the
+    student writes the rows of some steps, about as long as these lengths. The exact cost is known
+    only during training, which ends when the budget is spent."""
 
     def per_row(length: int, share: float) -> float:
         scoring, step = 0.0, plain.of_row(length)
@@ -98,10 +98,10 @@ def expected_steps(
 
 def check_budgets(experiment: Experiment) -> None:
     """LabError for a budget that leaves no FLOPs for training, estimated from shapes before
-    anything trains: outputs are taken to be as long as the data's own answers."""
+    anything trains: outputs are assumed to be as long as the answers in the data."""
     config, plan, rows = experiment.config, experiment.plan, experiment.rows
     if not config.students.budget or config.teacher.model.pretrained:
-        return  # in TFLOPs, or a share of what only a training can tell
+        return  # in TFLOPs, or a fraction of a cost that is known only after training
     model = new_model(experiment, config.teacher.model, 0)
     mean_length = round(float(rows.lengths.mean()))
     order = batch_order(rows.lengths, config.teacher.training.batch_rows, 0)

@@ -1,7 +1,7 @@
 """Check a run against the committed result of its config, or compare it with another run.
 
 A run on another machine cannot be bit-equal: the order of float32 sums differs between thread
-counts and processors. So a check first says what to expect, and then which tier was met:
+counts and processors. So a check first states which tier to expect, then which one was met:
 
 A   bit-equal: every model and every outputs shard has the committed hash
 B   a float64 trace: every loss equal to 1e-9, on any CPU, thread count and operating system
@@ -54,7 +54,7 @@ def expected_tier(environments: list[dict[str, Any]], precision: str) -> tuple[s
 
 
 def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[str]]:
-    """(tier, four lines) of a run's result against the committed one of the same config."""
+    """(tier, four lines) of a run's result against the committed result of the same config."""
     precision = reference["config"].get("precision", "float32")
     environments = [
         e
@@ -179,7 +179,7 @@ def compare_runs(a: Run, b: Run) -> list[str]:
 
 
 def first_difference(stage: str, a: dict, b: dict) -> list[str]:
-    """The first logged step of a stage at which two runs differ in loss, or only one has any."""
+    """The first logged step of a stage at which two runs differ in loss, or only one has a loss."""
     here, there = a.get(stage, {}), b.get(stage, {})
     for step in sorted(here.keys() | there.keys()):
         if here.get(step) != there.get(step):
@@ -199,8 +199,7 @@ def losses_of(run: Run) -> dict[str, dict[int, float]]:
 
 
 def artifacts_of(run: Run) -> dict[str, str]:
-    """The sha256 of everything that a run was made from and has made: rows, tokenizer, models,
-    outputs."""
+    """The sha256 of all inputs and products of a run: rows, tokenizer, models, outputs."""
     stages = run.manifest["stages"].items()
     made = {stage: made["sha256"] for stage, made in stages if "sha256" in made}
     return {**run.manifest.get("data", {}), **made}
@@ -213,8 +212,8 @@ def check_run(
     run: Run, config: Config, name: str, results: Path, evaluate: Callable[[], None]
 ) -> int:
     """Compare a run with results/<name>.json and print the four lines of the check; 0 if it holds,
-    1 if it is different. Every model and shard is verified; a missing or outdated eval.json is made
-    anew by `evaluate`."""
+    1 if it is different. Every model and shard is verified; a missing or outdated eval.json is
+    recomputed by `evaluate`."""
     file = results / f"{name}.json"
     if not file.exists():
         known = [found.stem for found in results.glob("*.json")]
@@ -232,13 +231,13 @@ def check_run(
     print("\n".join(lines))
     try:
         write_atomically(run.folder / "check.html", render_check(result, reference, lines))
-    except OSError as error:  # a folder that can only be read
+    except OSError as error:  # a read-only folder
         print(f"check.html is not written: {error}", file=sys.stderr)
     return 1 if tier == "D" else 0
 
 
 def is_current(run: Run) -> bool:
-    """Whether eval.json describes these very models and outputs, by this very code."""
+    """Whether eval.json was made from exactly these models and outputs, by exactly this code."""
     if not (run.folder / "eval.json").exists():
         return False
     result = read_json(run.folder / "eval.json")

@@ -23,8 +23,8 @@ def checkpoint(
     cost: dict[str, Any],
     belongs_to: dict[str, Any],
 ) -> None:
-    """Weights, both moments of AdamW, the step and its cost so far, and what training they belong
-    to. The order of the data follows from the step."""
+    """Save the weights, both moments of AdamW, the step, the cost so far, and which training they
+    belong to. The order of the data follows from the step."""
     tensors = {f"model/{name}": p for name, p in model.named_parameters()}
     for key in ("exp_avg", "exp_avg_sq"):
         tensors |= {
@@ -72,14 +72,14 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], m
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The newest undamaged checkpoint, or None; says so when it skips a damaged one."""
+    """The newest undamaged checkpoint, or None; prints a line for every damaged one."""
     damaged = False
     for file in sorted(folder.glob("step-*.safetensors"), reverse=True):
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest()[:16] != file.name.split(".")[1]:
             print(f"checkpoint {file} is damaged (sha256 differs); resuming from the one before it")
             damaged = True
-            # Set aside: it would count as one of the two that are kept, and is evidence.
+            # Renamed: it must not count as one of the two to keep, but may explain the damage.
             os.replace(file, file.with_name(f"damaged-{file.name}"))
             continue
         header = int.from_bytes(content[:8], "little")

@@ -8,7 +8,7 @@ from tasks.task import Metric, Task
 
 
 def check_claims(config: Config, task: type[Task]) -> Iterator[str]:
-    """What the evaluation is to decide."""
+    """All claims that the evaluation tests."""
     metrics = metrics_of(task)
     names = {*config.recipes, *config.controls}
     for claim in config.claims():
@@ -27,7 +27,7 @@ def check_claims(config: Config, task: type[Task]) -> Iterator[str]:
 
 
 def check_claim(claim: Verdict, task: type[Task]) -> Iterator[str]:
-    """The metric exists, and its split too."""
+    """The metric and the split exist."""
     metrics = metrics_of(task)
     if claim.metric not in metrics:
         yield (
@@ -51,17 +51,17 @@ def check_claim(claim: Verdict, task: type[Task]) -> Iterator[str]:
 
 
 def check_threshold(verdict: Verdict, metric: Metric) -> Iterator[str]:
-    """It has the unit of the metric, and suits the claim."""
+    """The threshold has the metric's unit and suits the claim."""
     threshold = verdict.threshold
     if " keeps " in verdict.claim and not 0 < threshold < 1:
         yield (
-            f"verdict {verdict.claim!r}: threshold {threshold:g}, expected the share that is to be "
-            "kept, above 0 and below 1"
+            f"verdict {verdict.claim!r}: threshold {threshold:g}, expected the fraction to keep, "
+            "above 0 and below 1"
         )
     if abs(threshold) >= 1 and metric.is_share:
         yield (
-            f"verdict {verdict.claim!r}: threshold {threshold:g} of {verdict.metric}, a share; did "
-            f"you mean {threshold / 100:g}?"
+            f"verdict {verdict.claim!r}: threshold {threshold:g} of {verdict.metric}, a fraction; "
+            f"did you mean {threshold / 100:g}?"
         )
     if " keeps " in verdict.claim and metric.lower_is_better:
         yield (

@@ -1,4 +1,4 @@
-"""Running a command: problems in one line, and an exit code."""
+"""Run a command: errors become one line and an exit code."""
 
 import sys
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from safetensors import SafetensorError
 from configs.schema import LabError
 
 
-def run_command(story: Callable[[], int], when_stopped: str) -> int:
-    """The exit code of `story`: its own, 2 for a problem that the user can fix, 130 for Ctrl-C."""
+def run_command(command: Callable[[], int], when_stopped: str) -> int:
+    """The exit code of `command`; 2 for a problem that the user can fix, 130 for Ctrl-C."""
     try:
-        return story()
+        return command()
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

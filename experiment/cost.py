@@ -28,8 +28,8 @@ TRAINING_FLOPS: dict[tuple, dict[int, int]] = {}
 
 
 class TrainingFlops:
-    """FLOPs of forward and backward for one row of L tokens, counted once per L; models of one
-    shape share the figures.
+    """FLOPs of forward and backward for one row of L tokens, counted once per L; models of the same
+    shape share the counts.
 
     All matrix products of a step are linear in its rows, so one row is enough; a test compares the
     sum with a count of the full step.
@@ -55,20 +55,20 @@ class TrainingFlops:
         return self.per_row[length]
 
     def of_batch(self, lengths: np.ndarray) -> int:
-        """For a batch of rows padded to the longest."""
+        """FLOPs for a batch of rows padded to the longest."""
         return len(lengths) * self.of_row(int(lengths.max()))
 
 
-# FLOPs per row of a forward pass, by the shape of the model (its config), tokens, cached tokens and
-# how many of the last tokens have logits (0: all)
+# FLOPs per row of a forward pass, by the model's config, tokens, cached tokens and how many of the
+# last tokens get logits (0: all)
 FORWARD_FLOPS: dict[str, dict[tuple[int, int, int], float]] = {}
 
 
 class CountedForward:
     """A model whose forward passes are counted, with or without a KV cache.
 
-    Each shape is counted once, by torch, in the first pass that has it; models of one config
-    share the figures.
+    Each input shape is counted once, by torch, in the first pass that has it; models with the same
+    config share the counts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -95,7 +95,7 @@ class CountedForward:
 
 def cached_length(options: dict[str, Any]) -> int:
     """How many tokens the cache of a forward pass holds; a recurrent state has no length, and its
-    passes cost the same however many it has read."""
+    passes cost the same however many tokens it has read."""
     cache = next((options[n] for n in CACHES if options.get(n) is not None), None)
     layers = [] if cache is None else cache.layers
     if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
@@ -104,7 +104,7 @@ def cached_length(options: dict[str, Any]) -> int:
 
 
 class Stopwatch:
-    """The cost of one stage; `seconds` and `joules` of an interrupted part before are added."""
+    """The cost of one stage, plus `seconds` and `joules` of an earlier, interrupted part."""
 
     def __init__(self, cost: Cost, threads: int, before: dict[str, Any] | None = None) -> None:
         self.cost, self.threads = cost, threads
@@ -137,7 +137,7 @@ class Stopwatch:
 
 
 def read_energy() -> float | None:
-    """Joules since some start, from the NVML counter of a GPU or the RAPL one of a processor."""
+    """Joules since an arbitrary start, by the NVML counter of a GPU or the RAPL one of a CPU."""
     if torch.cuda.is_available():
         try:
             import pynvml
@@ -154,8 +154,8 @@ def read_energy() -> float | None:
 
 
 def peak_memory() -> int:
-    """Of this process so far, in bytes; on a CPU including the pages of mapped files that it
-    touched, which the system can reclaim."""
+    """Peak memory of this process so far, in bytes; on a CPU this includes pages of memory-mapped
+    files, which the system can reclaim."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

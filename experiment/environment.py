@@ -65,7 +65,7 @@ def print_environment() -> int:
 
 
 def environment_facts() -> list[tuple[bool, str]]:
-    """(whether it is as it should be, fact) for everything that a bug report needs."""
+    """(whether it is as expected, fact) for everything that a bug report needs."""
     found = environment(torch.get_num_threads())
     facts = [
         (sys.version_info >= (3, 11), f"Python {found['python']} (3.11 or newer)"),
@@ -87,7 +87,7 @@ def environment_facts() -> list[tuple[bool, str]]:
     facts.append((memory > 2, f"{memory:.1f} GB of memory free (2 are needed)"))
     disk = shutil.disk_usage(Path.cwd()).free / 2**30
     facts.append((disk > 2, f"{disk:.1f} GB of disk free (2 are needed)"))
-    facts.append((os.access(Path.cwd(), os.W_OK), f"{Path.cwd()} can be written to"))
+    facts.append((os.access(Path.cwd(), os.W_OK), f"{Path.cwd()} is writable"))
     for name, task in TASKS.items():
         if task.package:
             try:
@@ -111,15 +111,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def code_sha256() -> str:
-    """Of the code that a training runs: it does not change with documentation, and needs no git."""
+    """The hash of the code that training runs: it ignores documentation and needs no git."""
     files = [ROOT / "train.py"]
-    for room in ("configs", "models", "tasks", "teacher", "student", "experiment"):
-        files += sorted((ROOT / room).glob("*.py"))
+    for folder in ("configs", "models", "tasks", "teacher", "student", "experiment"):
+        files += sorted((ROOT / folder).glob("*.py"))
     return sha256_of_code(files)
 
 
 def evaluation_sha256() -> str:
-    """Of the code that an evaluation runs on top of that."""
+    """The hash of the additional code that an evaluation runs."""
     return sha256_of_code([ROOT / "eval.py", *sorted((ROOT / "measure").rglob("*.py"))])
 
 

@@ -1,6 +1,6 @@
 """The experiment: what every stage of a run works with, and what a student starts from.
 
-Training and the checks of a finished run open it in the same way, so that both mean the same
+Training and the checks of a finished run open it in the same way, so that both use the same
 training sets and weights.
 """
 
@@ -66,7 +66,7 @@ class Experiment:
     task: Task
     rows: Rows  # the training split
     validation: Rows
-    accelerator: "Accelerator | None" = None  # where something is trained
+    accelerator: "Accelerator | None" = None  # only for training
 
     @cached_property
     def plan(self) -> Plan:
@@ -99,8 +99,8 @@ def new_model(experiment: Experiment, settings: Model, seed: int) -> nn.Module:
 def new_student(
     experiment: Experiment, recipe: Recipe, training_set: TrainingSet, seed: int
 ) -> nn.Module:
-    """A student before its first step: the same weights per seed in all recipes of one shape, or
-    layers of its teacher (where that is a recipe, of its student of the same seed); with
+    """A student before its first step: with the same weights per seed in all recipes of one shape,
+    or with layers of its teacher (if that is a recipe, of its student with the same seed); with
     projections if it matches hidden states."""
     model = new_model(experiment, experiment.config.model_of(recipe), seed)
     if recipe.student.initial_layers:
@@ -112,7 +112,7 @@ def new_student(
 
 
 def loss_of(experiment: Experiment, recipe: Recipe, training: Training) -> Loss:
-    """What a training minimises."""
+    """The loss that a training minimises."""
     task = experiment.task
     return Loss(
         objective_of(recipe),
@@ -125,7 +125,7 @@ def loss_of(experiment: Experiment, recipe: Recipe, training: Training) -> Loss:
 
 def verified(run: Run, stage: str) -> Path:
     """The folder of a model of the run. LabError if its weights, config or tokenizer are not those
-    that the manifest has."""
+    recorded in the manifest."""
     folder, made = run.folder / stage, run.manifest["stages"][stage]
     if sha256_of_model(folder) != made["sha256"]:
         raise LabError(
@@ -161,7 +161,7 @@ def teacher_of(experiment: Experiment, recipe: Recipe, counted: Counted) -> Forw
 
 
 def teacher_task(config: Config, run: Run, task: Task, names: Sequence[str] = ("teacher",)) -> Task:
-    """The task with the teacher's tokenizer: another one only for a pretrained teacher."""
+    """The task with the teacher's tokenizer, which may differ only if the teacher is pretrained."""
     if not config.teacher.model.pretrained or names[0] != "teacher":
         return task
     if first_differing_id(load_tokenizer(run.teacher), task.tokenizer) is None:
@@ -174,7 +174,7 @@ def teacher_task(config: Config, run: Run, task: Task, names: Sequence[str] = ("
 
 
 def teacher_sha256(experiment: Experiment, recipe: Recipe, seed: int | None = None) -> str:
-    """Of the teachers of a recipe; with a seed, of those that its student of that seed starts
+    """The hash of a recipe's teachers; with a seed, of those that its student with that seed starts
     from."""
     stages = experiment.run.manifest["stages"]
     paired = seed if recipe.student.initial_layers else None
@@ -183,7 +183,7 @@ def teacher_sha256(experiment: Experiment, recipe: Recipe, seed: int | None = No
 
 
 def tokenizer_sha256(task: Task) -> str:
-    """Of a task without tokenizer, of nothing."""
+    """The hash of a task's tokenizer; of an empty text if it has none."""
     text = task.tokenizer.backend_tokenizer.to_str() if task.tokenizer is not None else ""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -227,7 +227,7 @@ def outputs_of(experiment: Experiment, recipe: Recipe) -> Outputs:
 def source_of(
     experiment: Experiment, recipe: Recipe, request: OutputsRequest, counted: Counted
 ) -> LocalModel:
-    """Who answers for a recipe."""
+    """The source of a recipe's outputs."""
     config, run, task = experiment.config, experiment.run, experiment.task
     own_task = teacher_task(config, run, task, recipe.teachers)
     teacher = teacher_of(experiment, recipe, counted)
@@ -250,7 +250,7 @@ def verified_outputs(run: Run, stage: str) -> None:
 
 
 def lineage_of(experiment: Experiment, name: str, recipe: Recipe, seed: int) -> str:
-    """What a student descends from, for its model card."""
+    """What a student was trained from, for its model card."""
     parts = [f"Student `{name}` from seed {seed}"]
     if ACCESS[recipe.access].teacher or recipe.student.initial_layers:
         parts.append(f"teacher {teacher_sha256(experiment, recipe, seed)[:16]}")
@@ -259,7 +259,7 @@ def lineage_of(experiment: Experiment, name: str, recipe: Recipe, seed: int) -> 
 
 
 def teacher_training_set(experiment: Experiment, seed: int) -> TrainingSet:
-    """The task's own rows, in the order of a seed."""
+    """The task's rows, in the order given by a seed."""
     rows, batch_rows = experiment.rows, experiment.config.teacher.training.batch_rows
     return TrainingSet(rows, order=batch_order(rows.lengths, batch_rows, seed))
 
@@ -295,7 +295,7 @@ def asked_rows(experiment: Experiment, recipe: Recipe) -> Rows:
 
 
 def stored_training_set(experiment: Experiment, recipe: Recipe, seed: int) -> TrainingSet:
-    """What is there before the training: outputs of the teacher, or rows of the data."""
+    """The training set that exists before training: outputs of the teacher, or rows of the data."""
     task, rows, control = experiment.task, experiment.rows, recipe.control
     request = experiment.plan.request(recipe)
     if request:

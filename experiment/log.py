@@ -1,4 +1,4 @@
-"""What a run says while it works: progress bars, log lines, metrics.jsonl, the learning curve."""
+"""The log of a run in progress: progress bars, log lines, metrics.jsonl, the learning curve."""
 
 import multiprocessing
 import time
@@ -38,7 +38,7 @@ class TrainingLog:
         stage: str,
         task: Task,
         validation: Rows,
-        steps: int | None,  # None: a FLOPs budget ends the training
+        steps: int | None,  # None: training ends with the FLOPs budget
         first: int,
         progress: float,
     ) -> None:
@@ -137,7 +137,7 @@ class OutputsLog:
         self.bar.close()
 
     def progress(self, rows: int) -> None:
-        """So many rows more."""
+        """Count this many more rows."""
         self.bar.update(rows)
         if self.is_main and self.watch.elapsed() - self.recorded >= RECORD_SECONDS:
             write_json(self.file, self.watch.read(0))
@@ -145,7 +145,7 @@ class OutputsLog:
 
 
 def print_summary(run: Run) -> None:
-    """Where things are, what they cost, and the next command."""
+    """Print where things are, what they cost, and the next command."""
     minutes = sum(row["seconds"] for row in run.ledger) / 60
     text = (
         f"teacher    {run.teacher}\nstudents   {run.folder / 'students'}\n"

@@ -13,15 +13,15 @@ TEACHERS = ("teacher", "second_teacher")
 
 @dataclass(frozen=True)
 class Plan:
-    """What an experiment consists of. A stage is a folder of the run: `teacher`, `second_teacher`,
+    """The stages of an experiment. A stage is a folder of the run: `teacher`, `second_teacher`,
     `outputs/...` or `students/NAME/seed-N`."""
 
     config: Config
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
-        """Every student and every control that is one, by name. Controls follow the first
-        recipe; a second teacher is not a student."""
+        """The recipes of all students and of all controls that are students, by name. Controls
+        are derived from the first recipe; a second teacher is not a student."""
         first = next(iter(self.config.recipes.values()))
         controls = {
             name: control_recipe(name, first)
@@ -43,8 +43,8 @@ class Plan:
     @cached_property
     def training_order(self) -> list[list[str]]:
         """Names of students and controls in groups; a student that teaches others is in an earlier
-        one. Controls come last, as some need outputs of a recipe. Recipes that teach each other in
-        a circle are in no group."""
+        group. Controls come last, because some need outputs of a recipe. Recipes that teach each
+        other in a circle are in no group."""
         waiting, trained = dict(self.config.recipes), set(TEACHERS)
         groups: list[list[str]] = []
         while ready := [n for n, r in waiting.items() if trained.issuperset(r.teachers)]:
@@ -66,7 +66,7 @@ class Plan:
         return [*self.recipes, *(name for name in self.teachers if name != "teacher")]
 
     def stage(self, name: str, seed: int | None = None) -> str:
-        """Where a model is; without a seed, the first one of a recipe."""
+        """The stage of a model; without a seed, of a recipe's first seed."""
         if name in TEACHERS:
             return name
         return f"students/{name}/seed-{self.config.seeds[0] if seed is None else seed}"
@@ -85,9 +85,9 @@ class Plan:
         return found
 
     def prerequisites(self, recipe: Recipe, *, uncharged: bool = False) -> list[str]:
-        """The stages that a student of this recipe pays for before it trains: its outputs (those
-        with `charged: false` only if `uncharged`), and an assistant that teaches it or gives it its
-        layers. The teacher itself exists already."""
+        """The stages that a student of this recipe is charged for before it trains: its outputs
+        (those with `charged: false` only if `uncharged`), and an assistant that teaches it or gives
+        it its layers. The teacher itself is not charged."""
         request = self.request(recipe)
         pays = recipe.outputs.charged or uncharged
         stages = [request.stage] if request and pays else []

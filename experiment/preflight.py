@@ -1,18 +1,21 @@
 """Checks that need the task or the models loaded, before a run folder is made."""
 
+from types import SimpleNamespace
+
 from configs.schema import LabError, Model, Recipe
 from experiment.experiment import Experiment, new_model
 from measure.metrics import metrics_of
-from models.language import load_tokenizer, pretrained_layers
+from models.language import ModelTask, load_tokenizer, pretrained_layers
 from models.probe import probe
 from models.vocabulary import first_differing_id, require_same_vocabulary
 from student.recipe import compares_ids
+from tasks.task import Task
 from teacher.access import ACCESS
 
 
 def check_experiment(experiment: Experiment) -> None:
-    """LabError for what only the task or the models can tell, before a run folder is made."""
-    task, words = experiment.task, len(experiment.rows)
+    """LabError if the config does not fit the task's data or the models."""
+    task, available = experiment.task, len(experiment.rows)
     check_vocabularies(experiment)
     check_models(experiment)
     for name, recipe in experiment.plan.recipes.items():
@@ -23,11 +26,11 @@ def check_experiment(experiment: Experiment) -> None:
                 f"recipes.{name}.outputs.k: found {outputs.k}, expected at most {task.vocabulary}, "
                 "the size of the vocabulary"
             )
-        if outputs.prompts == "train" and (outputs.transfer_rows or 0) > words:
+        if outputs.prompts == "train" and (outputs.transfer_rows or 0) > available:
             raise LabError(
                 f"recipes.{name}.outputs.transfer_rows: found {outputs.transfer_rows}, expected at "
-                f"most {words}, the training {task.item_noun}; with prompts: extended there is no "
-                "limit"
+                f"most {available}, the training {task.item_noun}; with prompts: extended there is "
+                "no limit"
             )
 
 
@@ -42,10 +45,11 @@ def check_models(experiment: Experiment) -> None:
     for shape, what in models.items():
         settings = Model.model_validate_json(shape)
         try:
-            probe(new_model(experiment, settings, 0), experiment.task, what)
+            model = new_model(experiment, settings, 0)
+            probe(model, task_with_tokenizer_of(experiment.task, settings), what)
         except LabError:
             raise
-        except Exception as error:  # each library has its own
+        except Exception as error:  # every library raises its own type
             raise LabError(
                 f"{what}: a model of this shape cannot run: "
                 f"{settings.model_dump(exclude_defaults=True)} ({' '.join(str(error).split())}); "
@@ -53,8 +57,22 @@ def check_models(experiment: Experiment) -> None:
             ) from None
 
 
+def task_with_tokenizer_of(task: Task, settings: Model) -> ModelTask:
+    """What a model is probed for: a pretrained one reads the tokens of its own tokenizer."""
+    if not settings.pretrained:
+        return task
+    theirs = load_tokenizer(settings.pretrained)
+    return SimpleNamespace(
+        name=task.name,
+        tokenizer=theirs,
+        vocabulary=len(theirs),
+        longest_row=task.longest_row,
+        pad=-1 if theirs.pad_token_id is None else theirs.pad_token_id,
+    )
+
+
 def check_layers(experiment: Experiment, name: str, recipe: Recipe) -> None:
-    """The layers that a recipe names exist, one for each of the student's."""
+    """The teacher layers that a recipe names exist, one per student layer."""
     config = experiment.config
     model, taught_by = config.model_of(recipe), config.teacher_model_of(recipe)
     named = {
@@ -78,8 +96,8 @@ def check_layers(experiment: Experiment, name: str, recipe: Recipe) -> None:
 
 
 def check_vocabularies(experiment: Experiment) -> None:
-    """Pretrained models have the tokens that they need. A student must have those of the task; a
-    teacher may have its own where no token ids are compared."""
+    """Pretrained models have the vocabulary that they need. A student must have that of the task; a
+    teacher may have another one if no token ids are compared."""
     config, task = experiment.config, experiment.task
     models = {"students.model": config.students.model}
     models |= {
@@ -94,7 +112,7 @@ def check_vocabularies(experiment: Experiment) -> None:
         if first_differing_id(tokenizer, task.tokenizer) is not None:
             raise LabError(
                 f"{key}.pretrained {model.pretrained!r} has another tokenizer than task "
-                f"{task.name}, whose tokenizer is that of its students"
+                f"{task.name}; a student must use its task's tokenizer"
             )
     if not config.teacher.model.pretrained:
         return

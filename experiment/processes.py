@@ -27,7 +27,7 @@ def require_rows_for_all(stage: str, rows: int, accelerator: Accelerator) -> Non
 def micro_batches(
     indices: np.ndarray, accumulation: int, accelerator: Accelerator
 ) -> list[np.ndarray]:
-    """The parts of a step that this process computes, of those that all processes do."""
+    """The micro-batches of a step that this process computes."""
     processes = accelerator.num_processes
     parts = np.array_split(indices, min(accumulation * processes, len(indices)))
     return parts[accelerator.process_index :: processes]

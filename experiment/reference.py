@@ -4,7 +4,7 @@ The bands are two-sided normal tolerance intervals over the seeds of reference r
 JASA 64, 610-620): with 95 % confidence they contain all m metrics of 95 % of all seeds at once, so
 each has a coverage of 1 - 5 % / m (Bonferroni). Reference runs decide whether a rerun is accepted,
 as in MLPerf's reference convergence points (Mattson et al. 2020, arXiv 1910.01500, section
-3.3). Every seed of a rerun must lie in the band, not their mean alone.
+3.3). Every seed of a rerun must lie in the band, not only their mean.
 """
 
 import math
@@ -21,8 +21,8 @@ from experiment.run import Run
 from measure.report.tables import per_seed_values, with_tables
 
 COVERAGE = CONFIDENCE = 0.95
-MIN_HALF_WIDTH = 0.001  # a metric at its end (0 of 6,298 words) has no deviation
-# Keys of a config that say how a machine runs it, not what is run.
+MIN_HALF_WIDTH = 0.001  # a metric at its limit (0 of 6,298 words) has no deviation
+# Keys of a config that set how it runs on a machine, not what it computes.
 MACHINE = ("name:", "threads:", "workers:", "cost.", "checkpoint_")
 
 
@@ -41,8 +41,8 @@ def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     students = [(r["config"]["teacher"]["seed"], seed) for r in results for seed in r["seeds"]]
     if len(set(students)) < len(students):
         raise LabError(
-            "two of these runs hold the same student (teacher.seed and seed): a band of repeated "
-            "runs is too narrow; remove one"
+            "two of these runs hold the same student (teacher.seed and seed), which would make the "
+            "bands too narrow; remove one"
         )
     for result in results:
         for key, values in per_seed_values(result).items():
@@ -61,16 +61,16 @@ def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def other_configs(stored: dict[str, Any], config: Config, ignored: tuple[str, ...]) -> list[str]:
-    """Where a stored config differs from this one, except in the keys `ignored`; a key that it does
-    not have is at its default."""
+    """Where a stored config differs from this one, except in the keys `ignored`; missing keys have
+    their defaults."""
     there = check_config(stored, "the stored config").model_dump(mode="json")
     found = differences(there, config.model_dump(mode="json"))
     return [line for line in found if not line.startswith(ignored)]
 
 
 def write_reference(run: Run, config: Config, others: list[Path], folder: Path) -> None:
-    """Write <folder>/<name>.json, with the bands of this run and of others that differ in seeds
-    (run folders, or results of them), and the tables of the README beside that folder."""
+    """Write <folder>/<name>.json, with bands over this run and others that differ in seeds (run
+    folders, or their results), and the tables of the README beside that folder."""
     results = [read_json(run.folder / "eval.json")]
     for other in others:
         results.append(read_json(other / "eval.json" if other.is_dir() else other))
@@ -81,7 +81,7 @@ def write_reference(run: Run, config: Config, others: list[Path], folder: Path) 
     reference = {**results[0], "bands": bands(results)}
     where = results[0]["environment"]
     if where["dirty"] or where["trained"]["dirty"]:
-        print("made with uncommitted code: others cannot check out what made this result")
+        print("made with uncommitted code: others cannot check out the code of this result")
     if reference["bands"] is None:
         print("fewer than 10 seeds: no bands written; name more runs with --bands")
     write_json(folder / f"{config.name}.json", reference)

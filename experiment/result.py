@@ -1,4 +1,4 @@
-"""The result of a run: what eval.json says, put together from evaluations, ledger and config."""
+"""The result of a run: eval.json, assembled from evaluations, ledger and config."""
 
 import statistics
 import time
@@ -25,7 +25,7 @@ Estimates = dict[str, dict[str, dict[str, dict[str, Estimate]]]]
 
 
 def writes_reasoning(plan: Plan, name: str) -> bool:
-    """Whether a model was taught to reason before it answers; teachers were."""
+    """Whether a model was trained to reason before it answers; teachers are."""
     recipe = plan.recipes.get(name)
     return recipe is None or recipe.outputs.traces != "none"
 
@@ -38,8 +38,8 @@ def entry(
     estimates: dict[str, dict[str, dict[str, Estimate]]],
     measured: dict[str, Any],
 ) -> dict[str, Any]:
-    """What eval.json says of one model: its estimates by split, the main one at the top level, and
-    what was measured of it besides."""
+    """One model's entry in eval.json: its estimates by split, those of the main split at the top
+    level, and the other measurements."""
     stages = [plan.stage(name, seed) for seed in plan.seeds_of(name)]
     recipe = plan.recipes.get(name)
     ledger = [run.cost_of(stage) for stage in stages]
@@ -145,8 +145,8 @@ def map_of_traces(config: Config, task: Task, estimates: Estimates) -> list[dict
 
 
 def gaps(config: Config, task: Task, estimates: Estimates, split: str) -> dict[str, Any]:
-    """How much of the way from a control to the teacher each student went, in the headline metric
-    of the task."""
+    """The fraction of the gap from a control to the teacher that each student closes, in the task's
+    headline metric."""
     sign = metrics_of(task)[task.headline].sign
     levels = {name: found[split]["quality"][task.headline] for name, found in estimates.items()}
     return {
@@ -180,7 +180,7 @@ def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
         fractions[name] = {
             key: (statistics.median(row[key] for row in trained) + sum(row[key] for row in before))
             / teacher[key]
-            if teacher["steps"] > 0  # else it was not trained here, at an unknown cost
+            if teacher["steps"] > 0  # otherwise a pretrained teacher, of unknown cost
             else None
             for key in ("flops", "seconds", "joules")
         }

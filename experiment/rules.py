@@ -1,7 +1,7 @@
 """Rules: invalid combinations are rejected when the config is read.
 
 Each rule yields one line: what was found, what was expected, what to do. Only the first problem is
-reported, so a rule may rely on those before it.
+reported, so a rule may assume that the rules before it hold.
 """
 
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def objections(config: Config) -> Iterator[str]:
 
 
 def check_task(config: Config) -> Iterator[str]:
-    """Its name, and its own keys."""
+    """The task exists, and its keys are valid."""
     name = config.task.name
     if name not in TASKS:
         yield f"task.name: no task {name!r}{nearest(name, TASKS)}; there are {', '.join(TASKS)}"
@@ -80,7 +80,7 @@ def check_model(model: Model) -> Iterator[str]:
     if model.pretrained:
         given = [key for key, size in sizes.items() if size is not None]
         if given or model.settings:
-            yield f"a pretrained model brings its sizes: remove {', '.join(given) or 'settings'}"
+            yield f"a pretrained model has its own sizes: remove {', '.join(given) or 'settings'}"
         return
     for key, size in sizes.items():
         if size is None:
@@ -132,12 +132,12 @@ def check_access(recipe: Recipe) -> Iterator[str]:
     over_states = [name for name, term in terms.items() if term.over_states]
     if bool(over_states) != ("states" in reveals):
         yield (
-            f"access {access!r} with objectives {', '.join(terms)}: hidden states are revealed "
-            f"by {offering('states')} alone, which need an objective such as hidden_mse"
+            f"access {access!r} with objectives {', '.join(terms)}: access {offering('states')} "
+            "and objectives over hidden states, such as hidden_mse, need each other"
         )
     if over_states and len(over_states) == len(terms):
         yield (
-            f"objectives {', '.join(over_states)} alone leave the output layer untrained; add "
+            f"with only objectives {', '.join(over_states)} the output layer is not trained; add "
             "forward_kl"
         )
     if bool(over_states) != bool(recipe.outputs.layers):
@@ -151,8 +151,8 @@ def check_access(recipe: Recipe) -> Iterator[str]:
         yield f"outputs.traces: {traces} selects from what a teacher wrote: use sequences teacher"
     if traces == "none" and ACCESS[access].probabilities:
         yield (
-            "outputs.traces: none keeps the answers alone, for which the teacher's distributions "
-            "were not revealed: use access text"
+            "outputs.traces: none keeps only the answers, for which there are no distributions of "
+            "the teacher: use access text"
         )
     for name, term in terms.items():
         if term.needs != "reward" and term.needs not in reveals and not recipe.control.smoothed:
@@ -160,18 +160,18 @@ def check_access(recipe: Recipe) -> Iterator[str]:
     uses = any(term.compares_distributions for term in terms.values())
     if ACCESS[access].probabilities and not uses:
         yield (
-            f"access {access!r} is paid for but objective {', '.join(terms)} never uses its "
-            "probabilities; use access text, or add a divergence"
+            f"objective {', '.join(terms)} never uses the probabilities that access {access!r} "
+            "reveals; use access text, or add a divergence"
         )
     if uses and recipe.temperature != 1 and "distribution" not in reveals:
         yield (
-            f"temperature other than 1 needs access {offering('distribution')}: what access "
-            f"{access} does not reveal cannot be softened"
+            f"temperature other than 1 needs access {offering('distribution')}: access {access} "
+            "does not reveal the full distributions"
         )
 
 
 def unrevealed(name: str, needs: str, access: str) -> str:
-    """What an objective lacks under an access."""
+    """The problem of an objective that needs more than an access level reveals."""
     if not ACCESS[access].probabilities:
         return (
             f"objective {name} compares distributions, but access {access!r} reveals none; use "
@@ -187,11 +187,11 @@ def offering(needs: str) -> str:
 
 def check_rewards(recipe: Recipe) -> Iterator[str]:
     rewarded = learns_from_rewards(recipe)
-    alone = recipe.sequences == "student" and not ACCESS[recipe.access].teacher
-    if rewarded != alone:
+    needs_rewards = recipe.sequences == "student" and not ACCESS[recipe.access].teacher
+    if rewarded != needs_rewards:
         yield (
-            "access none with sequences student needs objective policy_gradient, which learns from "
-            f"right and wrong alone, and the reverse; found access {recipe.access!r}, sequences "
+            "objective policy_gradient, which learns from right/wrong rewards, needs access none "
+            f"and sequences student, and the reverse; found access {recipe.access!r}, sequences "
             f"{recipe.sequences!r}, objective {', '.join(recipe.objective)}"
         )
     if rewarded and recipe.student.temperature != 1:
@@ -200,7 +200,7 @@ def check_rewards(recipe: Recipe) -> Iterator[str]:
             "the policy at temperature 1; remove it"
         )
     if rewarded and len(recipe.objective) > 1:
-        yield "objective policy_gradient has a scale of its own: use it alone"
+        yield "objective policy_gradient has its own scale: do not combine it with other objectives"
 
 
 def check_sequences(recipe: Recipe) -> Iterator[str]:
@@ -226,7 +226,7 @@ def check_sequences(recipe: Recipe) -> Iterator[str]:
     if recipe.writes_itself and text_only:
         yield (
             f"objective {text_only[0]} would teach a student the text that it writes itself: use "
-            "divergences alone"
+            "only divergences"
         )
     on_policy = recipe.student.on_policy
     if extremes(on_policy)[1] > 1:
@@ -240,8 +240,8 @@ def check_teachers(recipe: Recipe) -> Iterator[str]:
     states = "states" in ACCESS[recipe.access].reveals
     if several and (recipe.sequences != "data" or states):
         yield (
-            "several teachers are averaged over sequences data and probabilities: their states "
-            "differ, and they would write different texts"
+            "several teachers can be averaged only in probabilities over sequences data: their "
+            "hidden states differ, and they would write different texts"
         )
     if len(set(recipe.teachers)) != len(recipe.teachers):
         yield f"teachers {recipe.teachers} repeat"
@@ -279,7 +279,7 @@ def check_recipe_in_config(config: Config, recipe: Recipe, task: type[Task]) -> 
         )
     if prompt_weight > 0 and learns_from_rewards(recipe):
         yield (
-            "objective: rewards are for answers alone, but students.training.prompt_weight is "
+            "objective: rewards are only for answers, but students.training.prompt_weight is "
             f"{prompt_weight:g}, expected 0"
         )
     invents = recipe.outputs.prompts != "train"
@@ -298,7 +298,7 @@ def check_recipe_in_config(config: Config, recipe: Recipe, task: type[Task]) -> 
     if reasons and not task.shows_reasoning:
         able = [name for name, other in TASKS.items() if other.shows_reasoning]
         yield (
-            "outputs.traces: they and rewards need a task with reasoning: use task.name "
+            "outputs.traces and rewards need a task with reasoning: use task.name "
             f"{' or '.join(able)}"
         )
     yield from check_initial_layers(config, recipe)
@@ -330,7 +330,7 @@ def check_controls(config: Config) -> Iterator[str]:
     first = next(iter(config.recipes.values()))
     if "smoothed" in config.controls and Plan(config).softest is None:
         yield (
-            "the control smoothed takes the entropy of stored distributions: it needs a recipe "
+            "the control smoothed uses the entropy of stored distributions: it needs a recipe "
             f"with access {offering('distribution')}, and not sequences student"
         )
     if "shuffled" in config.controls and not ACCESS[first.access].teacher:
@@ -346,14 +346,14 @@ def check_controls(config: Config) -> Iterator[str]:
 
 
 def check_budget(config: Config) -> Iterator[str]:
-    """The cost of the teacher, and what a student may cost."""
+    """A student's budget is set once, in a unit that fits the teacher."""
     pretrained = config.teacher.epochs == 0
     if pretrained != bool(config.students.tflops):
         yield (
-            "teacher.epochs 0 keeps a pretrained teacher unchanged, so the students' budget cannot "
-            "be a fraction of its training and is students.tflops; set both or neither"
+            "teacher.epochs 0 keeps a pretrained teacher unchanged, so the students' budget must "
+            "be students.tflops, not a fraction of its training; set both or neither"
         )
     if (config.students.budget is None) == (config.students.tflops is None):
-        yield "students: set one of budget and tflops, to say what they may cost"
+        yield "students: set one of budget and tflops, the cost they are allowed"
     if pretrained and not config.teacher.model.pretrained:
-        yield "teacher.epochs 0 needs teacher.model.pretrained: it learns nothing"
+        yield "teacher.epochs 0 needs teacher.model.pretrained: the teacher would be untrained"

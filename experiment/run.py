@@ -1,4 +1,4 @@
-"""A run's folder: where its files are, and what happened in it.
+"""A run's folder: its config, manifest, cost ledger, logs and artifacts.
 
 Every file is written to a temporary name and moved into place, so a reader, or a run that was
 killed, sees it complete or not at all. JSON, YAML, safetensors and Arrow only: nothing is
@@ -62,9 +62,9 @@ class Run:
             run.reload().check_schema()
             run.reopen_missing_stages()
         else:
-            begun = {"manifest.json", "ledger.json"}  # what a killed start leaves
+            begun = {"manifest.json", "ledger.json"}  # left by a start that was killed
             if any(p.name not in begun and p.name[:4] != "run." for p in folder.glob("[!.]*")):
-                raise LabError(f"{folder} exists and holds no run; choose another name=...")
+                raise LabError(f"{folder} exists and is not a run; choose another name=...")
             run.manifest = {"schema": SCHEMA, "started": now(), "finished": None, "stages": {}}
             write_json(folder / "ledger.json", run.ledger)
             write_json(folder / "manifest.json", run.manifest)
@@ -78,7 +78,8 @@ class Run:
 
     @classmethod
     def finished(cls, folder: str | Path) -> "Run":
-        """Open a finished run for reading. LabError if it is missing, unfinished or too new."""
+        """Open a finished run for reading. LabError if it is missing, unfinished or of another
+        schema."""
         run = cls(folder)
         if not run.folder.is_dir():
             raise LabError(f"no run folder {run.folder}; train.py CONFIG makes one under runs/")
@@ -88,13 +89,13 @@ class Run:
         return run
 
     def reload(self) -> "Run":
-        """Read manifest and ledger again. LabError if they are not those of a run."""
+        """Read manifest and ledger again. LabError if they are not valid."""
         self.manifest = read_json(self.folder / "manifest.json")
         self.ledger = read_json(self.folder / "ledger.json")
         valid = isinstance(self.manifest, dict) and isinstance(self.ledger, list)
         stages = self.manifest.get("stages") if valid else None
         if not isinstance(stages, dict):
-            raise LabError(f"{self.folder}: its manifest.json and ledger.json are not a run's")
+            raise LabError(f"{self.folder}: manifest.json and ledger.json are not those of a run")
         for stage in stages:
             if not re.fullmatch(r"[A-Za-z0-9_-][\w.+-]*(/[A-Za-z0-9_-][\w.+-]*)*", stage):
                 raise LabError(
@@ -112,7 +113,7 @@ class Run:
             )
 
     def reopen_missing_stages(self) -> None:
-        """Stages whose folder was deleted, as damaged ones should be, are made again."""
+        """Make stages again whose folder was deleted, as damaged ones should be."""
         stages = self.manifest["stages"]
         for stage in [stage for stage in stages if not (self.folder / stage).is_dir()]:
             print(f"{self.folder / stage} is missing: it is made again")
@@ -120,14 +121,14 @@ class Run:
             self.manifest["finished"] = None
 
     def record_environment(self, here: dict[str, Any]) -> None:
-        """Where the run continues. The environment before is kept if it made any stage."""
+        """Record where the run continues. The previous environment is kept if it made a stage."""
         before = self.manifest.get("environment")
         if before and self.manifest["stages"]:
             self.keep_environment(before, here)
         self.manifest["environment"] = here
 
     def keep_environment(self, other: dict[str, Any], here: dict[str, Any]) -> None:
-        """Another environment in which a stage of this run was made."""
+        """Keep another environment in which a stage of this run was made."""
         earlier = self.manifest.setdefault("earlier_environments", [])
         if differences(other, here) and other not in earlier:
             earlier.append(other)
@@ -156,7 +157,7 @@ class Run:
             raise LabError(f"no {file}; is this the folder of a run that train.py made?")
         return check_config(read_yaml(read_text(file), str(file)), str(file))
 
-    # -- places -------------------------------------------------------------------------------
+    # -- paths --------------------------------------------------------------------------------
 
     @property
     def teacher(self) -> Path:
@@ -166,7 +167,7 @@ class Run:
         """Where a stage in progress keeps its checkpoints and its log."""
         return self.folder / "checkpoints" / stage.replace("/", "-")
 
-    # -- what happened ------------------------------------------------------------------------
+    # -- stages, cost and logs ----------------------------------------------------------------
 
     def save(self) -> None:
         write_json(self.folder / "ledger.json", self.ledger)
@@ -190,8 +191,8 @@ class Run:
         shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
 
     def find_stage(self, stage: str, made_from: str) -> "Run | None":
-        """A sibling run with a finished stage of this name that was made from the same things by
-        the same code."""
+        """A sibling run with a finished stage of this name, made from the same inputs by the same
+        code."""
         code = self.manifest["environment"].get("code")
         for file in sorted(self.folder.parent.glob("*/manifest.json")):
             if file.parent == self.folder:
@@ -199,7 +200,7 @@ class Run:
             try:
                 other = Run(file.parent).reload()
             except LabError:
-                continue  # not one to take anything from
+                continue  # not a valid run
             made = other.manifest["stages"].get(stage, {})
             same = made.get("made_from") == made_from and made.get("code") == code
             if same and (other.folder / stage).is_dir():
@@ -207,7 +208,7 @@ class Run:
         return None
 
     def copy_stage(self, stage: str, other: "Run") -> None:
-        """Take over a finished stage of another run: files, cost, log and environment."""
+        """Copy a finished stage of another run: files, cost, log and environment."""
         partial = self.folder / f".{stage.replace('/', '-')}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(other.folder / stage, partial)
@@ -238,11 +239,11 @@ class Run:
             file.write(json.dumps({"stage": stage, **line}) + "\n")
 
     def metrics(self, folder: Path | None = None) -> list[dict[str, Any]]:
-        """The log of the finished stages, or that in the folder of one in progress."""
+        """The log of the finished stages, or of one in progress in its folder."""
         file = (folder or self.folder) / "metrics.jsonl"
         lines = read_text(file).splitlines() if file.exists() else []
         try:
-            return [json.loads(line) for line in lines if line.endswith("}")]  # a kill tears one
+            return [json.loads(line) for line in lines if line.endswith("}")]  # a kill cuts one
         except json.JSONDecodeError as error:
             raise LabError(
                 f"{file} is damaged ({error}); train again under another name=..."

@@ -1,4 +1,4 @@
-"""A finished run checks itself for the errors that distillation code makes without a sign.
+"""Check a finished run for silent errors of distillation code.
 
 Nothing is trained; every finding comes from the run's own files and models.
 """
@@ -37,7 +37,7 @@ from teacher.source import LocalModel
 
 ROWS = 256  # per finding
 STORED = 2e-2  # nats that a stored log-probability may be off; float16 is off by 2^-11 of it
-BATCH_FREE = 1e-3  # relative error of a float32 gradient that was summed in another order
+BATCH_FREE = 1e-3  # relative error of a float32 gradient summed in another order
 FIRST_LOSS = 1e-3  # relative error of a loss
 LEARNED = 0.05  # sequence agreement below which no model learned enough for a comparison
 
@@ -106,25 +106,26 @@ def stored_outputs_equal_live_ones(
         stored = outputs.hidden(batch)
         states, maps = states_of(output, request.layers, request.relations)
         states = outputs.standardise(states[batch.positions])
-        now = HiddenSignal.of_maps(states, maps[batch.positions])
-        pairs["deviations of the states"] = now.states, stored.states
-        pairs["of the attention"] = now.attention, stored.attention
+        hidden = HiddenSignal.of_maps(states, maps[batch.positions])
+        pairs["standard deviations of the states"] = hidden.states, stored.states
+        pairs["of the attention"] = hidden.attention, stored.attention
         if request.relations:
-            pairs["of the value relations"] = now.relations, stored.relations
+            pairs["of the value relations"] = hidden.relations, stored.relations
     found = {}
     for unit, (now, then) in pairs.items():
         error = (now - then.to(now.dtype)).abs() - 2.0**-10 * now.abs()  # float16 is rounded
         found[unit] = max(float(error.max()), 0.0)
     listed = ", ".join(f"{error:.1g} {unit}" for unit, error in found.items())
-    return max(found.values()) < STORED, f"{stage}: at most {listed} from the live teacher"
+    passed = max(found.values()) < STORED
+    return passed, f"{stage}: differs from the live teacher by at most {listed}"
 
 
 def text_is_the_teachers(
     experiment: Experiment, stage: str, recipe: Recipe, outputs: Outputs
 ) -> Finding:
-    """The teacher writes greedy answers again."""
+    """The teacher writes its greedy answers again."""
     if recipe.outputs.temperature > 0:
-        return None, f"{stage}: sampled text, which the teacher would not write again"
+        return None, f"{stage}: sampled text, which cannot be reproduced"
     own_task = teacher_task(experiment.config, experiment.run, experiment.task, recipe.teachers)
     teacher = teacher_of(experiment, recipe, CountedForward)
     stored = outputs.rows.take(evenly_spaced(len(outputs.rows), 32))
@@ -135,7 +136,7 @@ def text_is_the_teachers(
 
 
 def outputs_follow_their_row(stage: str, original: Outputs) -> Finding:
-    """In any order of the rows, and in the control that moves them on purpose."""
+    """Rows keep their outputs in any order, and get another row's in the control `shuffled`."""
     shuffled = original.shuffled(0)
     indices = evenly_spaced(len(original.rows))
     order = np.random.Generator(np.random.PCG64(0)).permutation(indices)
@@ -167,7 +168,7 @@ def revealed_by_row(outputs: Outputs, indices: np.ndarray) -> dict[int, list[tor
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    """Except for the padding of a batch; the first is the whole text."""
+    """Equality except for the padding of a batch; the first tensor is the complete text."""
     if a[0].shape != b[0].shape:
         return False
     width = [min(x.shape[-1], y.shape[-1]) for x, y in zip(a, b, strict=True)]
@@ -176,7 +177,8 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def gradients_are_sums(experiment: Experiment) -> Finding:
-    """A batch at once, in five micro-batches of different sizes, and row by row."""
+    """A batch has the same gradient at once, in five micro-batches of different sizes, and row by
+    row."""
     recipe, seed = next(iter(experiment.plan.recipes.values())), experiment.config.seeds[0]
     if recipe.sequences == "student":
         return None, "gradients: students of the first recipe write their own text"
@@ -193,12 +195,12 @@ def gradients_are_sums(experiment: Experiment) -> Finding:
         gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         found.append(torch.cat(gradients))
     error = max(float((g - found[0]).norm() / found[0].norm()) for g in found[1:])
-    return error < BATCH_FREE, f"gradients: {error:.1g} apart between {counts} micro-batches"
+    return error < BATCH_FREE, f"gradients: differ by {error:.1g} between {counts} micro-batches"
 
 
 def shuffled_does_not_help(result: dict[str, Any]) -> Finding:
-    """The control is less faithful than the student it controls, and than models that had no
-    teacher at all."""
+    """The control is less faithful than the student it controls, and than models trained without a
+    teacher."""
     models = models_in(result)
     if "shuffled" not in models:
         return None, "shuffled: this config has no such control"
@@ -227,7 +229,7 @@ def first_losses(experiment: Experiment, name: str, recipe: Recipe) -> Finding:
         if line["stage"] in stages and line["step"] == 1
     }
     loss = loss_of(experiment, recipe, experiment.config.students.training)
-    data, worst, shown = None, -1.0, ""
+    data, worst, values = None, -1.0, ""
     for stage, seed in stages.items():
         data = training_set_of(experiment, recipe, seed, CountedForward)
         model = new_student(experiment, recipe, data, seed).eval()
@@ -241,6 +243,6 @@ def first_losses(experiment: Experiment, name: str, recipe: Recipe) -> Finding:
             )
         error = abs(logged[stage] - expected) / max(abs(expected), 1e-3)
         if not error < worst:  # nan is the worst
-            worst, shown = error, f"{logged[stage]:.5f}, expected {expected:.5f}"
+            worst, values = error, f"{logged[stage]:.5f}, expected {expected:.5f}"
     seeds = f", the worst of {len(stages)} seeds" if len(stages) > 1 else ""
-    return worst < FIRST_LOSS, f"{name}: first loss {shown}{seeds}"
+    return worst < FIRST_LOSS, f"{name}: first loss {values}{seeds}"

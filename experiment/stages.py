@@ -22,7 +22,7 @@ from models.language import (
     sha256_of_model,
 )
 
-# What a finished stage hands back: its cost for the ledger, what it made for the manifest. None in
+# What a finished stage returns: its cost for the ledger, its artifact for the manifest. None in
 # processes that do not write.
 StageResult = tuple[dict[str, Any], dict[str, Any]] | None
 
@@ -54,7 +54,7 @@ def record_stage(experiment: Experiment, stage: str, result: StageResult) -> Non
 
 
 def reuse_stage(experiment: Experiment, stage: str, made_from: str) -> bool:
-    """Take over a finished stage that another run beside this one made from the same things."""
+    """Copy a finished stage that a sibling run made from the same inputs; whether it is done."""
     run = experiment.run
     if run.stage_done(stage):
         return True
@@ -62,7 +62,7 @@ def reuse_stage(experiment: Experiment, stage: str, made_from: str) -> bool:
         other = run.find_stage(stage, made_from)
         if other is not None:
             run.copy_stage(stage, other)
-            print(f"{stage}: copied from {other.folder}, which made it from the same things")
+            print(f"{stage}: copied from {other.folder}, which made it from the same inputs")
     experiment.accelerator.wait_for_everyone()
     if not experiment.is_main:
         run.reload()
@@ -81,7 +81,7 @@ def register_pretrained(experiment: Experiment, stage: str, model: nn.Module) ->
 
 
 def made_of(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """What the manifest says of a saved model."""
+    """The manifest entry of a saved model."""
     return {
         "sha256": sha256_of_model(folder),
         "files": sha256_of_files(folder),

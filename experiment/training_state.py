@@ -56,7 +56,7 @@ class TrainingState:
         self.step, self.flops, cost = restore(self.checkpoints, model, optimizer, self.belongs_to)
         self.watch = Stopwatch(experiment.config.cost, torch.get_num_threads(), cost)
         self.writing_seconds = (cost or {}).get("writing_seconds", 0.0)
-        experiment.accelerator.wait_for_everyone()  # all have read it before one writes another
+        experiment.accelerator.wait_for_everyone()  # all processes read it before one writes again
         self.saved_at, self.saved_step = self.watch.elapsed(), self.step
         self.log = None
         if experiment.is_main:
@@ -68,12 +68,12 @@ class TrainingState:
 
     @property
     def progress(self) -> float:
-        """The share of the training that is done."""
+        """The fraction of the training that is done."""
         return self.flops / self.max_flops if self.max_flops else self.step / self.steps
 
     @property
     def schedule_step(self) -> float:
-        """The step as the learning rate sees it."""
+        """The step that sets the learning rate."""
         return self.progress * self.steps if self.max_flops else self.step
 
     def advance(
@@ -90,7 +90,7 @@ class TrainingState:
         learner = self.model if uses_hidden else student_of(self.model)
         tokens = len(indices) * int(lengths.max())
         logged = self.log.record(self.step, self.progress, learner, loss, norm, self.flops, tokens)
-        # Only where a line of the log ends, so that a resumed run logs what a complete one does.
+        # Only with a log line, so that a resumed run logs the same as an uninterrupted one.
         config = self.experiment.config
         due = (
             self.watch.elapsed() - self.saved_at > config.checkpoint_seconds
@@ -110,8 +110,8 @@ class TrainingState:
             self.saved_at, self.saved_step = self.watch.elapsed(), self.step
 
     def require_finite(self, loss: Tensor, norm: Tensor, ids: np.ndarray) -> None:
-        """LabError for a step without a number, with the ids of its rows saved; the last checkpoint
-        stays."""
+        """LabError if the loss or the gradient is not finite; the ids of the step's rows are saved,
+        and the last checkpoint is kept."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
         file = self.checkpoints / "nonfinite.json"
@@ -128,7 +128,7 @@ class TrainingState:
         )
 
     def finish(self, data: TrainingSet) -> StageResult:
-        """Save the model at <run>/<stage>; its cost, and what was made."""
+        """Save the model at <run>/<stage>; returns its cost and its manifest entry."""
         if self.log is None:
             return None
         self.log.close()

@@ -46,7 +46,7 @@ def side_by_side(
                 yield running[done], done.result()
         except BrokenProcessPool:
             raise LabError(
-                "a worker was killed from outside, perhaps for memory; rerun the same command to "
+                "a worker was killed, perhaps because memory ran out; rerun the same command to "
                 "resume, or use workers=1 under another name=..., which needs less"
             ) from None
         except BaseException:
@@ -64,8 +64,8 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return to the system what the C library keeps: after making outputs, half of what this
-    process holds."""
+    """Return to the system what the C library keeps: after making outputs, half of this process's
+    memory."""
     of_glibc("malloc_trim", 0)
 
 
@@ -78,7 +78,7 @@ def of_glibc(function: str, *arguments: int) -> None:
 
 def start_worker(threads: int, opened: Callable[..., None], arguments: tuple) -> None:
     """A worker leaves Ctrl-C to its parent, and ends when the parent does."""
-    tqdm.set_lock(RLock())  # its own would be a semaphore of the system
+    tqdm.set_lock(RLock())  # the default would be a system-wide semaphore
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -66,7 +66,7 @@ def train(
     steps: int,
     learning_rate: float,
 ) -> None:
-    """Batch, forward, loss, backward, step."""
+    """The training loop: batch, forward, loss, backward, step."""
     order = batch_order(rows.lengths, BATCH_ROWS, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
@@ -84,8 +84,8 @@ def train(
 
 @torch.no_grad()
 def outputs_of(teacher: nn.Module, rows: Rows) -> list[Tensor]:
-    """The teacher's log-probabilities at the phonemes of every row, [n, V] each: what it reveals.
-    The student never sees the teacher, only these."""
+    """The teacher's log-probabilities at the phonemes of every row, [n, V] each. The student never
+    sees the teacher, only these outputs."""
     found: list[Tensor] = []
     for indices in np.array_split(np.arange(len(rows)), -(-len(rows) // 512)):
         batch = collate(rows, indices, pad=0)
@@ -96,7 +96,7 @@ def outputs_of(teacher: nn.Module, rows: Rows) -> list[Tensor]:
 
 @torch.no_grad()
 def answers_of(model: nn.Module, task: Pronounce, rows: Rows) -> list[str]:
-    """Greedy answers, word by word of one length, without a cache."""
+    """Greedy answers, in batches of words of equal length, without a cache."""
     answers = [""] * len(rows)
     for length in np.unique(rows.prompt_lengths):
         places = np.flatnonzero(rows.prompt_lengths == length)
@@ -110,13 +110,13 @@ def answers_of(model: nn.Module, task: Pronounce, rows: Rows) -> list[str]:
 
 def main() -> None:
     task = Pronounce()
-    rows, test = task.rows("train"), task.rows("heldout").take(np.arange(0, 6000, 6))
+    rows, test = task.rows("train"), task.rows("heldout").take(np.arange(0, 6000, 12))
 
     print("teacher")
     teacher = new_model(task, width=96, layers=3, seed=0)
     train(teacher, rows, hard_loss, TEACHER_STEPS, learning_rate=0.003)
 
-    transfer = rows.take(np.arange(0, len(rows), 8))  # the words that the teacher answers
+    transfer = rows.take(np.arange(0, len(rows), 8))  # the words the teacher answers
     outputs = outputs_of(teacher, transfer)
 
     def distillation(logits: Tensor, batch: Batch) -> Tensor:

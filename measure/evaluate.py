@@ -29,7 +29,7 @@ class Answers:
 
 
 def free_running(forward: Forward, task: Task, rows: Rows) -> Answers:
-    """Greedy answers to every row's prompt, shorter after a prompt that leaves little of a row."""
+    """Greedy answers to every row's prompt, shorter if a prompt leaves too little room in a row."""
     texts: list[str] = [""] * len(rows)
     log_probs = np.zeros(len(rows))
     for i, answer in answers_of(
@@ -50,7 +50,7 @@ def completion_logits(
     forward: Forward, task: Task, rows: Rows, indices: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Teacher-forced logits [M, V] and targets [M] at the completion positions of some rows, row
-    by row, and how many positions each has; on the device of the model."""
+    by row, and how many positions each has; on the model's device."""
     batch = collate(rows, indices, task.pad)
     device = device_of(forward)
     output = forward(batch.input_ids.to(device), use_cache=False)
@@ -60,16 +60,16 @@ def completion_logits(
 
 @dataclass
 class Evaluation:
-    """One model on one split: its answers, and per-row sums that every metric is made of."""
+    """One model on one split: its answers, and the per-row sums behind every metric."""
 
     answers: Answers
-    columns: dict[str, np.ndarray]  # [rows], or [rows, C] for metrics with a statistic of their own
+    columns: dict[str, np.ndarray]  # [rows], or [rows, C] for metrics with their own statistic
 
 
 class TeacherReference:
-    """The teacher on the rows of one split, compared with every student, batch by batch: its logits
-    are kept where they are few, and computed again where they are not. own_task: the task with the
-    teacher's tokenizer; if that is another one, only answers can be compared."""
+    """The teacher on the rows of one split, compared with every student, batch by batch. Its logits
+    are kept if they are few, and recomputed otherwise. own_task: the task with the teacher's
+    tokenizer; if that is another one, only answers can be compared."""
 
     def __init__(
         self, teacher: Forward, task: Task, rows: Rows, own_task: Task | None = None
@@ -93,7 +93,7 @@ class TeacherReference:
         return self.compare(free_running(model, self.task, self.rows), model)
 
     def teacher_logits(self, number: int) -> torch.Tensor:
-        """Of a batch."""
+        """The teacher's logits of a batch, kept or recomputed."""
         if number in self.kept:
             return self.kept[number]
         logits, _, _ = completion_logits(self.teacher, self.task, self.rows, self.batches[number])
@@ -136,7 +136,7 @@ class TeacherReference:
         }
 
     def estimates(self, metrics: dict[str, Metric], seeds: list[Evaluation]) -> dict[str, Estimate]:
-        """Those that these rows can estimate: no accuracy at 6 steps without such problems."""
+        """The metrics that these rows can estimate: no accuracy at 6 steps if no problem has 6."""
         units = self.task.units(self.rows.ids[np.arange(len(self.rows))])
 
         def stacked(columns: list[np.ndarray]) -> np.ndarray:
@@ -171,8 +171,8 @@ def summaries(
     is_teacher: bool,
     writes_reasoning: bool,
 ) -> dict[str, dict[str, Any]]:
-    """The estimates as they are reported. The fidelity of a teacher to itself is left out, and for
-    a model that was never taught to reason everything but its final answers."""
+    """The estimates as they are reported: without a teacher's fidelity to itself, and only metrics
+    of final answers for a model that was not trained to reason."""
     return {
         group: {
             name: estimate.summary()

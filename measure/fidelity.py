@@ -16,8 +16,8 @@ ECE_BINS = 15
 
 @dataclass(frozen=True)
 class Expectations:
-    """What teacher and student expect at M positions, in double precision: logits [M, V] of each,
-    and the targets [M] that follow."""
+    """The distributions of teacher and student at M positions, in double precision: logits [M, V]
+    of each, and the targets [M] that follow."""
 
     teacher_logits: Tensor
     student_logits: Tensor
@@ -45,7 +45,7 @@ def kl_student_teacher(at: Expectations) -> Tensor:
 
 
 def top1_agreement(at: Expectations) -> Tensor:
-    """Whether both find the same token most likely, [M]."""
+    """Whether both have the same most likely token, [M]."""
     return (at.teacher.argmax(-1) == at.student.argmax(-1)).double()
 
 
@@ -61,7 +61,7 @@ def nll(at: Expectations) -> Tensor:
 
 
 def entropy(at: Expectations) -> Tensor:
-    """Of the student, [M] nats."""
+    """The student's entropy, [M] nats."""
     return -(at.student.exp() * at.student).sum(-1)
 
 

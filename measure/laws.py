@@ -14,8 +14,8 @@ from measure.metrics import DIVERGENCE
 
 @dataclass(frozen=True)
 class Law:
-    """y = a x^-b + c x^d, all four at least 0. With d = 0 it falls to c; else it has a minimum:
-    at a fixed budget a model that is too large is trained too little."""
+    """y = a x^-b + c x^d, all four at least 0. With d = 0 it falls to c; otherwise it has a
+    minimum: at a fixed budget a model that is too large is trained too little."""
 
     a: float
     b: float
@@ -101,7 +101,7 @@ def scaling_laws(result: dict[str, Any]) -> dict[str, Any]:
     students, outputs = result["students"], result["cost"]["outputs_by_student"]
     rows = students_differing_in(result, ("outputs.transfer_rows", "outputs.prompts"))
     sizes = students_differing_in(result, ("student.model",))
-    # A student that pays for more rows trains for fewer steps: no study of rows alone.
+    # A student charged for more rows trains for fewer steps: not only the rows differ.
     rows = [name for name in rows if not students[name]["recipe"]["outputs"]["charged"]]
     studies = {
         "rows": {name: outputs[name]["different"] for name in rows},

@@ -1,8 +1,8 @@
 """The table METRICS: how faithful a model is to its teacher, for every task.
 
-What is particular to a task, its grades above all, stands in the task (`metrics`, `agreement`). To
-add a metric, add an entry: with `positions`, a function of what teacher and student expect at M
-positions; else as a ratio of columns of the evaluation.
+Metrics of one task, such as its grades, are in the task (`metrics`, `agreement`). To add a metric,
+add an entry: with `positions`, a function of the distributions of teacher and student at M
+positions; otherwise a ratio of columns of the evaluation.
 """
 
 from typing import Any
@@ -36,16 +36,16 @@ METRICS: dict[str, Metric] = {
     "ece": Metric("ECE", "%", True, positions=calibration, statistic=expected_calibration_error),
 }
 
-# Those that figures, laws and the self-check read.
+# Metrics that figures, laws and the self-check read.
 AGREEMENT, DIVERGENCE, REVERSE = "sequence_agreement", "kl_teacher_student", "kl_student_teacher"
 TOP1, CALIBRATION = "top1_agreement", "ece"
 
 
 def metrics_of(task: type[Task] | Task) -> dict[str, Metric]:
-    """Every metric of a task's models: its own, agreement of answers, fidelity."""
+    """Every metric of a task's models: the task's metrics, agreement of answers, fidelity."""
     return {**task.metrics, **task.agreement, **METRICS}
 
 
 def metrics_in(result: dict[str, Any]) -> dict[str, Metric]:
-    """Those of the task that a result is about."""
+    """The metrics of a result's task."""
     return metrics_of(TASKS[result["config"]["task"]["name"]])

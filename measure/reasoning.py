@@ -1,4 +1,4 @@
-"""Test-time scaling: what a longer reasoning trace, or several votes, buy a model.
+"""Test-time scaling: what a model gains from a longer reasoning trace or from several votes.
 
 Every point carries its cost: tokens written and counted FLOPs per problem.
 """
@@ -25,7 +25,7 @@ PROBLEMS = 100  # per curve
 
 
 def asked_problems(rows: Rows) -> Rows:
-    """PROBLEMS of them, evenly spaced: rows are sorted by their number of steps."""
+    """PROBLEMS of the rows, evenly spaced: rows are sorted by their number of steps."""
     count = min(PROBLEMS, len(rows))
     return rows.take(np.arange(count) * len(rows) // count)
 
@@ -50,8 +50,8 @@ def thinking_curve(model: Forward, task: Task, rows: Rows) -> list[dict[str, Any
 
 def voting_curve(model: Forward, task: Task, rows: Rows, seed: int) -> list[dict[str, Any]]:
     """Accuracy of the majority among several sampled answers (Wang et al. 2022, self-consistency,
-    arXiv 2203.11171); an answer without a number has no vote. Fewer votes than SAMPLES are averaged
-    over as many groups as there are."""
+    arXiv 2203.11171); an answer without a number has no vote. For fewer votes than SAMPLES,
+    accuracy is averaged over all groups of that size."""
     before, tokens = model.flops, 0
     repeated = rows.take(np.repeat(np.arange(len(rows)), SAMPLES))
     answers: list[int | None] = [None] * len(repeated)
@@ -77,7 +77,7 @@ def voting_curve(model: Forward, task: Task, rows: Rows, seed: int) -> list[dict
 def curve_point(
     amount: int, accuracy: float, tokens: float, flops: float, problems: int
 ) -> dict[str, Any]:
-    """The interval is over problems alone (Wilson 1927)."""
+    """The interval is over problems only (Wilson 1927)."""
     right = round(accuracy * problems)
     return {
         "amount": amount,
@@ -98,14 +98,14 @@ def final_answer(task: Task, tokens: torch.Tensor) -> int | None:
 
 
 def majority(answers: list[int | None]) -> int | None:
-    """The answer with the most votes; of several, the one that came first."""
+    """The answer with the most votes; ties go to the first."""
     votes = Counter(answer for answer in answers if answer is not None)
     return votes.most_common(1)[0][0] if votes else None
 
 
 def first_wrong_steps(task: Task, rows: Rows, texts: list[str]) -> dict[str, list[int]]:
     """{number of steps: [problems without a wrong step, with the first wrong step 1, 2, ...]}; the
-    last is one step too many."""
+    last entry counts superfluous steps."""
     found: dict[str, list[int]] = {}
     for i, text in enumerate(texts):
         count = task.step_count(rows, i)
@@ -117,7 +117,7 @@ def first_wrong_steps(task: Task, rows: Rows, texts: list[str]) -> dict[str, lis
 def reasoning(
     model: Forward, task: Task, rows: Rows, texts: list[str], writes_reasoning: bool, seed: int
 ) -> dict[str, Any]:
-    """How one model reasons on a split; one that was taught answers alone has nothing to cut."""
+    """How one model reasons on a split; a model trained only on answers has no trace to cut."""
     asked = asked_problems(rows)
     return {
         "first_wrong_step": first_wrong_steps(task, rows, texts) if writes_reasoning else None,
@@ -127,9 +127,9 @@ def reasoning(
 
 
 def pairs_of_traces(recipes: dict[str, Recipe]) -> list[tuple[str, str]]:
-    """(taught by traces, taught by answers alone): students of one shape and budget, with equally
-    many problems answered. Only what the traces reveal and how they are matched may differ: soft
-    targets, for instance, exist for traces alone."""
+    """(trained on traces, trained only on their answers): students of the same shape and budget,
+    from the same number of problems. Only what the traces reveal and how they are matched may
+    differ: soft targets, for instance, exist only for traces."""
 
     def common(recipe: Recipe) -> dict[str, Any]:
         outputs = recipe.outputs.model_dump(exclude={"traces", "k", "layers", "temperature"})
@@ -146,5 +146,5 @@ def pairs_of_traces(recipes: dict[str, Recipe]) -> list[tuple[str, str]]:
 
 
 def steps_by_split(task: type[Task] | Task, splits: Iterable[str]) -> list[tuple[str, int]]:
-    """(split, number of steps) of every number of steps that these splits have."""
+    """(split, number of steps) for every number of steps in these splits."""
     return [(split, steps) for split in splits for steps in task.steps.get(split, ())]

@@ -60,7 +60,7 @@ class Estimate:
 
     @cached_property
     def over_rows(self) -> np.ndarray:
-        """[RESAMPLES, seeds] bootstrap values over rows alone."""
+        """[RESAMPLES, seeds] bootstrap values over rows only."""
         seeds, rows, _ = self.columns.shape
         values = np.empty((RESAMPLES, seeds))
         for draws in np.array_split(np.arange(RESAMPLES), 8):
@@ -73,9 +73,9 @@ class Estimate:
     def resamples(self) -> np.ndarray:
         """[RESAMPLES] bootstrap values of the mean: hierarchical, over seeds and over rows.
 
-        Rows and seeds are crossed: one draw of rows serves all seeds. The draws depend on the
+        Rows and seeds are crossed: all seeds share one draw of rows. The draws depend only on the
         numbers of rows and seeds, so differences of two estimates are paired by row, and by seed
-        where both have equally many. What the draw of seeds adds is widened for their small number.
+        if both have equally many. The part due to seeds is widened for their small number.
         """
         seeds = len(self.per_seed)
         chosen = np.random.Generator(np.random.PCG64(seeds)).integers(
@@ -86,7 +86,7 @@ class Estimate:
         return over_rows + widening(seeds) * (over_both - over_rows)
 
     def times(self, share: float) -> "Estimate":
-        """A share of this ratio."""
+        """This ratio, multiplied by `share`."""
         return Estimate(self.columns * np.array([share, 1.0]))
 
     def summary(self) -> dict:
@@ -104,8 +104,8 @@ def interval(resamples: np.ndarray) -> list[float]:
 
 
 def share_of_gap(sign: int, low: Estimate, student: Estimate, high: Estimate) -> dict:
-    """How much of the way from `low` to `high` the student went: 0 none, 1 all. sign: 1 if higher
-    is better, else -1. null where the gap is not significantly above 0, so there is none to close.
+    """The fraction of the gap from `low` to `high` that the student closes. sign: 1 if higher is
+    better, else -1. None where the gap is not significantly above 0, so there is none to close.
     """
     gap = low.mean - high.mean
     gaps = low.resamples - high.resamples

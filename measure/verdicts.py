@@ -1,4 +1,4 @@
-"""Verdicts: which claims hold, by a rule that is fixed beforehand and knows no names."""
+"""Verdicts: which claims hold, by one rule for all models that is fixed beforehand."""
 
 import math
 from bisect import bisect_left
@@ -37,7 +37,7 @@ class Comparison:
 
     @cached_property
     def reference(self) -> Estimate:
-        """What the first is compared with: the second, or the share of it that is to be kept."""
+        """What the first is compared with: the second, or the fraction of it to keep."""
         return self.second.times(self.threshold) if self.keeps else self.second
 
     @property
@@ -54,7 +54,7 @@ class Comparison:
 
     @cached_property
     def by_seed(self) -> np.ndarray:
-        """Differences seed by seed; one side may have a single seed, as a second teacher has."""
+        """Differences seed by seed; one side may have a single seed, such as a second teacher."""
         return self.sign * (self.first.per_seed - self.reference.per_seed)
 
     @cached_property
@@ -65,8 +65,8 @@ class Comparison:
     def p_value(self) -> float:
         """Two-sided, of the hypothesis that the difference equals the threshold.
 
-        The resamples are as wide as the 95 % interval requires; Student's t gives the tails beyond,
-        which many comparisons need and 2,000 resamples do not reach.
+        The resamples are as wide as the 95 % interval requires; the tails beyond it, which
+        corrections for many claims need and 2,000 resamples do not reach, are those of Student's t.
         """
         freedom = max(len(self.first.per_seed), len(self.second.per_seed)) - 1
         tails = stats.t(freedom) if freedom else stats.norm()
@@ -77,7 +77,7 @@ class Comparison:
     @property
     def p_equivalence(self) -> float:
         """Of two one-sided tests (TOST, Schuirmann 1987) that the difference exceeds the margin: a
-        large p of a test for a difference would prove nothing."""
+        large p in a test for a difference is no evidence of equivalence."""
         beyond = [
             (self.resamples >= self.threshold).mean(),
             (self.resamples <= -self.threshold).mean(),
@@ -149,11 +149,11 @@ class Comparison:
 def verdicts(comparisons: list[Comparison]) -> list[dict]:
     """Decide all claims together.
 
-    From the 95 % interval of the paired difference: all of it at or below the threshold does not
-    beat; all of it above beats, if it is still significant at 5 % after Holm's correction for the
+    By the 95 % interval of the paired difference: entirely at or below the threshold is "does not
+    beat"; entirely above is "beats" if still significant at 5 % after Holm's correction for the
     number of claims (Holm 1979); anything else is inconclusive. "A keeps a share of B" means that
-    it beats that share of it. "A matches B" is an equivalence test: it holds if the difference lies
-    within the margin at 5 %, fails if all of the 95 % interval lies outside.
+    A beats that share of B. "A matches B" is an equivalence test: it holds if the difference lies
+    within the margin at 5 %, and fails if all of the 95 % interval lies outside.
     """
     if not comparisons:
         return []
@@ -208,7 +208,7 @@ def verdict_line(verdict: dict, metrics: Mapping[str, Metric]) -> str:
 
 
 def comparison_in_words(verdict: dict, metric: Metric, claimed: bool) -> str:
-    """What was measured of a claim, as the claim puts it if it holds."""
+    """What was measured for a claim, in the claim's words if it holds."""
     first, verb, second = verdict["claim"].split()
     scale, digits, seeds = metric.scale, metric.digits, seeds_behind(verdict)
     threshold = scale * verdict["threshold"]
@@ -239,16 +239,16 @@ def comparison_in_words(verdict: dict, metric: Metric, claimed: bool) -> str:
 def seeds_behind(verdict: dict) -> str:
     if verdict["seeds"] == 1:
         return "over 1 seed (the interval is over rows alone)"
-    one_reference = verdict.get("against") == 1  # the interval leaves out its spread over seeds
+    one_reference = verdict.get("against") == 1  # the interval excludes its spread over seeds
     return f"over {verdict['seeds']} seeds" + (" against one" if one_reference else "")
 
 
 def what_would_decide(verdict: dict) -> str:
-    """What an inconclusive claim of this size lacks."""
+    """What an inconclusive claim of this size needs."""
     margin = 0.0 if " keeps " in verdict["claim"] else verdict["threshold"]
     beyond = " matches " not in verdict["claim"] and verdict["ci95"][0] > margin
-    alone = "significant alone, not after correction for all claims; " if beyond else ""
-    return alone + seeds_that_would_decide(verdict)
+    uncorrected = "significant alone, not after correction for all claims; " if beyond else ""
+    return uncorrected + seeds_that_would_decide(verdict)
 
 
 def seeds_that_would_decide(verdict: dict) -> str:

@@ -1,6 +1,6 @@
-"""Classifiers: models with one position per row, which read pixels and choose a label.
+"""Classifiers: models with one position per row, which read pixels and predict a label.
 
-A row is the pixels of an image, then its label; a classifier reads the pixels alone.
+A row is the pixels of an image, then its label; a classifier reads only the pixels.
 """
 
 from itertools import pairwise
@@ -26,8 +26,8 @@ class MlpConfig(PreTrainedConfig):
 
 
 class MlpClassifier(PreTrainedModel):
-    """Rectified linear layers with dropout over grey levels: Hinton, Vinyals and Dean 2015,
-    arXiv 1503.02531, section 3."""
+    """ReLU layers with dropout over grey levels: Hinton, Vinyals and Dean 2015, arXiv 1503.02531,
+    section 3."""
 
     config_class = MlpConfig
     base_model_prefix = "layers"
@@ -48,7 +48,7 @@ class MlpClassifier(PreTrainedModel):
 
     def forward(self, input_ids: Tensor, **ignored: Any) -> ImageClassifierOutput:
         """input_ids [B, L], grey levels from 0 to 255 and perhaps the label -> logits [B, labels].
-        The options of language models, such as use_cache, have no meaning here."""
+        Options of language models, such as use_cache, are ignored."""
         hidden = input_ids[:, : self.config.pixels].to(self.head.weight.dtype) / 255
         for layer in self.layers:
             hidden = self.dropout(torch.relu(layer(hidden)))
@@ -63,7 +63,7 @@ for config_class, model_class in CLASSIFIERS.values():
 
 def build_classifier(settings: Model, pixels: int, outcomes: int) -> nn.Module:
     """A classifier of images with this number of pixels, not yet initialised from a seed. LabError
-    for a setting that it does not have."""
+    for an unknown setting."""
     config_class, model_class = CLASSIFIERS[settings.architecture]
     for key in ("num_attention_heads", "intermediate_size"):
         if getattr(settings, key) is not None:
@@ -72,7 +72,7 @@ def build_classifier(settings: Model, pixels: int, outcomes: int) -> nn.Module:
     for setting in settings.settings:
         if setting not in known:
             raise LabError(
-                f"model.settings.{setting} is no setting of {settings.architecture}"
+                f"model.settings.{setting} is not a setting of {settings.architecture}"
                 f"{nearest(setting, known)}"
             )
     return model_class(

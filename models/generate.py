@@ -17,13 +17,13 @@ from models.language import Forward, device_of
 from models.rows import Rows
 from models.states import states_of, states_options
 
-CACHES = ("past_key_values", "cache_params")  # the names of a cache: attention's, recurrent ones
-MAX_NUMBERS = 2**28  # of logits held at a time: 1 GB of float32
+CACHES = ("past_key_values", "cache_params")  # cache arguments of attention and recurrent models
+MAX_NUMBERS = 2**28  # logits held at a time: 1 GB of float32
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model wrote after a prompt of P tokens: n new tokens, end mark included, and their
+    """What a model wrote after a prompt of P tokens: n new tokens, EOS included, and their
     log-probability in nats (at temperature 1, whatever the sampling temperature).
 
     On request also all log-probabilities [n, V] there; the states [P + n - 1, layers, W] after some
@@ -39,13 +39,13 @@ class Generated:
 
 
 class CachedForward:
-    """A model that remembers what it has read: token ids [B, new] -> its output at them.
+    """A model with its cache: new token ids [B, new] -> its output at them.
 
-    Recurrent models take their cache under another name than attention; classifiers take none.
+    Recurrent models name the cache argument differently; classifiers have none.
     """
 
     def __init__(self, forward: Forward) -> None:
-        model = getattr(forward, "model", forward)  # of a counted one
+        model = getattr(forward, "model", forward)  # unwraps a CountedForward
         accepted = inspect.signature(model.forward).parameters
         name = next((n for n in CACHES if n in accepted), None)
         self.forward, self.cache = forward, DynamicCache(config=model.config) if name else None
@@ -61,17 +61,16 @@ class CachedForward:
 
 
 def rows_at_once(most: int, tokens: int, vocabulary: int, numbers: int = MAX_NUMBERS) -> int:
-    """How many rows of this many tokens have at most `numbers` logits in all."""
+    """How many rows of this many tokens, at most `most`, have at most `numbers` logits in all."""
     return min(most, max(1, numbers // (tokens * vocabulary)))
 
 
 def answers_of(
     forward: Forward, rows: Rows, batch_rows: int = 512, **options: Any
 ) -> Iterator[tuple[int, Generated]]:
-    """Let a model answer the prompts of all rows, in batches of similar prompt lengths, smaller
-    where a row needs much memory. The options are those of `generate`. Yields (index of the row,
-    answer)."""
-    # Logits of one token and what is computed from them, or of all tokens.
+    """Answer the prompts of all rows, in batches of similar prompt lengths, smaller where a row
+    needs much memory. The options are those of `generate`. Yields (index of the row, answer)."""
+    # Log-probabilities of all tokens are kept; or logits of one token, and what is made of them.
     tokens = options["longest"] if options.get("keep_log_probs") else 16
     batch_rows = rows_at_once(batch_rows, tokens, options.get("vocabulary") or 1)
     order = np.argsort(rows.prompt_lengths, kind="stable")
@@ -98,17 +97,17 @@ def generate(
     max_thinking_tokens: int | None = None,
     end_of_reasoning: int | None = None,
 ) -> list[Generated]:
-    """Continue B prompts of any lengths, each up to the token `end` or by `longest` tokens.
+    """Continue B prompts of any lengths, each up to the token `end` or for `longest` tokens.
 
-    All rows advance together, token by token: rows with longer prompts are still being read while
-    others already write. So nothing is padded, and no mask is needed.
+    All rows advance together, token by token: longer prompts are still being read while shorter
+    ones are already continued. So nothing is padded, and no mask is needed.
 
     Temperature 0 takes the most likely token. With a `separator`, tokens up to it are sampled at
-    `prompt_temperature` (a model that invents its own prompts), those after it at `temperature`.
-    `keep_layers` counts from 1. Ids from `vocabulary` on, which pad the matrices of some models,
-    are never written. After `max_thinking_tokens` without it, the token `end_of_reasoning` is
-    forced: the model must answer from what it has (Muennighoff et al. 2025 (s1), arXiv 2501.19393,
-    section 3).
+    `prompt_temperature` (a model that invents its own prompts), later ones at `temperature`.
+    `keep_layers` counts from 1. Ids from `vocabulary` on, which only pad the matrices of some
+    models, are never generated. After `max_thinking_tokens` without it, the token
+    `end_of_reasoning` is forced, so that the model must answer (Muennighoff et al. 2025 (s1),
+    arXiv 2501.19393, section 3).
     """
     starts = torch.tensor([len(prompt) for prompt in prompts])
     ends = starts + longest
@@ -129,17 +128,17 @@ def generate(
     read = 0
     for place in range(int(starts.min()), width):
         inputs = tokens[alive, read:place].to(device)
-        # of a whole prompt the logits would be large, and the last ones are all that is needed
+        # the logits of a whole prompt would be large, and only the last are needed
         output = cached(inputs, logits_to_keep=1, **options)
         logits = output.logits if output.logits.ndim == 2 else output.logits[:, -1]
         logits = logits[:, :vocabulary].cpu()
         if keep_layers:
-            states, looks = (t.cpu() for t in states_of(output, keep_layers, keep_relations))
+            states, new_maps = (t.cpu() for t in states_of(output, keep_layers, keep_relations))
             if hidden is None:
                 hidden = states.new_empty((rows, width - 1, *states.shape[2:]))
-                maps = states.new_zeros((rows, width - 1, looks.shape[2], width - 1))
+                maps = states.new_zeros((rows, width - 1, new_maps.shape[2], width - 1))
             hidden[alive, read:place] = states
-            maps[alive, read:place, :, :place] = looks
+            maps[alive, read:place, :, :place] = new_maps
         written = place - starts[alive]  # how many tokens each row has written
         writes = written >= 0
         expected = torch.log_softmax(logits[writes], dim=-1)
@@ -148,10 +147,10 @@ def generate(
                 log_probs = logits.new_empty((rows, longest, logits.shape[-1]))
             log_probs[alive[writes], written[writes]] = expected
         chosen = logits.argmax(-1)
-        for sampled, heat in ((answering, temperature), (~answering, prompt_temperature)):
+        for sampled, temp in ((answering, temperature), (~answering, prompt_temperature)):
             sampled = sampled & writes
-            if heat > 0 and bool(sampled.any()):
-                probabilities = torch.softmax(logits[sampled] / heat, dim=-1)
+            if temp > 0 and bool(sampled.any()):
+                probabilities = torch.softmax(logits[sampled] / temp, dim=-1)
                 chosen[sampled] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         if max_thinking_tokens is not None:
             thinking = thinking & ~(writes & (chosen == end_of_reasoning))

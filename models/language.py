@@ -49,12 +49,13 @@ TRAIN_AGAIN = "move that folder elsewhere and run train.py on the config again"
 
 
 class ModelTask(Protocol):
-    """What a task says about the models that fit it."""
+    """What building a model needs to know of its task."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase | None
     vocabulary: int
     longest_row: int
+    pad: int
 
 
 def build_model(settings: Model, task: ModelTask) -> nn.Module:
@@ -98,41 +99,41 @@ def build_language_model(
         known = AutoConfig.for_model(settings.architecture)
     except ValueError:
         raise LabError(
-            f"model.architecture {settings.architecture!r} is not one that transformers has; "
+            f"model.architecture {settings.architecture!r} is unknown to transformers; "
             "llama is the default, gpt2 the fastest on a CPU"
         ) from None
     for setting in settings.settings:
         if not hasattr(known, setting):
             raise LabError(
-                f"model.settings.{setting} is no setting of {settings.architecture}"
+                f"model.settings.{setting} is not a setting of {settings.architecture}"
                 f"{nearest(setting, known.to_dict())}"
             )
     if "num_key_value_heads" in known.to_dict():
         wanted.setdefault("num_key_value_heads", settings.num_attention_heads)
     if settings.intermediate_size or "intermediate_size" in known.to_dict():
-        # 8/3 of the width: a gated layer of three matrices then costs what an ungated one would
+        # 8/3 of the width: a gated MLP of three matrices then costs as much as an ungated one
         inner = settings.intermediate_size or -(-settings.hidden_size * 8 // 3 // 8) * 8
         wanted["n_inner" if settings.architecture == "gpt2" else "intermediate_size"] = inner
-    # A model of a few layers that sees its data a few times does not need dropout, and without it
-    # a training is a function of its seed and the step alone.
+    # Small models trained for a few epochs need no dropout, and without it training depends only on
+    # the seed and the step.
     for name, value in known.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
             wanted.setdefault(name, 0.0)
     if "is_decoder" in known.to_dict():
-        wanted.setdefault("is_decoder", True)  # architectures that read in both directions else
+        wanted.setdefault("is_decoder", True)  # otherwise some architectures are not causal
     config = AutoConfig.for_model(settings.architecture, **wanted)
-    # Rows of tens of tokens: plain matrix products beat the fused attention kernels on a CPU, and
-    # those of experts are only counted one by one.
+    # For rows of tens of tokens, plain matrix products beat fused attention kernels on a CPU; the
+    # FLOPs of experts are counted only if they are computed one by one.
     config._experts_implementation = "eager"
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
 def initialise(model: nn.Module, seed: int) -> nn.Module:
-    """Starting weights from NumPy, a function of (seed, parameter name) alone.
+    """Initial weights drawn by NumPy, a function of (seed, parameter name) only.
 
-    torch's own initialisers differ between instruction sets; these do not. What two builds draw
-    differently is normal with the config's initializer_range; what they share stays as built:
-    biases, norms, the decay rates of a recurrent model.
+    torch's own initialisers differ between instruction sets; these do not. Parameters that differ
+    between two builds are random: they become normal with the config's initializer_range. The
+    others stay as built: biases, norms, the decay rates of a recurrent model.
     """
     scale = model.config.initializer_range
     again = dict(type(model)(model.config).to(model.dtype).named_parameters())
@@ -146,8 +147,8 @@ def initialise(model: nn.Module, seed: int) -> nn.Module:
 
 
 def logits_at(output: Any, batch: Batch, vocabulary: int) -> Tensor:
-    """The logits [M, V] that predict the M counted positions of a batch. Columns beyond the
-    vocabulary pad the matrices of some models; a classifier has one position per row already."""
+    """The logits [M, V] at the M counted positions of a batch. Columns beyond the vocabulary only
+    pad the matrices of some models; a classifier already has one position per row."""
     logits = output.logits
     if logits.ndim == 3:
         logits = logits[batch.counted.to(logits.device)]
@@ -167,8 +168,8 @@ class LinearHead:
 
 
 def linear_head(model: nn.Module) -> LinearHead | None:
-    """How a language model makes logits [.., V] of its last states [.., H]; None for a classifier
-    and for a model that caps them, which is not linear."""
+    """How a language model computes logits [.., V] from its last hidden states [.., H]; None for
+    classifiers and for models with logit soft-capping, which is not linear."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None or getattr(model.config, "final_logit_softcapping", None):
         return None
@@ -183,7 +184,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def device_of(forward: Forward) -> torch.device:
-    """Where a model, counted or not, expects its token ids."""
+    """The device on which a model, counted or not, expects its token ids."""
     return getattr(forward, "device", torch.device("cpu"))
 
 
@@ -193,7 +194,7 @@ def device_of(forward: Forward) -> torch.device:
 def save_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path, card: str
 ) -> None:
-    """A transformers model folder, moved into place when it is complete."""
+    """Write a transformers model folder; it is moved into place when complete."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -208,7 +209,7 @@ def save_model(
 
 
 def model_card(stage: str, model: nn.Module, lineage: str, steps: int) -> str:
-    """What a model is and what it descends from."""
+    """The model card: what a model is and what it was trained from."""
     kind = "text-generation" if hasattr(model, "generate") else "image-classification"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {kind}\n---\n"
@@ -220,12 +221,12 @@ def model_card(stage: str, model: nn.Module, lineage: str, steps: int) -> str:
 
 def load_model(folder: Path) -> nn.Module:
     """A saved model in evaluation mode. LabError if the folder is missing or damaged, or if its
-    weights are not those of its config."""
+    weights do not match its config."""
     file = folder / WEIGHTS
     if not file.is_file():
         raise LabError(f"{folder} holds no model.safetensors; {TRAIN_AGAIN}")
     if folder.is_symlink() or file.is_symlink():
-        raise LabError(f"{file} is a link out of this run; put the file itself there")
+        raise LabError(f"{file} is a symlink out of this run; put the file itself there")
     options = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -244,8 +245,8 @@ def load_model(folder: Path) -> nn.Module:
 
 
 def require_all_weights(report: dict[str, Any], what: str, advice: str) -> None:
-    """LabError if a model was loaded with weights that are missing (and so random), unexpected (and
-    so dropped) or of another shape, by the report of transformers."""
+    """LabError if a model was loaded with weights that are missing (so random), unexpected (so
+    dropped) or of another shape, according to transformers' loading report."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         found = sorted(map(str, report.get(kind) or ()))
         if found:
@@ -256,8 +257,8 @@ def require_all_weights(report: dict[str, Any], what: str, advice: str) -> None:
 
 
 def load_pretrained(name: str) -> nn.Module:
-    """The weights and shape of a folder or of a model of the hub, which may have to be downloaded.
-    No code of it is run, and nothing is unpickled."""
+    """A pretrained model from a folder or from the hub, downloaded if necessary. None of its code
+    is run, and nothing is unpickled."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
@@ -274,7 +275,7 @@ def load_pretrained(name: str) -> nn.Module:
 
 
 def pretrained_layers(name: str) -> int:
-    """How many layers a pretrained model has, from its config alone."""
+    """How many layers a pretrained model has; reads only its config."""
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False).num_hidden_layers
     except Exception as error:
@@ -290,7 +291,7 @@ def cannot_load(what: str, error: Exception) -> LabError:
 
 
 def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model: in a folder of the run (a Path), or of a pretrained one."""
+    """The tokenizer of a model of this run (a Path) or of a pretrained one (a folder or hub id)."""
     local = isinstance(place, Path)
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=local, trust_remote_code=False)
@@ -303,8 +304,8 @@ def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
 
 
 def sha256_of_tensors(tensors: dict[str, Tensor]) -> str:
-    """One hash over names, types, shapes and bytes: the same model has the same hash, whatever
-    the bytes of its file (the order of safetensors metadata is not stable)."""
+    """One hash over names, types, shapes and bytes. It does not depend on the file's bytes: the
+    order of safetensors metadata is not stable."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -325,14 +326,14 @@ def sha256_of_model(folder: Path) -> str:
 
 
 def sha256_of_files(folder: Path) -> dict[str, str]:
-    """{name: sha256} of what a saved model consists of beside its weights and its card: config,
+    """{name: sha256} of the files of a saved model besides weights and model card: config,
     generation config, tokenizer."""
-    names = (file for file in folder.iterdir() if file.is_file())
-    kept = {WEIGHTS, "README.md"}
-    return {file.name: sha256_of_file(file) for file in sorted(names) if file.name not in kept}
+    files = (file for file in folder.iterdir() if file.is_file())
+    excluded = {WEIGHTS, "README.md"}
+    return {file.name: sha256_of_file(file) for file in sorted(files) if file.name not in excluded}
 
 
-# -- models made of others -------------------------------------------------------------------------
+# -- models made from other models -----------------------------------------------------------------
 
 
 class Averaged:

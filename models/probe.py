@@ -1,7 +1,7 @@
-"""A model is probed before it is trusted: on one short row, what training, outputs and evaluation
-rely on must hold. A few milliseconds.
+"""Probe a model on one short row, in milliseconds, for everything that training, outputs and
+evaluation rely on.
 
-Each probe returns what is wrong, or None. `probe` raises the first as one line.
+Each probe returns what is wrong, or None. `probe` raises the first problem as one line.
 """
 
 import re
@@ -17,7 +17,7 @@ from models.generate import CachedForward
 from models.language import LARGE_VOCABULARY, ModelTask, linear_head
 
 LENGTH = 8  # tokens of the row
-TOLERANCE = 1e-3  # of the largest logit; rounding is a thousandth of it
+TOLERANCE = 1e-3  # of the largest logit; rounding errors are a thousand times smaller
 CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 PRODUCT = re.compile(r"(mm|matmul|bmm|conv|einsum|attention|linear)")
 
@@ -26,17 +26,19 @@ def probe(model: nn.Module, task: ModelTask, what: str) -> None:
     """LabError, beginning with `what`, for the first thing that does not hold."""
     training = model.training
     model.eval()
-    for check in PROBES.values():
-        reason = check(model, task)
+    names = PROBES if task.tokenizer is not None else OF_CLASSIFIERS
+    for name in names:
+        reason = PROBES[name](model, task)
         if reason:
             raise LabError(f"{what}: {model.config.model_type} {reason}")
     model.train(training)
 
 
 def row(model: nn.Module, task: ModelTask) -> Tensor:
-    """[1, L] token ids, different ones where there are enough."""
-    length = min(LENGTH, task.longest_row)
-    return (torch.arange(length, device=model.device) * 7 % task.vocabulary)[None]
+    """[1, L] token ids, none of them padding; a classifier needs a whole row."""
+    length = task.longest_row if task.tokenizer is None else min(LENGTH, task.longest_row)
+    ids = torch.arange(length, device=model.device) * 7 % task.vocabulary
+    return torch.where(ids == task.pad, (ids + 1) % task.vocabulary, ids)[None]
 
 
 @torch.no_grad()
@@ -45,7 +47,7 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def differs(a: Tensor, b: Tensor) -> bool:
-    """Beyond rounding. Outcomes that both exclude (-inf) are the same."""
+    """Whether logits differ beyond rounding; -inf equals -inf."""
     finite = torch.isfinite(a) & torch.isfinite(b)
     if bool((torch.isfinite(a) != torch.isfinite(b)).any()):
         return True
@@ -59,7 +61,7 @@ def shape_and_values(model: nn.Module, task: ModelTask) -> str | None:
     if logits.shape[-1] < task.vocabulary:
         return f"gives {logits.shape[-1]} logits, fewer than the {task.vocabulary} tokens"
     if bool(logits.isnan().any()) or bool((logits == torch.inf).any()):
-        return "gives logits that are no numbers"
+        return "gives logits that are NaN or infinite"
     return None
 
 
@@ -84,20 +86,20 @@ def cached_generation(model: nn.Module, task: ModelTask) -> str | None:
     pieces = [forward(ids[:, :half]).logits[:, -1:]]
     pieces += [forward(ids[:, i : i + 1]).logits[:, -1:] for i in range(half, ids.shape[1])]
     if differs(logits_of(model, ids)[:, half - 1 :], torch.cat(pieces, 1)):
-        return "generates with a cache that forgets: its logits differ from those of a whole pass"
+        return "generates other logits with a cache than in a full forward pass"
     return None
 
 
 @torch.no_grad()
 def head(model: nn.Module, task: ModelTask) -> str | None:
-    """Only large vocabularies go through the head chunk by chunk."""
+    """Logits of large vocabularies are computed from the head in chunks."""
     found = linear_head(model)
     if found is None or task.vocabulary < LARGE_VOCABULARY:
         return None
     ids = row(model, task)
     states = model.base_model(ids, use_cache=False).last_hidden_state
     if differs(logits_of(model, ids), found.logits(states)):
-        return "computes its logits in another way than states times head"
+        return "does not compute its logits as its last hidden states times its head"
     return None
 
 
@@ -119,7 +121,7 @@ def positions(model: nn.Module, task: ModelTask) -> str | None:
 
 
 class Uncounted(TorchDispatchMode):
-    """The products of a forward pass that FlopCounterMode does not count."""
+    """Matrix products of a forward pass that FlopCounterMode does not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,3 +153,4 @@ PROBES: dict[str, Callable[[nn.Module, ModelTask], str | None]] = {
     "positions": positions,
     "FLOPs": counted,
 }
+OF_CLASSIFIERS = ("logits", "gradients", "FLOPs")

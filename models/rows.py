@@ -13,7 +13,7 @@ POOL_BATCHES = 32  # batches are cut from pools of this many, sorted by length, 
 
 
 def row_id(text: str) -> int:
-    """A stable 63-bit id from what the row asks: the same on every machine, in every order."""
+    """A stable 63-bit id from a text: the same on every machine, in every order."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 1
 
 
@@ -106,7 +106,7 @@ class Rows:
         return self.tokens[self.offsets[i] + self.prompt_lengths[i] : self.offsets[i + 1]]
 
     def in_prompt(self) -> np.ndarray:
-        """[total]: which tokens are of a prompt."""
+        """[total]: which tokens belong to a prompt."""
         within = np.arange(self.offsets[-1]) - np.repeat(self.offsets[:-1], self.lengths)
         return within < np.repeat(self.prompt_lengths, self.lengths)
 
@@ -118,7 +118,7 @@ class Rows:
         return Rows(self.ids[indices], tokens, starts, self.prompt_lengths[indices])
 
     def digest(self) -> str:
-        """sha256 over ids, tokens and boundaries: two sets of rows are the same if this is."""
+        """sha256 over ids, tokens and boundaries: equal for equal rows."""
         digest = hashlib.sha256()
         for column in (self.ids, self.tokens, self.offsets, self.prompt_lengths):
             for array in column.arrays if isinstance(column, Chunks) else [column]:
@@ -128,11 +128,11 @@ class Rows:
 
 @dataclass
 class Batch:
-    """Right-padded rows. ids [B] of the rows, indices [B] of their places in the rows they come
-    from; input_ids [B, L]; positions [B, L]: another token of the row follows; counted [B, L]: the
-    logits at t, which predict token t+1, count for the loss; targets [M]: the tokens that the M
-    counted positions must predict; weights [M]: 1 for a token of a completion, less for one of a
-    prompt."""
+    """Right-padded rows. ids [B]: ids of the rows; indices [B]: their indices in the rows they come
+    from; input_ids [B, L]; positions [B, L]: whether another token of the row follows; counted
+    [B, L]: whether the logits at t, which predict token t+1, count in the loss; targets [M]: the
+    tokens to predict at the M counted positions; weights [M]: 1 for completion tokens, less for
+    prompt tokens."""
 
     ids: np.ndarray
     indices: np.ndarray
@@ -144,9 +144,9 @@ class Batch:
 
 
 def collate(rows: Rows, indices: np.ndarray, pad: int, prompt_weight: float = 0.0) -> Batch:
-    """Pad rows to the longest. The tokens of the completion are supervised, from the first to the
-    end mark, and with a prompt_weight above 0 those of the prompt except the first. Attention is
-    causal, so padding on the right needs no attention mask.
+    """Pad rows to the longest. The tokens of the completion are supervised, EOS included, and with
+    a prompt_weight above 0 those of the prompt too, except the first. Attention is causal, so
+    padding on the right needs no attention mask.
     """
     lengths = rows.lengths_of(indices)
     place = np.arange(int(lengths.max()))[None, :]
@@ -163,8 +163,8 @@ def collate(rows: Rows, indices: np.ndarray, pad: int, prompt_weight: float = 0.
 
 
 def weight_of(rows: Rows, indices: np.ndarray, prompt_weight: float) -> tuple[float, int]:
-    """(sum of the weights, number of positions that a token follows) of a batch that is not built:
-    the denominators of a step that is computed in micro-batches."""
+    """(sum of the weights, number of positions that a token follows) of a batch, without building
+    it: the denominators of a step that is computed in micro-batches."""
     lengths, prompts = rows.lengths_of(indices), rows.prompt_lengths[indices]
     completions = int((lengths - prompts).sum())
     weight = completions + prompt_weight * int((prompts - 1).sum())

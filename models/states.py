@@ -1,4 +1,4 @@
-"""What happens inside a transformer: its hidden states, attention maps and value relations."""
+"""The internals of a transformer: its hidden states, attention maps and value relations."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,9 +28,9 @@ def states_of(output: Any, layers: Sequence[int], relations: bool = False) -> tu
 
 
 def value_relation(values: Tensor, new: int) -> Tensor:
-    """How similar the values of the last `new` positions are to those up to them, values [B, heads,
-    K, D] -> [B, new, K]: softmax(V V^T / sqrt(D)), the mean over heads. Wang et al. 2020 (MiniLM),
-    arXiv 2002.10957, equation 7, restricted to earlier positions, as in a causal model.
+    """Value relations of the last `new` positions, values [B, heads, K, D] -> [B, new, K]:
+    softmax(V V^T / sqrt(D)), the mean over heads. Wang et al. 2020 (MiniLM), arXiv 2002.10957,
+    equation 7, restricted to positions up to each one, as in a causal model.
     """
     products = values[:, :, -new:] @ values.transpose(-1, -2) / values.shape[-1] ** 0.5
     length = values.shape[2]

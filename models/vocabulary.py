@@ -1,4 +1,4 @@
-"""Whether two models mean the same token by an id: only then can distributions be compared."""
+"""Whether token ids mean the same in two models: only then can distributions be compared."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,12 +19,12 @@ def require_same_vocabulary(
     teacher: PreTrainedTokenizerBase,
     student: PreTrainedTokenizerBase,
     what: str,
-    alternatives: str = "access text, or objective uld, which compares no ids, both over sequences "
+    alternatives: str = "access text, or objective uld, which compares no ids, both with sequences "
     "teacher",
 ) -> None:
     """LabError, beginning with `what`, if the tokenizers differ in any id. The widths of the models
-    do not matter: rows beyond the vocabulary are padding and are cut off. Cutting two vocabularies
-    to one width would compare tokens that mean different things, with a plausible loss.
+    do not matter: logits beyond the vocabulary are padding and are cut off. Cutting different
+    vocabularies to one width would compare unrelated tokens, with a plausible loss.
     """
     differing = first_differing_id(teacher, student)
     if differing is None:

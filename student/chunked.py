@@ -2,8 +2,7 @@
 
 512 positions of 49,152 outcomes are 100 MB of float32, for the student and for the teacher, and
 again for what a softmax keeps for its gradient. The states they come from are small: so logits are
-computed chunk by chunk, and again when the gradient needs them (Chen et al. 2016,
-arXiv 1604.06174).
+computed chunk by chunk, and recomputed for the gradient (Chen et al. 2016, arXiv 1604.06174).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from models.language import LARGE_VOCABULARY, LinearHead, linear_head
 from models.rows import Batch
 from teacher.signal import Signal
 
-CHUNKS = 128  # an objective keeps up to twenty tensors of the size of one
+CHUNKS = 128  # an objective keeps up to twenty tensors as large as a chunk
 
 LossFunction = Callable[[Tensor, Signal], Tensor]
 
@@ -80,8 +79,8 @@ def chunked(
     objective: LossFunction, states: Tensor, head: LinearHead, signal: Signal, vocabulary: int
 ) -> Tensor:
     """objective(head(states), signal), [M] nats, in about CHUNKS chunks: states [M, H]. Value and
-    gradient equal those of the unchunked computation; outcomes beyond the vocabulary pad the
-    head."""
+    gradient equal those of the unchunked computation; outcomes beyond the vocabulary are only
+    padding of the head."""
     weight, bias = head.weight, head.bias
     if len(weight) > vocabulary:
         weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
@@ -90,7 +89,7 @@ def chunked(
 
 
 def pays(model: nn.Module, vocabulary: int) -> bool:
-    """Whether the logits of a model are many, and a product that can be taken in chunks."""
+    """Whether chunks pay for a model: its vocabulary is large and its head is linear."""
     return vocabulary >= LARGE_VOCABULARY and linear_head(model) is not None
 
 

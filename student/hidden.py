@@ -1,4 +1,4 @@
-"""Learning from the teacher's hidden states: what a student shows of its own.
+"""Learning from the teacher's hidden states: the student's side.
 
 The student is narrower, so its states are compared through learned projections that training
 discards (Romero et al. 2014, FitNets, arXiv 1412.6550, section 2.2; Jiao et al. 2019, TinyBERT,
@@ -18,7 +18,7 @@ from models.states import states_of, states_options
 @dataclass
 class StudentOutput:
     """A forward pass of a student that learns from hidden states: logits [B, L, V], projected
-    [B, L, layers, W], attention [B, L, layers, L] (the mean of the heads) and, if they are to be
+    [B, L, layers, W], attention [B, L, layers, L] (the mean of the heads) and, if they are
     matched, value relations of the same shape. Indexed by positions [B, L], each is [P, ...]."""
 
     logits: Tensor
@@ -54,7 +54,7 @@ class WithProjections(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The student's."""
+        """The student's config."""
         return self.student.config
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> StudentOutput:

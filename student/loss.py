@@ -16,8 +16,8 @@ from student.training_set import TrainingSet
 
 @dataclass(frozen=True)
 class Loss:
-    """The weighted mean of an objective over positions plus, while hidden states are used, the mean
-    over all positions of the hidden loss."""
+    """The weighted mean of an objective over positions plus, while hidden states are used, the
+    hidden loss averaged over all positions."""
 
     objective: LossFunction
     hidden: HiddenLoss | None
@@ -45,7 +45,7 @@ class Loss:
         progress: float = 0.0,
     ) -> Tensor:
         """The contribution of some rows to the loss of a step. The normalizer is that of all rows
-        of the step, so that the contributions add up to the same loss however it is divided."""
+        of the step, so that contributions add up to the same loss however the step is split."""
         total_weight, positions = normalizer
         uses_hidden = self.uses_hidden(progress)
         learner = model if uses_hidden else student_of(model)

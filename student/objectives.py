@@ -22,7 +22,7 @@ FLOOR = 1e-4  # added to attention probabilities before the logarithm
 
 
 def cross_entropy(student_logits: Tensor, signal: Signal) -> Tensor:
-    """-log q(target): learning from text alone, at temperature 1. [M, V] -> [M] nats.
+    """-log q(target): learning only from text, at temperature 1. [M, V] -> [M] nats.
 
     On text that the teacher wrote this is sequence-level distillation (Kim and Rush 2016,
     arXiv 1606.07947, section 3.2).
@@ -31,8 +31,8 @@ def cross_entropy(student_logits: Tensor, signal: Signal) -> Tensor:
 
 
 def policy_gradient(student_logits: Tensor, signal: Signal) -> Tensor:
-    """-A log q(token): raises the probability of the student's own tokens in answers that were
-    better than its average, lowers the others. [M, V] -> [M]; only its gradient has a meaning.
+    """-A log q(token): raises the probability of the tokens in the student's better-than-average
+    answers, lowers that of the others. [M, V] -> [M]; only its gradient has a meaning.
 
     Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, equation 3 (GRPO), with one update per batch
     of answers, where the ratio to the old policy is 1 and no clipping occurs, and without a
@@ -178,7 +178,7 @@ def attention_kl(output: Any, hidden: HiddenSignal) -> Tensor:
 
 
 def value_relation_kl(output: Any, hidden: HiddenSignal) -> Tensor:
-    """The same between their value relations: MiniLM, equation 8."""
+    """The same divergence between their value relations: MiniLM, equation 8."""
     return divergence_of_maps(output.relations, hidden.relations)
 
 

@@ -1,10 +1,10 @@
-"""On-policy distillation: the student writes, and the teacher scores every token; and reinforcement
-learning, where only right and wrong are known.
+"""On-policy distillation: the student writes, and the teacher scores every token. Also
+reinforcement learning from right/wrong rewards.
 
-Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1: a student that only reads good text never
+Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1: a student trained only on good text never
 learns to continue from its own mistakes. Shao et al. 2024 (GRPO), arXiv 2402.03300, section 4.1:
 the advantage of an answer is its reward relative to the student's other answers to the same prompt.
-Writing and scoring cost FLOPs, which are charged.
+The FLOPs of writing and scoring are charged.
 """
 
 import time
@@ -29,9 +29,9 @@ from teacher.signal import Signal
 class OnPolicy:
     """Makes the training sets of the steps at which the student writes.
 
-    rows: whose prompts it answers. counted: wraps a model so that its forward passes are counted,
-    as the teacher already is; both have `flops`. Without a teacher there are rewards: rows -> [N]
-    from 0 to 1.
+    rows: the source of its prompts. counted: wraps a model so that its forward passes are counted;
+    `teacher` is already wrapped, and both have `flops`. Without a teacher there are rewards:
+    rows -> [N] from 0 to 1.
     """
 
     rows: Rows
@@ -63,7 +63,7 @@ class OnPolicy:
         )
 
     def written(self, student: nn.Module, step: int) -> TrainingSet:
-        """The student's answers to the prompts of this step, with the signal there."""
+        """The student's answers to the prompts of this step, with the signal at their tokens."""
         places = self.order(step)
         if self.rewards:
             places = np.repeat(places, self.recipe.student.group)
@@ -100,14 +100,14 @@ class OnPolicy:
         return signal, self.teacher.flops - before
 
     def rewarded(self, rows: Rows) -> tuple[Rows, Signal]:
-        """(answers with something to learn, the advantage of each of their tokens).
+        """(answers that give a gradient, the advantage of each of their tokens).
 
         An advantage is the reward minus the mean of its group, divided by the group's standard
         deviation. As the loss of a step is the mean over all its tokens, it is multiplied by mean
         length / length, so that answers of all lengths count equally (1/|o| in equation 3). A group
-        whose answers are all equally good teaches nothing and is dropped, though its writing is
-        charged (Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2). If all groups are, one
-        stays, with gradient 0."""
+        whose answers all have the same reward gives no gradient and is dropped, though its writing
+        is charged (Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2). If this holds for all
+        groups, one is kept, with gradient 0."""
         rewards = self.rewards(rows).reshape(-1, self.recipe.student.group)
         spread = rewards.std(1, keepdims=True)
         advantages = (rewards - rewards.mean(1, keepdims=True)) / np.maximum(spread, 1e-6)

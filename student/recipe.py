@@ -1,4 +1,4 @@
-"""From a recipe to its loss terms, and from a student's recipe to those of its controls."""
+"""From a recipe to its loss terms, and from a student's recipe to the recipes of its controls."""
 
 import math
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from teacher.signal import HiddenSignal, Signal
 # (student_logits [M, V], signal, progress of the training from 0 to 1) -> [M] nats
 LossFunction = Callable[[Tensor, Signal, float], Tensor]
 
-# What a teacher learns by, and a student without one.
+# Training on text: for a teacher, and for a student without one.
 FROM_TEXT = Recipe(access="none", objective={"cross_entropy": 1.0})
 
 
 def objective_of(recipe: Recipe) -> LossFunction:
-    """The weighted sum of a recipe's terms over the vocabulary, with weights and temperature as
-    they are at `progress`. Terms over hidden states are not part of it, see `hidden_loss_of`."""
+    """The weighted sum of a recipe's terms over the vocabulary, with the weights and temperature at
+    `progress`. Terms over hidden states are separate, see `hidden_loss_of`."""
     terms = {name: OBJECTIVES[name] for name in recipe.objective}
 
     def objective(student_logits: Tensor, signal: Signal, progress: float = 0.0) -> Tensor:
@@ -84,7 +84,7 @@ def uses_relations(recipe: Recipe) -> bool:
 
 
 def learns_from_rewards(recipe: Recipe) -> bool:
-    """Whether a recipe learns from right and wrong, without text and without a teacher."""
+    """Whether a recipe learns from right/wrong rewards, without text and without a teacher."""
     return any(OBJECTIVES[name].needs == "reward" for name in recipe.objective)
 
 
@@ -97,10 +97,10 @@ def compares_ids(recipe: Recipe) -> bool:
 def control_recipe(control: str, student: Recipe) -> Recipe:
     """The recipe of a control, given that of the student it is compared with.
 
-    baseline  the data behind the teacher, at the same total FLOPs: do outputs teach better?
-    low_data  only 5 % of that data, same FLOPs: what could be done without the teacher?
+    baseline  the teacher's training data, at the same total FLOPs: do outputs teach better?
+    low_data  only 5 % of that data, same FLOPs: what is possible without the teacher?
     shuffled  the teacher's outputs for the wrong rows: must not help
-    smoothed  the data with label smoothing of the teacher's entropy: is softness enough?
+    smoothed  the data, with label smoothing at the teacher's entropy: are soft labels enough?
     """
 
     def changed(recipe: Recipe, **settings: object) -> Recipe:

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def text_signal(batch: Batch) -> Signal:
-    """The text itself and nothing else."""
+    """Only the text."""
     return Signal(batch.targets)
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Rows and what is revealed at a batch of them. Without a teacher that is the text itself; with
-    hidden states also those, of width W. order: the rows of each step; None if every step takes all
-    of them. At the steps of `on_policy` the student writes another training set, at a cost of
-    `flops` and `writing_seconds`."""
+    """Rows and the signal at a batch of them: the text itself without a teacher. `hidden` adds
+    hidden states of width W. order: the rows of each step; None if every step takes all of them.
+    In the steps of `on_policy` the student writes another training set, at a cost of `flops` and
+    `writing_seconds`."""
 
     rows: Rows
     signal: Callable[[Batch], Signal] = text_signal
@@ -51,15 +51,15 @@ class TrainingSet:
 
 
 def lowest_ids(rows: Rows, fraction: float) -> Rows:
-    """A share of the rows, those with the lowest ids. Ids are hashes, so the choice is random, the
-    same on every machine, and smaller shares are subsets of larger ones."""
+    """A fraction of the rows, those with the lowest ids. Ids are hashes, so the choice is random,
+    the same on every machine, and smaller fractions are subsets of larger ones."""
     keep = np.argsort(rows.ids, kind="stable")[: max(1, round(len(rows) * fraction))]
     return rows.take(np.sort(keep))
 
 
 def without_reasoning(rows: Rows, task: Task) -> Rows:
-    """The same rows without the reasoning before their answers; rows that came to no answer are
-    dropped. LabError if all are."""
+    """The same rows without the reasoning before their answers; rows without an answer are dropped.
+    LabError if all are."""
     answers = [task.without_reasoning(rows.completion(i).tolist()) for i in range(len(rows))]
     answered = [i for i, answer in enumerate(answers) if answer]
     if not answered:

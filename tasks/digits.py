@@ -37,7 +37,7 @@ def digits_file() -> Path:
 
 
 def read_packaged(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(images [N, 784], labels [N]), both uint8. LabError if these are other digits."""
+    """(images [N, 784], labels [N]), both uint8. LabError if the file has another hash."""
     content = read_verified(file, SHA256)
     table = np.loadtxt(io.BytesIO(gzip.decompress(content)), np.uint8, delimiter=",")
     return table[:, :PIXELS], table[:, PIXELS]
@@ -61,7 +61,7 @@ def read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     if content[:4] != magic or len(content) < start:
         raise LabError(
             f"{file} begins with {content[:4].hex() or 'nothing'}, expected {magic.hex()}: it is "
-            f"no IDX file of {dimensions} dimensions; download it again"
+            f"not an IDX file of {dimensions} dimensions; download it again"
         )
     shape = struct.unpack(f">{dimensions}I", content[4:start])
     if len(content) - start != math.prod(shape):
@@ -117,7 +117,7 @@ class Digits(Task):
 
     class Settings(Section):
         folder: str | None = None  # of IDX files; its official test set is then held out
-        limit: int | None = Field(None, ge=100)  # an evenly drawn subset, for tests
+        limit: int | None = Field(None, ge=100)  # a random subset, for tests
 
     name = "digits"
     item_noun = "digits"
@@ -150,7 +150,7 @@ class Digits(Task):
         ids, kept = np.unique(
             np.array([row_id(digest) for digest in digests], np.int64), return_index=True
         )
-        # Ordered by id, which is a hash: every prefix is an even draw, whatever the source's order.
+        # Sorted by id, a hash: every prefix is a random sample, whatever the order of the source.
         ids, kept = ids[: self.settings.limit], kept[: self.settings.limit]
         self.ids, self.images, self.labels = ids, images[kept], labels[kept]
         if folder is None:
@@ -197,7 +197,7 @@ class Digits(Task):
         }
 
     def rows(self, split: str) -> Rows:
-        """The split as tokens: 784 grey levels ask, the label answers."""
+        """The split as tokens: 784 grey levels are the prompt, the label is the completion."""
         members = self.members[split]
         tokens = np.column_stack([self.images[members], self.labels[members]]).astype(np.int32)
         return Rows.build_flat(
@@ -229,7 +229,7 @@ class Digits(Task):
             return self.images[member].tolist()
         try:
             exists = Path(question).is_file()
-        except (OSError, ValueError):  # a name that no file can have
+        except (OSError, ValueError):  # not a valid file name
             exists = False
         if not exists:
             raise LabError(
@@ -249,7 +249,7 @@ class Digits(Task):
         return [] if member is None else [str(self.labels[member])]
 
     def render(self, tokens: np.ndarray | list[int]) -> str:
-        """The label that an answer consists of."""
+        """An answer's label."""
         return "".join(str(int(token)) for token in tokens[:1])
 
     def image(self, rows: Rows, i: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """The task `gsm8k`: real word problems of grade school, solved in plain English.
 
 Source: Cobbe et al. 2021, arXiv 2110.14168, github.com/openai/grade-school-math (MIT licence):
-7,473 training and 1,319 test problems. A solution ends with `#### 18`. For pretrained models: the
-tokenizer is theirs.
+7,473 training and 1,319 test problems. A solution ends with `#### 18`. For pretrained models, whose
+tokenizer it uses.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def read_problems(folder: str | None, split: str) -> list[dict[str, str]]:
             ) from None
     file = Path(folder, f"{split}.jsonl")
     if not file.is_file():
-        raise LabError(f"no file {file}; task.folder names where train.jsonl and test.jsonl lie")
+        raise LabError(f"no file {file}; task.folder must hold train.jsonl and test.jsonl")
     problems = []
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         try:
@@ -94,7 +94,7 @@ class Gsm8k(Task):
     @classmethod
     def objections(cls, settings: Settings) -> Iterator[str]:
         if not settings.tokenizer:
-            yield "tokenizer: missing; name the folder or hub id of the student's"
+            yield "tokenizer: missing; give the folder or hub id of the student's tokenizer"
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -130,7 +130,7 @@ class Gsm8k(Task):
         return row_id(f"gsm8k {problem['question']}")
 
     def rows(self, split: str) -> Rows:
-        """The split as tokens: the question is the prompt, solution and end mark the completion."""
+        """The split as tokens: the question is the prompt, solution and EOS the completion."""
         problems = self.by_split[split]
         end = [self.tokenizer.eos_token_id]
         answers = [self.solution(problem) for problem in problems]
@@ -148,7 +148,7 @@ class Gsm8k(Task):
         )
 
     def solution(self, problem: dict[str, str]) -> str:
-        """As published, without the `<<16-3-4=9>>` that were meant for a calculator."""
+        """As published, without calculator annotations such as `<<16-3-4=9>>`."""
         return re.sub(r"<<[^>]*>>", "", problem["answer"])
 
     def prompt(self, question: str) -> list[int]:
@@ -178,14 +178,14 @@ class Gsm8k(Task):
         return [self.solution(problem)] if problem else []
 
     def render(self, tokens: np.ndarray | list[int]) -> str:
-        """Up to the end mark."""
+        """An answer as text, up to EOS."""
         ids = [int(token) for token in tokens]
         end = self.tokenizer.eos_token_id
         return self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids).strip()
 
     def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
-        """Per row: whether the answer ends with the right number. One that was cut off counts by
-        the last number it names, as is usual; what a student is taught must have ended, see
+        """Per row: whether the answer ends with the right number. A truncated answer is graded by
+        its last number, as usual; answers that students learn from must be complete, see
         `is_right`."""
         numbers = map(final_number, answers)
         truths = [final_number(self.by_id[int(i)]["answer"]) for i in ids]
@@ -198,14 +198,14 @@ class Gsm8k(Task):
         return {"same_answer": np.array([a == t is not None for a, t in pairs], float)}
 
     def is_right(self, rows: Rows, i: int) -> bool:
-        """One that was cut off before its end is not, whatever number it names last."""
+        """A truncated answer is not right, whatever its last number."""
         completion = rows.completion(i).tolist()
         number = final_number(self.render(completion))
         ended = completion[-1] == self.tokenizer.eos_token_id
         return ended and number == final_number(self.by_id[int(rows.ids[i])]["answer"])
 
     def without_reasoning(self, completion: list[int]) -> list[int]:
-        """`...#### 18` or `... it is 18.` -> `#### 18`; nothing if it names no number."""
+        """`...#### 18` or `... it is 18.` -> `#### 18`; empty if there is no number."""
         number = final_number(self.render(completion))
         if number is None:
             return []

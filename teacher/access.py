@@ -28,7 +28,7 @@ DISTRIBUTION = OUTCOMES | {"distribution"}
 WEIGHTS = DISTRIBUTION | {"states", "relations"}
 
 Columns = dict[str, np.ndarray]  # what is stored of one row, or read of the rows of a batch
-Pairs = dict[str, tuple[Tensor, Tensor]]  # what must be equal, by the name of its unit
+Pairs = dict[str, tuple[Tensor, Tensor]]  # {unit: (live, stored)}: what must agree
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Access:
     reveal: (log_probs [M, V], targets [M], k, generator) -> Signal. store: (Signal, k, V) -> the
     `columns` of one row. read: (columns, targets [M], k) -> Signal of the rows of a batch, one
     after the other. compare: (Signal, log_probs [M, V] of the live teacher, k) -> what must agree.
-    uses_k: whether it reads `outputs.k`. teacher: whether anything comes from a teacher at all.
+    uses_k: whether it reads `outputs.k`. teacher: whether a teacher is used.
     """
 
     reveals: frozenset[str]
@@ -52,12 +52,12 @@ class Access:
 
     @property
     def probabilities(self) -> bool:
-        """Whether any are revealed."""
+        """Whether probabilities are revealed."""
         return "samples" in self.reveals
 
 
 def needs_outputs(recipe: Recipe) -> bool:
-    """Whether a teacher has to answer before a student of this recipe can train."""
+    """Whether a student of this recipe needs stored teacher outputs before it can train."""
     return ACCESS[recipe.access].teacher and recipe.sequences != "student"
 
 
@@ -138,7 +138,7 @@ def reveal_sampled(
 
 
 def store_sampled(signal: Signal, k: int, vocabulary: int) -> Columns:
-    """Most draws are equal, so each outcome is stored once per position, with its count."""
+    """Many draws coincide, so each outcome is stored once per position, with its count."""
     drawn = signal.indices
     positions = len(drawn)
     place = torch.arange(positions)[:, None].expand_as(drawn)
@@ -171,27 +171,27 @@ def compare_sampled(signal: Signal, live: Tensor, k: int) -> Pairs:
     drawn, total = signal.weights > 0, signal.weights.sum(-1)
     return {
         "nats": (live.gather(-1, signal.indices)[drawn], signal.log_probs[drawn]),
-        "of all draws": (torch.ones_like(total), total),
+        "(sum of the weights)": (torch.ones_like(total), total),
     }
 
 
 def packed(values: Tensor) -> np.ndarray:
-    """Flat, as float16; float64 stays what it is, for traces that must agree on every machine."""
+    """Flattened, as float16; float64 is kept, for traces that must agree on every machine."""
     values = values if values.dtype == torch.float64 else values.to(torch.float16)
     return values.numpy().ravel()
 
 
 def narrow(values: np.ndarray, end: int) -> np.ndarray:
-    """Integers from 0 to end - 1 in as few bytes as they need."""
+    """Integers from 0 to end - 1 in the smallest unsigned type."""
     return values.astype(np.min_scalar_type(end - 1))
 
 
 LOG_PROBS = ("log_probs",)
 
 ACCESS: dict[str, Access] = {
-    # the data alone: for controls and for learning from rewards
+    # no teacher: for controls and for learning from rewards
     "none": Access(TEXT, reveal_text, store_text, read_text, teacher=False),
-    # answers, as a chat API sells them
+    # answers, as a chat API returns them
     "text": Access(TEXT, reveal_text, store_text, read_text),
     # an API that also returns the k largest log-probabilities
     "top_k": Access(

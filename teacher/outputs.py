@@ -1,6 +1,6 @@
-"""The teacher's outputs: made once, stored by row id, bound to what made them.
+"""The teacher's outputs: computed once, stored by row id, bound to what they were made from.
 
-A folder of shards (see teacher/shards.py) and a provenance.json that says what they are bound to.
+A folder of shards (see teacher/shards.py) and a provenance.json that records the binding.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from teacher.shards import AGAIN, Record, check_binding, find_shard, read_shard,
 from teacher.source import LocalModel, TeacherRow, bytes_of
 
 SHARD_ROWS = 8192
-SHARD_TOKENS = 2**19  # at most: what an interruption may cost
-SHARD_BYTES = 2**30  # of whole distributions at most: a shard is held in memory until it is written
+SHARD_TOKENS = 2**19  # at most: an interruption loses no more work than this
+SHARD_BYTES = 2**30  # of full distributions, at most: a shard is in memory until it is written
 
 
 @dataclass(frozen=True)
 class OutputsRequest:
-    """What outputs are wanted. Equal requests share a folder, whose name, like the binding of what
-    is in it, follows from the fields below."""
+    """Which outputs are needed. Equal requests share a folder; its name and the binding of its
+    content follow from the fields below."""
 
     teachers: tuple[str, ...]
     sequences: str
@@ -42,7 +42,7 @@ class OutputsRequest:
 
     @classmethod
     def of(cls, recipe: Recipe, relations: bool = False) -> "OutputsRequest":
-        """What a recipe needs; fields that do not matter to it are None."""
+        """What a recipe needs; irrelevant fields are None."""
         outputs, writes = recipe.outputs, recipe.sequences == "teacher"
         return cls(
             teachers=tuple(recipe.teachers),
@@ -58,7 +58,7 @@ class OutputsRequest:
 
     @property
     def name(self) -> str:
-        """`teacher-top_k-8-train-5000`: the fields that say something."""
+        """`teacher-top_k-8-train-5000`: the fields that are set."""
         parts: list[str] = []
         for field in fields(self):
             value = getattr(self, field.name)
@@ -79,7 +79,7 @@ class OutputsRequest:
     def binding(
         self, teacher_sha256: str, tokenizer_sha256: str, rows: Rows, seed: int
     ) -> dict[str, Any]:
-        """Everything that the outputs depend on: if any of it differs, they are others."""
+        """Everything that the outputs depend on: if any of it differs, so do they."""
         wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {
             "teacher": teacher_sha256,
@@ -90,20 +90,20 @@ class OutputsRequest:
         }
 
     def rows_from_data(self, rows: Rows) -> int:
-        """How many of the answered rows ask what the data ask; the teacher invents the rest."""
+        """How many of the answered prompts come from the data; the teacher invents the rest."""
         if self.prompts == "invented":
             return 0
         count = self.transfer_rows or len(rows)
         return min(count, len(rows)) if self.prompts == "extended" else count
 
     def indices(self, rows: Rows, start: int = 0, size: int | None = None) -> np.ndarray:
-        """The rows of the data that are answered, evenly spaced: rows come in dictionary order."""
+        """The rows of the data to answer: evenly spaced, as rows may be in alphabetical order."""
         count = self.rows_from_data(rows)
         size = count - start if size is None else size
         return np.arange(start, start + size) * len(rows) // count
 
     def rows_of_shard(self, longest_answer: int, vocabulary: int) -> int:
-        """How many rows a shard has, by the tokens of the longest answer."""
+        """How many rows a shard has, given the tokens of the longest answer."""
         at_most = min(SHARD_ROWS, SHARD_TOKENS // longest_answer)
         if "distribution" in ACCESS[self.access].reveals:
             at_most = min(at_most, SHARD_BYTES // (2 * longest_answer * vocabulary))
@@ -157,7 +157,7 @@ def shard_records(
     generator: torch.Generator,
     progress: Callable[[int], None],
 ) -> Iterator[Record]:
-    """The records of one shard: those of the rows asked, in their order, then invented ones."""
+    """The records of one shard: the rows asked, in their order, then invented ones."""
     probabilities = ACCESS[request.access].probabilities
     temperature = request.temperature or 0.0
     if asked is not None:
@@ -179,7 +179,7 @@ def shard_records(
 def record_of(
     row: TeacherRow, request: OutputsRequest, task: Task, generator: torch.Generator
 ) -> Record:
-    """What is stored of a row: no more than the access reveals."""
+    """What is stored of a row: only what the access level reveals."""
     access, columns = ACCESS[request.access], {}
     if access.probabilities:
         targets = torch.from_numpy(row.tokens[row.prompt_length :].astype(np.int64))
@@ -193,8 +193,8 @@ def record_of(
 
 @dataclass(frozen=True)
 class OutputsSummary:
-    """Of all shards together: the FLOPs they took, their size, tokens with something revealed, rows
-    with different prompts."""
+    """Totals over all shards: FLOPs, size in bytes, completion tokens, rows with different
+    prompts."""
 
     flops: float
     bytes: int
@@ -203,8 +203,8 @@ class OutputsSummary:
 
 
 def finish_outputs(folder: Path, rows: int) -> OutputsSummary:
-    """Record the hashes of all shards, which makes the outputs readable. LabError if they are not
-    the shards of these outputs, with this number of rows."""
+    """Record the hashes of all shards, which makes the outputs readable. LabError if shards are
+    missing, or if they hold more than this number of rows."""
     provenance = folder / "provenance.json"
     binding = read_json(provenance)["binding"]
     shards, flops, size, tokens, ids = {}, 0.0, 0, 0, [np.empty(0, np.int64)]

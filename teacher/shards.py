@@ -1,16 +1,16 @@
-"""The files of the outputs: what a shard holds, and all shards read as one.
+"""The files of the outputs: writing one shard, and reading all shards as one.
 
 A shard is an Arrow stream. One record is one row: its id, its tokens, how many of them are the
 prompt, and the columns that the access level stores at the positions of the completion (see
 teacher/access.py), for instance
 
 log_probs   nats at temperature 1
-indices     whose log-probabilities these are, where not all are stored
-hidden      the states after some layers, at all positions of the row but the last
-attention   the attention from there; then, if requested, the value relations
+indices     the tokens of these log-probabilities, where not all are stored
+hidden      the states after some layers, at all positions of the row except the last
+attention   the attention maps at these positions; then, if requested, the value relations
 
-Numbers are float16, token ids and counts as narrow as they can be. Reading is memory-mapped: a
-student reads no more than its batch.
+Floats are float16, token ids and counts the smallest integer type that fits. Reading is
+memory-mapped: a student reads only its batch.
 """
 
 import hashlib
@@ -41,8 +41,8 @@ AGAIN = "run train.py on the config again"
 
 @dataclass(frozen=True)
 class Record:
-    """One row and the columns of what the teacher revealed there, flat and narrow, as they are kept
-    in memory until the shard is written."""
+    """One row and the columns of what the teacher revealed there, flattened and in the types in
+    which they are written."""
 
     id: int
     tokens: np.ndarray
@@ -51,18 +51,18 @@ class Record:
 
 
 def shard_name(number: int, sha256: str, binding: dict[str, Any]) -> str:
-    """The name of a shard is bound to its content and to what made it: another run's, another
-    number's or a damaged one never passes for it."""
+    """A shard's name contains a hash of its number, content and binding: a damaged shard, or one of
+    another number or run, is never mistaken for it."""
     bound = json.dumps([number, sha256, binding], sort_keys=True)
     return f"shard-{number:05d}.{hashlib.sha256(bound.encode()).hexdigest()[:16]}.arrow"
 
 
 def find_shard(folder: Path, number: int, binding: dict[str, Any]) -> Path | None:
-    """The shard of this number, if it is intact; one that is not is set aside."""
+    """The shard with this number, if it is intact; a damaged one is set aside."""
     for file in sorted(folder.glob(f"shard-{number:05d}.*")):
         if not file.is_symlink() and file.name == shard_name(number, sha256_of_file(file), binding):
             return file
-        print(f"{file} is damaged or of other outputs; set aside, and made again")
+        print(f"{file} is damaged or belongs to other outputs; set aside, and made again")
         os.replace(file, file.with_name(f"damaged-{file.name}"))
     return None
 
@@ -74,7 +74,7 @@ def write_shard(
     records: Iterator[Record],
     forward: Forward,
 ) -> None:
-    """One shard, and the FLOPs that it cost a counted teacher."""
+    """Write one shard, with the FLOPs that it cost a counted teacher."""
     before = getattr(forward, "flops", 0.0)
     ids, prompts, lists, tokens = [], [], {"tokens": []}, 0
     for record in records:
@@ -93,7 +93,7 @@ def write_shard(
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         sink.flush()
-        os.fsync(sink.fileno())  # or a power cut may leave the name without the content
+        os.fsync(sink.fileno())  # otherwise a power cut might leave an empty file
     os.replace(partial, folder / shard_name(number, sha256_of_file(partial), binding))
 
 
@@ -103,14 +103,14 @@ def ragged(arrays: list[np.ndarray]) -> pa.LargeListArray:
 
 
 def read_shard(file: Path, columns: Sequence[str]) -> pa.Table:
-    """A shard with these list columns, memory-mapped. LabError if it is not one of ours, whatever
-    its hash."""
+    """A shard with these list columns, memory-mapped. LabError if the file is not a valid shard,
+    whatever its hash."""
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
         table.validate()
         table.select(["id", "prompt_length"])
         if not all(pa.types.is_large_list(table.schema.field(name).type) for name in columns):
-            raise ValueError("a column of lists is none")
+            raise ValueError("a list column has another type")
         if any(column.num_chunks != 1 or column.null_count for column in table.columns):
             raise ValueError("a column is chunked or has nulls")
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
@@ -122,7 +122,7 @@ def read_shard(file: Path, columns: Sequence[str]) -> pa.Table:
 
 
 def check_binding(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """LabError naming what differs, if the outputs are not those that this training needs."""
+    """LabError with the first key that differs, if these are not the outputs that are needed."""
     for key in dict.fromkeys([*expected, *found]):
         value = expected.get(key, "nothing")
         if found.get(key, "nothing") != value:
@@ -136,8 +136,8 @@ class Outputs:
     """A folder of outputs, open for reading: `rows`, and the `signal` at the rows of a batch."""
 
     def __init__(self, folder: Path, binding: dict[str, Any] | None = None) -> None:
-        """LabError if a shard is missing or damaged, or if the outputs are bound to something else
-        than `binding`."""
+        """LabError if a shard is missing or damaged, or if the outputs have another binding than
+        `binding`."""
         provenance = read_provenance(folder)
         bound_to = provenance["binding"]
         if binding is not None:
@@ -163,7 +163,7 @@ class Outputs:
         self.columns = {name: [flat(table, name) for table in tables] for name in names}
         if self.layers:
             self.measure_states()
-        # whose completion and log-probabilities row i has
+        # the stored row whose completion and signal row i has
         self.source = np.arange(len(self.rows), dtype=np.int32)
 
     def measure_states(self) -> None:
@@ -178,12 +178,12 @@ class Outputs:
         self.states_mean, self.states_scale = states.mean(0), states.std(0) + MIN_DEVIATION
 
     def shuffled(self, seed: int) -> "Outputs":
-        """The same with the outputs of another row for every row (a control): prompts stay, answers
-        move.
+        """The same outputs, but every row gets those of another row (a control): prompts stay,
+        answers move.
 
-        Rows are exchanged among prompts of one length, so that states stay at their positions and
-        the control gets answers of plausible length for the wrong prompt. A row whose
-        prompt is the only one of its length is dropped: it would keep its answer.
+        Rows are exchanged among prompts of equal length, so that states stay at their positions and
+        answers have a plausible length. A row whose prompt is the only one of its length is
+        dropped: it would keep its answer.
         """
         order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self.rows))
         lengths = self.rows.prompt_lengths[order]
@@ -222,7 +222,7 @@ class Outputs:
         return HiddenSignal.of_maps(self.standardise(states), maps)
 
     def check_rows(self, batch: Batch) -> None:
-        """A batch of other rows would silently get the outputs of these."""
+        """ValueError for a batch of other rows: it would silently get the outputs of these."""
         if not np.array_equal(self.rows.ids[batch.indices], batch.ids):
             raise ValueError("this batch was not built from the rows of these outputs")
 
@@ -247,7 +247,7 @@ class Outputs:
         return (states.to(self.states_mean.dtype) - self.states_mean) / self.states_scale
 
     def mean_entropy(self) -> float:
-        """Of the teacher's distributions over all positions, in nats (of whole distributions)."""
+        """The mean entropy of the teacher's distributions, in nats; needs full distributions."""
         total = 0.0
         for values, _ in self.columns["log_probs"]:
             log_probs = torch.from_numpy(values.copy()).float()
@@ -256,7 +256,7 @@ class Outputs:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """LabError if it has not the structure of one."""
+    """The content of provenance.json. LabError if it has another structure."""
     provenance = read_json(folder / "provenance.json")
     if not isinstance(provenance, dict) or not all(
         isinstance(provenance.get(key, 0), kind)
@@ -269,7 +269,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def verified_shard(folder: Path, name: str, digest: str, columns: Sequence[str]) -> pa.Table:
-    """A shard whose content has the recorded hash. LabError if it has not."""
+    """A shard whose content has the recorded hash. LabError if it does not."""
     file = folder / name
     if file.is_symlink() or file.parent != folder or Path(name).name != name:
         raise LabError(f"{folder}: {name!r} is not a file of this folder; delete it")
@@ -282,8 +282,8 @@ def verified_shard(folder: Path, name: str, digest: str, columns: Sequence[str])
 
 
 def padded(pieces: list[np.ndarray], positions: Tensor, maps: int) -> Tensor:
-    """Maps of rows of n positions, each [n, maps, n], as one [P, maps, L]. `positions` [B, L] says
-    which positions of a row are its own."""
+    """Maps of rows of n positions, each [n, maps, n], as one [P, maps, L]. `positions` [B, L] marks
+    the n positions of each row."""
     counts = positions.sum(1)
     values = torch.from_numpy(np.concatenate(pieces))
     precision = torch.promote_types(values.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""What a teacher revealed at some positions of a text: all that an objective sees of it."""
+"""What a teacher revealed at some positions of a text: all that an objective sees of a teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,9 +16,9 @@ class Signal:
     targets [M]: the tokens of the text. log_probs, in nats at temperature 1: [M, V] of all
     outcomes, or [M, k] of those in indices [M, k]; None if only the text was revealed.
     tail [M]: the log-probability of all outcomes not in indices. weights [M, k]: where the outcomes
-    were sampled, the share of the draws that each got; padding has weight 0. advantages [M]: no
-    teacher but a reward: by how much the student's answer was better than its others to the same
-    prompt, at each of its tokens.
+    were sampled, each one's share of the draws; padding has weight 0. advantages [M]: with a reward
+    instead of a teacher, how much better the student's answer was than its other answers to the
+    same prompt, at each of its tokens.
 
     A signal read from disk and one computed live are the same type.
     """
@@ -50,11 +50,11 @@ class Signal:
         """(teacher, student) log-probabilities over the same outcomes, each [M, K], normalised.
 
         Full log-probabilities: K = V, both softened by the temperature. Top-k: K = k + 1, where
-        the last outcome is everything else. A divergence over these k + 1 outcomes is a true one:
-        never negative, and never above the divergence over all V (data-processing inequality).
+        the last outcome is everything else. A divergence over these k + 1 outcomes is never
+        negative, and never above the divergence over all V (data-processing inequality).
         """
         if self.log_probs is None:
-            raise ValueError("this signal is text alone: it has no distribution to compare with")
+            raise ValueError("this signal is only text: it has no distribution to compare with")
         if self.weights is not None:
             raise ValueError("a sampled signal can only estimate forward_kl")
         teacher = self.log_probs.to(student_logits.dtype)
@@ -69,7 +69,7 @@ class Signal:
         rest = tail_of(student, self.indices)
         teacher = torch.cat([teacher, self.tail.to(teacher.dtype)[:, None]], dim=-1)
         return (
-            torch.log_softmax(teacher, dim=-1),  # what was stored is rounded
+            torch.log_softmax(teacher, dim=-1),  # stored values are rounded
             torch.cat([student.gather(-1, self.indices), rest[:, None]], dim=-1),
         )
 
@@ -84,19 +84,19 @@ class Signal:
 
 def tail_of(log_probs: Tensor, indices: Tensor) -> Tensor:
     """[M, V], [M, k] -> [M]: the log-probability of all outcomes not in indices. Summed over them
-    rather than subtracted from 1: a small rest would be lost in rounding."""
+    rather than subtracted from 1: a small tail would be lost in rounding."""
     rest = log_probs.scatter(-1, indices, -torch.inf).logsumexp(-1)
     return rest.clamp_min(LOG_ZERO)
 
 
 @dataclass(frozen=True)
 class HiddenSignal:
-    """What access to open weights adds, at all P positions of a text that another token follows;
-    those of the prompt too, so P > M.
+    """What open weights reveal in addition, at all P positions that another token follows, those of
+    the prompt included, so P > M.
 
     states [P, layers, W]: the teacher's states after some of its layers, every dimension scaled to
     mean 0 and variance 1 over the outputs. attention [P, layers, K]: the attention of the same
-    layers, the mean of the heads: a distribution over the K positions of the text, 0 to the right.
+    layers, the mean of the heads: a distribution over the K positions of the text, 0 at later ones.
     relations [P, layers, K]: their value relations, if requested (see `value_relation`).
     """
 

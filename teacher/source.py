@@ -1,7 +1,7 @@
-"""Who answers: a source writes answers to prompts, or scores the data's own answers.
+"""Sources of outputs: a source writes answers to prompts, or scores the answers in the data.
 
-`score`, `answer` and `invent` are the three ways in which a local model does so. Each yields a
-`TeacherRow` as soon as it is made, with no more than was asked for.
+A local model can `score`, `answer` or `invent`. Each yields a `TeacherRow` as soon as it is made,
+with no more than was requested.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from models.states import states_of, states_options
 from tasks.task import Task
 
 BATCH_ROWS = 512
-MIN_WELL_FORMED = 0.02  # a teacher whose inventions are well formed less often is given up
+MIN_WELL_FORMED = 0.02  # of the invented rows; with fewer the teacher is rejected
 
 
 @dataclass(frozen=True)
 class TeacherRow:
-    """One row and what the teacher thought of it: tokens [L], of which the first prompt_length ask;
-    log_probs [L - prompt_length, V] at the completion; states [L - 1, layers, W] and maps
+    """One row and what the teacher computed for it: tokens [L], the first prompt_length are the
+    prompt; log_probs [L - prompt_length, V] at the completion; states [L - 1, layers, W] and maps
     [L - 1, maps, L - 1] (see `states_of`). index: its place among the rows that were asked."""
 
     index: int
@@ -39,8 +39,8 @@ class TeacherRow:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model on this machine. task: what the students learn. layers and relations: the states it
-    hands over. own_task: the task with the teacher's own tokenizer, where that is another one."""
+    """A model on this machine. task: what the students learn. layers and relations: the states to
+    return. own_task: the task with the teacher's tokenizer, if that is another one."""
 
     forward: Forward
     task: Task
@@ -49,7 +49,7 @@ class LocalModel:
     own_task: Task | None = None
 
     def score(self, rows: Rows) -> Iterator[TeacherRow]:
-        """Read the completions of the data and say what was expected at each of their tokens."""
+        """Score the completions of the data: the model's distribution at each of their tokens."""
         task, layers = self.task, self.layers
         order = np.argsort(rows.lengths, kind="stable")
         at_once = rows_at_once(BATCH_ROWS, int(rows.lengths.max()), task.vocabulary)
@@ -78,24 +78,24 @@ class LocalModel:
         self, rows: Rows, temperature: float, probabilities: bool, generator: torch.Generator
     ) -> Iterator[TeacherRow]:
         """Answer the prompts of some rows, in batches of similar prompt lengths."""
-        own = self.own_task or self.task
+        teacher_task = self.own_task or self.task
         answers = answers_of(
             self.forward,
-            prompts_for(own, self.task, rows),
+            prompts_for(teacher_task, self.task, rows),
             BATCH_ROWS,
-            longest=own.longest_answer,
-            end=own.end,
+            longest=teacher_task.longest_answer,
+            end=teacher_task.end,
             temperature=temperature,
             generator=generator,
             keep_log_probs=probabilities,
             keep_layers=self.layers,
             keep_relations=self.relations,
-            vocabulary=own.vocabulary,
+            vocabulary=teacher_task.vocabulary,
         )
         for i, answer in answers:
             tokens, log_probs = answer.tokens.numpy(), answer.log_probs
-            if own is not self.task:
-                tokens, log_probs = retokenised(own, self.task, tokens, log_probs)
+            if teacher_task is not self.task:
+                tokens, log_probs = retokenised(teacher_task, self.task, tokens, log_probs)
             yield TeacherRow(
                 int(i),
                 int(rows.ids[i]),
@@ -114,10 +114,10 @@ class LocalModel:
         generator: torch.Generator,
         taken: set[bytes],
     ) -> Iterator[TeacherRow]:
-        """Write whole rows, prompts included.
+        """Write complete rows, prompts included.
 
-        A row is dropped if it is malformed, if its prompt belongs to an evaluation split or is
-        `taken`. A prompt may be invented twice; then both rows have one id.
+        A row is dropped if it is malformed, or if its prompt belongs to an evaluation split or is
+        `taken`. A prompt may be invented twice; then both rows have the same id.
         """
         task, made, tried = self.task, 0, 0
         start = torch.full((BATCH_ROWS, 1), task.tokenizer.bos_token_id)
@@ -170,9 +170,9 @@ def prompts_for(own_task: Task, task: Task, rows: Rows) -> Rows:
 def retokenised(
     own_task: Task, task: Task, tokens: np.ndarray, log_probs: Tensor | None
 ) -> tuple[np.ndarray, Tensor | None]:
-    """An answer of n tokens of the teacher as m tokens of the student, and log-probabilities [m, V]
-    of the teacher beside them: the i-th of its own beside the i-th, the last beside all that follow
-    (Boizard et al. 2024 (ULD), arXiv 2402.12030, section 3, cut the longer text off)."""
+    """An answer of n teacher tokens as m student tokens, and log-probabilities [m, V] of the
+    teacher: those of its i-th token at the i-th position; the last are repeated at the end (Boizard
+    et al. 2024 (ULD), arXiv 2402.12030, section 3, truncate the longer text)."""
     ids = task.encode_answer(own_task.render(tokens.tolist()))
     if tokens[-1] == own_task.end or not ids:
         ids = [*ids, task.end]

@@ -60,7 +60,7 @@ def methods_run(tmp_path_factory) -> Run:
 
 @pytest.fixture
 def lab(tmp_path) -> Experiment:
-    """The experiment of configs/tiny.yaml, opened, in which nothing is trained yet."""
+    """The experiment of configs/tiny.yaml, opened but not trained."""
     config = read_config(TINY, ["log_every=1"])
     (tmp_path / "run").mkdir()
     run = Run.open(tmp_path / "run", config, {})

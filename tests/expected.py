@@ -8,7 +8,7 @@ from teacher.signal import Signal
 
 
 def divergence(name: str, p: np.ndarray, q: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Of two distributions [M, K], at T = 1: [M]. The papers stand in student/objectives.py."""
+    """Of two distributions [M, K], at T = 1: [M]. For the papers see student/objectives.py."""
 
     def kl(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return rel_entr(a, b).sum(-1)
@@ -64,7 +64,7 @@ def losses(recipe: Recipe, logits: np.ndarray, signal: Signal) -> np.ndarray:
     """Of M positions at the first step: logits [M, V] -> [M] nats."""
     temperature, total = value_at(recipe.temperature, 0.0), np.zeros(len(logits))
     targets = signal.targets.numpy()[:, None]
-    said = -np.take_along_axis(log_softmax(logits, -1), targets, -1)[:, 0]
+    nll = -np.take_along_axis(log_softmax(logits, -1), targets, -1)[:, 0]
     for name, weight in recipe.objective.items():
         first_order = name in ("total_variation", "uld")
         scale = (
@@ -73,9 +73,9 @@ def losses(recipe: Recipe, logits: np.ndarray, signal: Signal) -> np.ndarray:
             else 1.0
         )
         if name == "cross_entropy":
-            term = said
+            term = nll
         elif name == "policy_gradient":
-            term = signal.advantages.double().numpy() * said
+            term = signal.advantages.double().numpy() * nll
         elif signal.weights is not None:
             drawn = np.take_along_axis(log_softmax(logits, -1), signal.indices.numpy(), -1)
             weights, revealed = signal.weights.double().numpy(), signal.log_probs.double().numpy()

@@ -25,9 +25,13 @@ DIVERGENCES = [name for name, term in OBJECTIVES.items() if term.compares_distri
 
 
 def task_with(tokenizer, longest_row):
-    """As much of a task as a model is built for."""
+    """What building a model needs of a task."""
     return SimpleNamespace(
-        name="test", tokenizer=tokenizer, vocabulary=len(tokenizer), longest_row=longest_row
+        name="test",
+        tokenizer=tokenizer,
+        vocabulary=len(tokenizer),
+        longest_row=longest_row,
+        pad=tokenizer.pad_token_id,
     )
 
 
@@ -40,7 +44,7 @@ def tensor_hashes(run: Path) -> dict[str, str]:
     return {stage: entry.get("sha256") for stage, entry in stages.items()}
 
 
-# Less of configs/tiny.yaml, whose stages must come out as they do there.
+# A part of configs/tiny.yaml, whose stages must give the same results as there.
 PART = ("seeds=[0]", "controls=[baseline,shuffled]")
 
 
@@ -116,9 +120,9 @@ def fit(lab, objective=None, steps=5, stage="teacher", **changed):
     loss = loss_of(lab, FROM_TEXT, training)
     if objective is not None:
         loss = dataclasses.replace(loss, objective=objective)
-    closing = train.fit(
+    result = train.fit(
         lab, stage, initialise(model, 0), train.teacher_training_set(lab, 0), loss, training,
         steps=steps, seed=0, lineage="",
     )  # fmt: skip
-    lab.run.record_stage(stage, *closing)
-    return closing
+    lab.run.record_stage(stage, *result)
+    return result

@@ -1,4 +1,4 @@
-"""The rules of the house: which room may know which, and what none may do."""
+"""Rules for the code: which folder may import which, and what is not allowed anywhere."""
 
 import ast
 import os
@@ -15,14 +15,14 @@ from tasks import TASKS
 from teacher.access import ACCESS
 from tests.helpers import ROOT
 
-ROOMS = ("configs", "models", "tasks", "teacher", "measure", "student", "experiment")
+FOLDERS = ("configs", "models", "tasks", "teacher", "measure", "student", "experiment")
 SOURCES = [
     ROOT / "train.py",
     ROOT / "eval.py",
-    *(f for r in ROOMS for f in (ROOT / r).rglob("*.py")),
+    *(f for d in FOLDERS for f in (ROOT / d).rglob("*.py")),
 ]
 TOP = {"train", "eval", "labs"}
-ABOVE = {  # what each room must not know
+ABOVE = {  # what each folder must not import
     "configs": TOP | {"models", "tasks", "teacher", "measure", "student", "experiment"},
     "models": TOP | {"tasks", "teacher", "measure", "student", "experiment"},
     "tasks": TOP | {"teacher", "measure", "student", "experiment"},
@@ -48,8 +48,8 @@ def test_arrows_point_downward_and_nothing_is_unpickled(file):
     tops = {name.split(".")[0] for name in imports(file)}
     assert not tops & {"pickle", "dill", "joblib"}
     assert "torch.load" not in file.read_text(encoding="utf-8")
-    room = file.relative_to(ROOT).parts[0]
-    assert not tops & ABOVE.get(room, set())
+    folder = file.relative_to(ROOT).parts[0]
+    assert not tops & ABOVE.get(folder, set())
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_durations_come_from_a_clock_that_never_jumps(file):
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_no_source_line_names_a_task_or_a_metric_outside_its_room(file):
-    """In code, that is; a docstring or comment may give an example. `text` is also an access."""
+def test_no_source_line_names_a_task_or_a_metric_outside_its_folder(file):
+    """Docstrings and comments may give examples. `text` is also an access level."""
     if file.relative_to(ROOT).parts[0] == "tasks" or file.name == "metrics.py":
         return
     defaults = {"pronounce", "sequence_agreement"} if file.name == "schema.py" else set()
@@ -126,7 +126,7 @@ def test_no_source_line_names_a_task_or_a_metric_outside_its_room(file):
     ids=["access", "objectives"],
 )
 def test_no_line_branches_on_one_access_level_or_objective_outside_its_table(table, homes, file):
-    """Comparing with a name of a table is what adding an entry would have to edit."""
+    """Adding an entry would have to edit every such comparison."""
     if str(file.relative_to(ROOT).as_posix()) in homes:
         return
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -139,6 +139,6 @@ def test_no_line_branches_on_one_access_level_or_objective_outside_its_table(tab
 
 @pytest.mark.xdist_group("house")
 def test_groups_of_tests_reach_the_workers(request):
-    """Else every worker trains the runs that a group shares: pytest 9.2 with xdist 3.8 does."""
+    """Otherwise every worker trains the runs of a group, as with pytest 9.2 and xdist 3.8."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         assert request.node.nodeid.endswith("@house")

@@ -1,7 +1,7 @@
 """The bugs that distillation code has had, planted one by one: the suite must go red.
 
-Each is known from public code or threads. `old` is a piece of this project as it is, `new` the same
-with the bug; the tests named have to notice.
+Each is known from public code or threads. `old` is a piece of this project, `new` the same with
+the bug; the tests named must fail.
 """
 
 import shutil
@@ -89,11 +89,11 @@ MUTANTS = {
         "targets = input_ids[counted]",
         "models/test_rows.py::test_counted_positions_predict_the_completion_and_nothing_else",
     ),
-    "the end mark left out": (
+    "EOS left out": (
         "models/rows.py",
         "positions = place < lengths[:, None] - 1",
         "positions = place < lengths[:, None] - 2",
-        "models/test_rows.py::test_the_end_mark_is_supervised_even_where_it_is_the_padding_token",
+        "models/test_rows.py::test_eos_is_supervised_even_where_it_is_the_padding_token",
     ),
     "padding in the loss": (
         "models/rows.py",
@@ -107,12 +107,12 @@ MUTANTS = {
         "answering = place >= 0",
         "models/test_rows.py::test_counted_positions_predict_the_completion_and_nothing_else",
     ),
-    "the end mark masked where it is the padding": (
+    "EOS masked where it is the padding": (
         "models/rows.py",
         "counted = positions & (answering | (prompt_weight > 0))",
         "counted = positions & (answering | (prompt_weight > 0))\n"
         "    counted &= np.roll(input_ids, -1, axis=1) != pad",
-        "models/test_rows.py::test_the_end_mark_is_supervised_even_where_it_is_the_padding_token",
+        "models/test_rows.py::test_eos_is_supervised_even_where_it_is_the_padding_token",
     ),
     "a student that is scored with gradients of its teacher": (
         "student/on_policy.py",
@@ -159,14 +159,14 @@ MUTANTS = {
     ),
     "a silent temperature": (
         "models/generate.py",
-        "torch.softmax(logits[sampled] / heat, dim=-1)",
-        "torch.softmax(logits[sampled] / heat / 0.8, dim=-1)",
+        "torch.softmax(logits[sampled] / temp, dim=-1)",
+        "torch.softmax(logits[sampled] / temp / 0.8, dim=-1)",
         "teacher/test_outputs.py::test_sampling_follows_the_models_own_distribution",
     ),
     "a silent top-p": (
         "models/generate.py",
-        "probabilities = torch.softmax(logits[sampled] / heat, dim=-1)",
-        "probabilities = torch.softmax(logits[sampled] / heat, dim=-1)\n"
+        "probabilities = torch.softmax(logits[sampled] / temp, dim=-1)",
+        "probabilities = torch.softmax(logits[sampled] / temp, dim=-1)\n"
         "                probabilities = probabilities * (probabilities > 0.05)",
         "teacher/test_outputs.py::test_sampling_follows_the_models_own_distribution",
     ),
@@ -179,8 +179,8 @@ MUTANTS = {
     "the teacher's text tokenised again": (
         "teacher/source.py",
         "np.concatenate([rows.prompt(i), tokens]),",
-        "np.concatenate([rows.prompt(i), own.tokenizer(own.render(tokens.tolist()))"
-        '["input_ids"]]),',
+        "np.concatenate([rows.prompt(i), teacher_task.tokenizer("
+        'teacher_task.render(tokens.tolist()))["input_ids"]]),',
         "teacher/test_outputs.py::test_text_reveals_the_greedy_answers_and_nothing_more",
     ),
     "a weight that means the other term": (
@@ -244,7 +244,7 @@ def test_every_mutant_can_be_planted(bug):
 
 
 def run_tests(folder: Path, tests: list[str]) -> subprocess.CompletedProcess:
-    """Some tests in a folder that a copy of the project was put into."""
+    """Run some tests in a copy of the project."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     names = [f"tests/{test}" for test in tests]
     return subprocess.run([*command, *names], cwd=folder, capture_output=True, text=True)

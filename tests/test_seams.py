@@ -1,5 +1,5 @@
-"""Adding a task, an objective, an access level or a metric touches one file and one table entry:
-here that file is CONTRIBUTING.md, and the whole story runs with all four."""
+"""Adding a task, an objective, an access level or a metric takes one file and one table entry:
+here that file is CONTRIBUTING.md, and the whole pipeline runs with all four."""
 
 import json
 import re
@@ -56,17 +56,17 @@ WITH_ALL_FOUR = {
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory):
+def outcome(tmp_path_factory):
     """The code of CONTRIBUTING.md, then train, evaluate, ask and self-check with it: the folder,
-    eval.json, the report and what was printed."""
+    eval.json and the report."""
     tables = (TASKS, OBJECTIVES, ACCESS, METRICS)
     before = [dict(table) for table in tables]
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    rooms = ({**vars(pronounce), **vars(tasks)}, vars(objectives), vars(access), vars(metrics))
-    for block, room in zip(blocks, rooms, strict=True):
+    namespaces = ({**vars(pronounce), **vars(tasks)}, vars(objectives), vars(access), vars(metrics))
+    for block, namespace in zip(blocks, namespaces, strict=True):
         assert len([line for line in block.splitlines() if line.strip()]) <= 10
-        exec(block, dict(room))
+        exec(block, dict(namespace))
     folder = tmp_path_factory.mktemp("seams")
     config = folder / "seams.yaml"
     config.write_text(json.dumps({**CONFIG, **WITH_ALL_FOUR}), encoding="utf-8")
@@ -84,31 +84,31 @@ def story(tmp_path_factory):
         table.update(entries)
 
 
-def test_a_task_is_one_class_and_one_entry(story):
-    assert set(story.result["students"]["taught"]["quality"]) == {"length_error"}
-    assert "long" not in story.result["teacher"]
-    assert "length error, phonemes" in story.report
-    assert "Results on held-out words" in story.report
-    assert story.result["verdicts"][0]["metric"] == "length_error"
+def test_a_task_is_one_class_and_one_entry(outcome):
+    assert set(outcome.result["students"]["taught"]["quality"]) == {"length_error"}
+    assert "long" not in outcome.result["teacher"]
+    assert "length error, phonemes" in outcome.report
+    assert "Results on held-out words" in outcome.report
+    assert outcome.result["verdicts"][0]["metric"] == "length_error"
 
 
-def test_an_objective_is_one_function_and_one_entry(story):
-    assert story.result["students"]["taught"]["recipe"]["objective"]["brier"] == 0.9
+def test_an_objective_is_one_function_and_one_entry(outcome):
+    assert outcome.result["students"]["taught"]["recipe"]["objective"]["brier"] == 0.9
 
 
-def test_an_access_level_is_one_entry(story):
-    assert (story.run / "outputs" / "data-rounded").is_dir()
-    assert story.result["students"]["taught"]["recipe"]["access"] == "rounded"
+def test_an_access_level_is_one_entry(outcome):
+    assert (outcome.run / "outputs" / "data-rounded").is_dir()
+    assert outcome.result["students"]["taught"]["recipe"]["access"] == "rounded"
 
 
-def test_a_metric_is_one_entry_with_heading_unit_and_direction(story):
-    found = {**story.result["students"], **story.result["controls"]}
+def test_a_metric_is_one_entry_with_heading_unit_and_direction(outcome):
+    found = {**outcome.result["students"], **outcome.result["controls"]}
     taught, baseline = (
         found[name]["fidelity"]["confidence"]["mean"] for name in ("taught", "baseline")
     )
-    difference = story.result["verdicts"][1]["difference"]
+    difference = outcome.result["verdicts"][1]["difference"]
     assert difference == pytest.approx(baseline - taught)  # lower wins
-    assert "mean confidence %" in story.report
+    assert "mean confidence %" in outcome.report
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def losses(lab, stage):
 
 @pytest.mark.parametrize("prompt_weight", [0.0, 0.3])
 def test_the_loss_does_not_depend_on_accumulation(lab, prompt_weight):
-    """The mean of means of micro-batches would, as rows differ in length."""
+    """A mean of micro-batch means would, because rows differ in length."""
     fit(lab, stage="whole", prompt_weight=prompt_weight)
     fit(lab, stage="parts", prompt_weight=prompt_weight, accumulation=5)
     np.testing.assert_allclose(losses(lab, "whole"), losses(lab, "parts"), rtol=1e-5)
@@ -44,7 +44,7 @@ def test_the_loss_does_not_depend_on_accumulation(lab, prompt_weight):
 
 
 def test_the_loss_of_matched_states_does_not_depend_on_accumulation(lab, tmp_path):
-    """Its denominator is another one: all positions, not those of the answers."""
+    """Its denominator is different: all positions, not only those of the answers."""
     recipe = lab.config.recipes["states"]
     fit(lab)
     train.produce_outputs(lab, lab.plan.request(recipe).stage, recipe)
@@ -53,18 +53,18 @@ def test_the_loss_of_matched_states_does_not_depend_on_accumulation(lab, tmp_pat
     for stage, accumulation in (("whole", 1), ("parts", 5)):
         model = build_model(settings.model, lab.task)
         training = settings.training.model_copy(update={"accumulation": accumulation})
-        closing = train.fit(
+        result = train.fit(
             lab, stage, WithProjections(initialise(model, 0), data.hidden_width, 0), data,
             loss_of(lab, recipe, training), training, steps=3, seed=0, lineage="",
         )  # fmt: skip
-        lab.run.record_stage(stage, *closing)
+        lab.run.record_stage(stage, *result)
     np.testing.assert_allclose(losses(lab, "whole"), losses(lab, "parts"), rtol=1e-5)
     saved = load_model(lab.run.folder / "whole")  # without the projections
     assert parameter_count(saved) == parameter_count(model)
 
 
 def test_the_logged_norm_is_that_of_the_mean_loss(lab):
-    """Divided by the tokens once: a second time would be hidden by AdamW, and clip nothing ever."""
+    """Divided by the tokens once: AdamW would hide a second time, but clipping would stop."""
     fit(lab, steps=1)
     model = initialise(build_model(lab.config.teacher.model, lab.task), 0)
     batch = collate(lab.rows, batch_order(lab.rows.lengths, 32, 0)(0), 0, 1.0)
@@ -145,7 +145,7 @@ def test_the_first_loss_is_the_mean_per_counted_token(lab):
 
 
 def test_dropout_depends_on_seed_and_step_only(lab):
-    """No checkpoint holds a generator, and none is needed."""
+    """Checkpoints hold no generator state, and need none."""
     dropping = with_dropout(lab, 0.3)
     fit(dropping, stage="first")
     torch.rand(7)
@@ -156,7 +156,7 @@ def test_dropout_depends_on_seed_and_step_only(lab):
 
 
 @pytest.mark.parametrize("what", ["the loss", "the norm of the gradient"])
-def test_what_is_no_number_stops_the_run_before_it_spoils_the_weights(what, lab):
+def test_a_nonfinite_loss_or_gradient_stops_the_run_before_it_spoils_the_weights(what, lab):
     """One line, the ids of the rows at fault on disk, the checkpoint before it kept."""
     lab = dataclasses.replace(lab, config=lab.config.model_copy(update={"checkpoint_seconds": 0}))
     calls = []

@@ -28,14 +28,14 @@ import matplotlib.pyplot as plt
 COST = {"flops": "FLOPs", "seconds": "time"}
 ACCESS_KEYS = ("access", "outputs.k")
 TEACHERS = ("teacher", "second_teacher")
-MANY = 12  # models in one plot; more of them get a plot each
-# A legend beside the axes, where the lines of many models do not hide it.
+MANY = 12  # models in one plot; with more, each gets its own plot
+# A legend beside the axes, where it does not cover the lines.
 BESIDE = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
 
 
 def learning_curves(log: list[dict[str, Any]], colours: dict[str, str]) -> str:
-    """Validation loss against training FLOPs, a line per seed. Each of many models has a plot of
-    its own, with the teacher and the first student in grey to compare."""
+    """Validation loss against training FLOPs, a line per seed. With many models each has its own
+    plot, with the teacher and the first student in grey for comparison."""
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for line in log:
         if "validation_nll" in line:
@@ -100,8 +100,8 @@ def fidelity_against_cost(result: dict[str, Any], colours: dict[str, str], key: 
 
 
 def pareto_front(points: list[tuple[float, float]], sign: int) -> list[tuple[float, float]]:
-    """The points (cost, fidelity) that none of at most the same cost exceeds, by cost. sign: -1
-    where less is better."""
+    """The points (cost, fidelity) that no point of at most the same cost exceeds, by cost. sign: -1
+    if lower is better."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -sign * point[1])):
         if not front or sign * y > sign * front[-1][1]:
@@ -110,8 +110,8 @@ def pareto_front(points: list[tuple[float, float]], sign: int) -> list[tuple[flo
 
 
 def spread_labels(axes: plt.Axes, points: list[tuple[float, float, str]]) -> None:
-    """Names of points (y, x, name), in a column to the right in the order of y, with a line to
-    each, at least a line of text apart."""
+    """Label points (y, x, name) in a column on the right, sorted by y and at least a line of text
+    apart, with a leader line to each point."""
     points = sorted(points)
     low, high = axes.get_ylim()
     height = axes.figure.get_size_inches()[1]
@@ -129,8 +129,8 @@ def spread_labels(axes: plt.Axes, points: list[tuple[float, float, str]]) -> Non
 
 
 def bytes_against_kl(result: dict[str, Any], colours: dict[str, str]) -> str:
-    """KL to the teacher against bytes per token of the outputs, for recipes that differ in access
-    alone."""
+    """KL to the teacher against bytes per token of the outputs, for recipes that differ only in
+    access."""
     figure, axes = plt.subplots(figsize=(7, 4))
     weights = {a: s["bytes_per_token"] for a, s in result["cost"]["outputs_by_student"].items()}
     points = []
@@ -168,12 +168,12 @@ def scaling(
 
 
 def fidelity_by_temperature(result: dict[str, Any]) -> str:
-    """For recipes that differ only in temperature."""
+    """Fidelity against temperature, for recipes that differ only in temperature."""
     figure, axes = plt.subplots(figsize=(7, 4))
     students, names = result["students"], students_differing_in(result, ("temperature",))
     found = sorted((students[name]["recipe"]["temperature"], name) for name in names)
     shown = fidelity_shown(result)
-    metric, heats = metrics_in(result)[shown], [heat for heat, _ in found]
+    metric, temperatures = metrics_in(result)[shown], [value for value, _ in found]
     values = [value_in(students[name], shown) for _, name in found]
     means = [metric.scale * value["mean"] for value in values]
     bounds = [[metric.scale * bound for bound in value["ci95"]] for value in values]
@@ -181,15 +181,15 @@ def fidelity_by_temperature(result: dict[str, Any]) -> str:
         [mean - low for mean, (low, _) in zip(means, bounds, strict=True)],
         [high - mean for mean, (_, high) in zip(means, bounds, strict=True)],
     ]
-    axes.errorbar(heats, means, yerr=error, marker="o", capsize=3, color="#1b6ca8")
+    axes.errorbar(temperatures, means, yerr=error, marker="o", capsize=3, color="#1b6ca8")
     axes.set(xscale="log", xlabel="temperature", ylabel=heading(metric))
-    axes.set_xticks(heats, labels=[f"{heat:g}" for heat in heats])
+    axes.set_xticks(temperatures, labels=[f"{value:g}" for value in temperatures])
     axes.minorticks_off()
     return picture(figure)
 
 
 def accuracy_by_steps(result: dict[str, Any], colours: dict[str, str]) -> str:
-    """Right answers by number of steps; the later splits have more steps than the training."""
+    """Right answers by number of steps; the later splits have more steps than in training."""
     task = task_of(result)
     figure, axes = plt.subplots(figsize=(8.2, 4.4))
     for name, entry in models_in(result).items():
@@ -264,7 +264,7 @@ def line(
 
 
 def first_wrong_steps(result: dict[str, Any], colours: dict[str, str]) -> str:
-    """Of the longest problems as in training: at which step a trace first goes wrong, in %."""
+    """At which step a trace first goes wrong, in % of the longest problems seen in training."""
     task = task_of(result)
     longest = max(task.steps[task.evaluation_splits[0]])
     figure, axes = plt.subplots(figsize=(8.2, 4.4))
@@ -287,8 +287,8 @@ def first_wrong_steps(result: dict[str, Any], colours: dict[str, str]) -> str:
 
 
 def where_traces_pay(result: dict[str, Any]) -> str:
-    """A map: what traces gain over answers alone at equal FLOPs, in points of right answers, by
-    pair of students and number of steps."""
+    """A map: what traces gain over only their answers at equal FLOPs, in points of right answers,
+    by pair of students and number of steps."""
     task = task_of(result)
     students, shares = result["students"], result["cost"]["fraction_of_teacher_by_student"]
     cells = {(cell["claim"], cell["steps"]): cell for cell in result["map"]}
@@ -318,7 +318,7 @@ def where_traces_pay(result: dict[str, Any]) -> str:
 
 
 def strips(found: dict[str, list[float]], bands: dict[str, Any]) -> str:
-    """A line per metric, in units of its band: grey the committed seeds, blue this run."""
+    """A row per metric, in units of its band: the committed seeds in grey, this run in blue."""
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.24 * len(bands)))
     for row, (key, band) in enumerate(bands.items()):
         middle, half = (band["high"] + band["low"]) / 2, (band["high"] - band["low"]) / 2 or 1
@@ -334,7 +334,7 @@ def strips(found: dict[str, list[float]], bands: dict[str, Any]) -> str:
 
 
 def reliability(first: dict[str, Evaluation], colours: dict[str, str]) -> str:
-    """Accuracy against confidence; only the first of many models are drawn."""
+    """Accuracy against confidence, for the first MANY models."""
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
     axes.plot([0, 1], [0, 1], color="#999", lw=1, ls="--")
     for name, evaluation in list(first.items())[:MANY]:
@@ -355,7 +355,7 @@ def reliability(first: dict[str, Evaluation], colours: dict[str, str]) -> str:
 
 
 def picture(figure: plt.Figure) -> str:
-    """A figure as an SVG data URI, the same bytes for the same figure."""
+    """A figure as an SVG data URI; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "lab", "svg.fonttype": "none"}):
         figure.tight_layout()

@@ -1,6 +1,6 @@
-"""The report: one self-contained HTML file for people who would rather look than read.
+"""The report: one self-contained HTML file with tables, figures and examples.
 
-Reads eval.json, the log and what the evaluation handed over; computes no metric of its own.
+It reads eval.json, the log and the evaluations, and computes no metrics.
 """
 
 import base64
@@ -114,16 +114,16 @@ def figures_of(
     first: dict[str, Evaluation],
     colours: dict[str, str],
 ) -> Figures:
-    """Those that have something to show."""
+    """The figures that apply to this run."""
     compares = result["config"].get("compare") is not None
     students = result["students"].items()
     unreasoned = [n for n, e in students if e["recipe"]["outputs"]["traces"] == "none"]
-    without = f" For {', '.join(unreasoned)}, over the answers alone." if unreasoned else ""
+    without = f" For {', '.join(unreasoned)}, over the answers only." if unreasoned else ""
     found = {
         "Learning curves": (
             learning_curves(log, colours),
             f"Validation loss in nats per token during training, against the FLOPs spent.{without} "
-            "One line per seed; where every model has a plot of its own, grey is the teacher and "
+            "One line per seed; if every model has its own plot, grey is the teacher and "
             "the first student.",
         ),
     }
@@ -133,7 +133,7 @@ def figures_of(
             "How closely a student follows the teacher, against its cost, outputs included. "
             f"All students and controls have the same budget of FLOPs by design"
             f"{smaller_budgets(result)}. Dashed: the Pareto front."
-            + (" Time: the median seed, on a machine that did other work too." if compares else ""),
+            + (" Time: the median over seeds, on a shared machine." if compares else ""),
         )
     if len(students_differing_in(result, ACCESS_KEYS)) > 2:
         found["Bytes against fidelity"] = (
@@ -159,7 +159,7 @@ def figures_of(
 
 
 def law_figures(result: dict[str, Any], colours: dict[str, str]) -> Figures:
-    """Of studies that vary the number of rows or the size of the student."""
+    """Figures of studies that vary the number of rows or the size of the student."""
     items, laws, found = task_of(result).item_noun, result["laws"], {}
     if "rows" in laws:
         found[f"How many {items}"] = (
@@ -179,7 +179,7 @@ def law_figures(result: dict[str, Any], colours: dict[str, str]) -> Figures:
 
 
 def reasoning_figures(result: dict[str, Any], colours: dict[str, str]) -> Figures:
-    """Of a task whose solutions have steps."""
+    """Figures of a task whose solutions have steps."""
     found = {
         "Accuracy by number of steps": (
             accuracy_by_steps(result, colours),
@@ -200,11 +200,11 @@ def reasoning_figures(result: dict[str, Any], colours: dict[str, str]) -> Figure
     if result["map"]:
         found["Where traces pay"] = (
             where_traces_pay(result),
-            "By how many points of right answers a student taught by traces is ahead of one taught "
-            "by answers alone (blue; red: behind), with the same size (thousands of parameters), "
-            "problems (how many) and FLOPs (in % of the teacher's). no: does not beat; ?: "
-            "inconclusive; else beats, all cells corrected together. Chains of one or two steps "
-            "also occur inside training traces, but not in answers alone.",
+            "By how many points of right answers a student trained on traces is ahead (blue; red: "
+            "behind) of one trained only on answers, with the same size (thousands of parameters), "
+            "number of problems and FLOPs (in % of the teacher's). no: does not beat; ?: "
+            "inconclusive; otherwise beats, all cells corrected together. Chains of one or two "
+            "steps also occur inside training traces, but not in answers without traces.",
         )
     return found
 
@@ -230,8 +230,8 @@ def report_cells(entry: dict[str, Any], columns: Columns) -> list[str]:
 def side_by_side(
     reference: TeacherReference, first: dict[str, Evaluation], names: list[str]
 ) -> list[dict[str, Any]]:
-    """Every row in the order of its id (a hash): the question, the answers, the right ones. Where
-    the task does not grade answers as right or wrong, all count as right."""
+    """All rows, sorted by id (a hash): the question, the answers, the right answers. Where the task
+    does not grade answers as right or wrong, all count as right."""
     task, rows = reference.task, reference.rows
 
     def is_wrong(evaluation: Evaluation, i: int) -> bool:
@@ -251,7 +251,7 @@ def side_by_side(
 
 
 def image_of(task: Task, rows: Rows, i: int) -> str | None:
-    """What a row shows, as a PNG data URI."""
+    """The image of a row, as a PNG data URI."""
     pixels = task.image(rows, i)
     if pixels is None:
         return None
@@ -288,7 +288,7 @@ def dark_knowledge(reference: TeacherReference) -> list[dict[str, Any]]:
 
 
 def render_check(result: dict[str, Any], reference: dict[str, Any], lines: list[str]) -> str:
-    """HTML of a check: its lines, and every metric inside the distribution of its seeds."""
+    """HTML of a check: its lines, and every metric against the band of the committed seeds."""
     bands = reference.get("bands") or {}
     return template("check.html").render(
         name=result["config"]["name"],

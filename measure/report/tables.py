@@ -1,4 +1,4 @@
-"""How results are written down: the same columns in the console, the README and the report."""
+"""Results as tables and sentences: the same columns in the console, the README and the report."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def task_of(result: dict[str, Any]) -> type[Task]:
 
 
 def columns_of(result: dict[str, Any], short: bool = False) -> Columns:
-    """The metrics of the result's task, then those of all tasks; the short table has a few."""
+    """The metrics of the result's task, then those of all tasks; only a few in the short table."""
     metrics, task = metrics_in(result), task_of(result)
     return {name: metrics[name] for name in task.table} if short and task.table else metrics
 
@@ -52,7 +52,7 @@ def value_in(entry: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def cells_of(entry: dict[str, Any], columns: Columns, interval: bool) -> list[str]:
-    """One cell per column: the mean and, if asked for, its 95 % interval."""
+    """One cell per column: the mean and, with `interval`, its 95 % interval."""
     cells = []
     for name, metric in columns.items():
         value = value_in(entry, name)
@@ -66,7 +66,7 @@ def cells_of(entry: dict[str, Any], columns: Columns, interval: bool) -> list[st
 
 
 def fixed(value: float, digits: int) -> str:
-    """A number with this many digits, and no minus before a zero."""
+    """A number with this many digits, never -0."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
@@ -83,7 +83,7 @@ def per_seed_values(result: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def by_split(entry: dict[str, Any], result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a model's entry says on each split; the main one stands at its top level."""
+    """A model's entry for each split; that of the main split is the entry itself."""
     others = {split: entry[split] for split in task_of(result).evaluation_splits if split in entry}
     return {result["split"]: entry, **others}
 
@@ -105,7 +105,7 @@ def compared_in(result: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def more_headings(result: dict[str, Any]) -> list[str]:
-    """Of a comparison of methods: total cost, bytes per token of the outputs, verdicts."""
+    """Headings of a comparison of methods: total cost, bytes per token of the outputs, verdicts."""
     compared = compared_in(result)
     return ["cost %", "bytes per token", *compared] if compared else []
 
@@ -225,8 +225,8 @@ def where_traces_pay(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def accuracies_by_steps(result: dict[str, Any]) -> list[str]:
-    """Of a task whose problems have steps, a line per model: right answers in %, with a bar between
-    the splits."""
+    """For a task whose problems have steps, a line per model: right answers in %, with a bar
+    between the splits."""
     task = task_of(result)
     if not task.steps:
         return []
@@ -274,7 +274,7 @@ def console_table(result: dict[str, Any]) -> Table:
 
 def with_tables(readme: str, results: Path) -> str:
     """The text with every block `<!-- results/NAME.json --> ... <!-- end -->` rewritten from
-    results/NAME.json: by `eval.py RUN --update`, and by a test that compares."""
+    results/NAME.json. `eval.py RUN --update` writes it, and a test compares it."""
 
     def block(match: re.Match) -> str:
         file = results / f"{match[2]}.json"

@@ -1,5 +1,5 @@
-"""What a training step costs, in ratios of one run. About 5 minutes on a machine left alone. Exit
-code 1 if a ratio is above what it may be.
+"""What a training step costs, in ratios of one run. About 5 minutes on an idle machine. Exit
+code 1 if a ratio is above its limit.
 
     python -m tests.benchmarks.speed
 
@@ -50,11 +50,11 @@ OUTPUTS = {
         objective={"forward_kl": 0.1, "hidden_mse": 0.6, "attention_kl": 0.3},
     ),
 }
-MOST = {"loop": 1.10, "logits": 1.25, "top 5": 1.10, "12 draws": 1.10}  # states: as they come
+MOST = {"loop": 1.10, "logits": 1.25, "top 5": 1.10, "12 draws": 1.10}  # states: no limit
 
 
 def main() -> int:
-    torch.set_num_threads(1)  # as each of two workers has
+    torch.set_num_threads(1)  # as in each of two workers
     keep_freed_memory()  # in bare steps, too
     changes = ["task.limit=20000", "threads=1", "workers=1", "controls=[]", "verdicts=[]"]
     changes += ["checkpoint_steps=300"]  # else a training this short has none

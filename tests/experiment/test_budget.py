@@ -1,4 +1,4 @@
-"""Budgets: equal FLOPs for every student, everything that it needs included."""
+"""Budgets: equal FLOPs for every student, including everything it needs."""
 
 import json
 
@@ -31,12 +31,12 @@ def test_every_method_costs_the_same_with_everything_that_it_needs(methods_run):
     config, teacher = methods_run.config(), methods_run.cost_of("teacher")["flops"]
     plan = Plan(config)
     for name, recipe in config.recipes.items():
-        own = methods_run.cost_of(f"students/{name}/seed-0")["flops"]
+        spent = methods_run.cost_of(f"students/{name}/seed-0")["flops"]
         before = sum(methods_run.cost_of(stage)["flops"] for stage in plan.prerequisites(recipe))
         budget = recipe.student.budget_fraction * 0.6 * teacher
-        # Who writes does not begin a step that might overspend, here a tenth of the budget.
+        # A student that writes starts no step that might overspend, here a tenth of the budget.
         least = 0.85 if recipe.writes_itself else 0.9
-        assert least * budget < own + before <= budget, name
+        assert least * budget < spent + before <= budget, name
     assert plan.prerequisites(config.recipes["assisted"]) == [
         "outputs/assistant-data-sampled-6", "students/assistant/seed-0", "outputs/data-logits",
     ]  # fmt: skip

@@ -26,7 +26,7 @@ def environment(**changed):
 
 def result(agreement=0.6, losses=(3.0, 2.0), precision="float32", sha256="a", seed=0, **changed):
     metric = {"mean": agreement, "ci95": [0, 1], "per_seed": [agreement]}
-    arm = {"quality": {}, "fidelity": {"sequence_agreement": metric}}
+    entry = {"quality": {}, "fidelity": {"sequence_agreement": metric}}
     return {
         "config": {
             "precision": precision,
@@ -36,7 +36,7 @@ def result(agreement=0.6, losses=(3.0, 2.0), precision="float32", sha256="a", se
         "split": "heldout",
         "seeds": [0],
         "teacher": {"quality": {}, "fidelity": {}},
-        "students": {"distilled": arm},
+        "students": {"distilled": entry},
         "controls": {},
         "environment": {"trained": environment(**changed)},
         "artifacts": {"rows": "r", "teacher": sha256},
@@ -78,7 +78,7 @@ def test_bands_hold_all_metrics_of_95_percent_of_seeds_with_95_percent_confidenc
     assert np.mean(held) >= 0.9 if metrics > 1 else np.mean(held) == pytest.approx(0.95, abs=0.04)
 
 
-def test_a_metric_at_its_end_may_move_by_a_word_or_two():
+def test_a_metric_at_its_limit_may_move_by_a_word_or_two():
     there = {**reference(), "bands": bands([result(agreement=1.0, seed=s) for s in range(10)])}
     assert check(result(agreement=1 - 2 / 6298, sha256="b"), there)[0] == "C"
     assert check(result(agreement=1 - 20 / 6298, sha256="b"), there)[0] == "D"
@@ -107,7 +107,7 @@ def test_a_run_that_is_counted_twice_makes_no_band():
         bands([result(seed=seed) for seed in (*range(9), 8)])
 
 
-def test_nothing_that_is_no_number_or_gone_passes_a_check():
+def test_nan_and_missing_metrics_fail_a_check():
     there, nan = reference(), float("nan")
     assert check(result(agreement=nan, sha256="b"), there)[0] == "D"
     gone = result(sha256="b")
@@ -177,10 +177,10 @@ def test_the_tier_to_expect_follows_from_the_environments(changed, tier, why):
         assert expected_tier(both, "float64") == ("B", why)
 
 
-def test_a_run_that_was_begun_in_another_environment_is_not_expected_to_be_equal():
-    begun_elsewhere = reference()
-    begun_elsewhere["environment"]["earlier"] = [environment(threads=1)]
-    _, lines = check(result(), begun_elsewhere)
+def test_a_run_started_in_another_environment_is_not_expected_to_be_equal():
+    started_elsewhere = reference()
+    started_elsewhere["environment"]["earlier"] = [environment(threads=1)]
+    _, lines = check(result(), started_elsewhere)
     assert lines[0] == "expected  tier C: different threads"
 
 
@@ -195,7 +195,7 @@ def test_a_result_on_other_rows_is_tier_d():
 
 @pytest.fixture
 def committed(tiny_run, tmp_path, monkeypatch):
-    """results/ of its own, with the tiny run in it."""
+    """A separate results/ with the tiny run in it."""
     monkeypatch.setattr(judge, "RESULTS", tmp_path / "results")
     (tmp_path / "README.md").write_text("<!-- results/tiny.json -->\n<!-- end -->", "utf-8")
     run = Run.finished(tiny_run)
@@ -242,9 +242,9 @@ def test_a_read_only_run_is_checked(committed, tiny_run, monkeypatch, capsys):
 
     monkeypatch.setattr(experiment.check, "write_atomically", refused)
     assert judge.main([str(tiny_run), "--check"]) == 0
-    said = capsys.readouterr()
-    assert said.out.strip().endswith("tier      A: equal bit for bit")
-    assert "check.html is not written" in said.err
+    printed = capsys.readouterr()
+    assert printed.out.strip().endswith("tier      A: equal bit for bit")
+    assert "check.html is not written" in printed.err
 
 
 def test_a_run_that_differs_exits_with_1(committed, tiny_run, capsys):
@@ -279,13 +279,13 @@ def test_compare_names_the_causes_in_order_and_the_step_where_losses_part(tiny_r
     lines[2] = json.dumps({**third, "loss": third["loss"] + 1e-6})
     (other / "metrics.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     a, b = Run.finished(tiny_run), Run.finished(other)
-    said = compare_runs(a, b)
-    assert [line.split()[0] for line in said] == [
+    report = compare_runs(a, b)
+    assert [line.split()[0] for line in report] == [
         "code", "config", "versions", "machine", "threads", "data", "seeds", "hashes", "losses",
     ]  # fmt: skip
-    assert "torch: '" in said[2]
-    assert said[4] == f"threads   threads: {a.manifest['environment']['threads']} there, 7 here"
-    assert f"{third['stage']} by step {third['step']}" in said[-1]
+    assert "torch: '" in report[2]
+    assert report[4] == f"threads   threads: {a.manifest['environment']['threads']} there, 7 here"
+    assert f"{third['stage']} by step {third['step']}" in report[-1]
     assert compare_runs(a, a)[-1] == "losses    equal"
     (other / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n", "utf-8")
     assert " and nothing)" in compare_runs(a, Run.finished(other))[-1]

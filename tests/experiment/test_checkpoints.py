@@ -1,4 +1,4 @@
-"""Checkpoints: written when due, skipped when torn."""
+"""Checkpoints: written when due, skipped when damaged."""
 
 import dataclasses
 import errno
@@ -12,7 +12,7 @@ from tests.helpers import PART, fit, train_tiny
 
 
 def test_a_failed_write_is_one_line_and_loses_no_work(tmp_path, capsys, monkeypatch):
-    """A full disk, a read-only folder: the command goes on where it was once there is room."""
+    """A full disk, a read-only folder: the command resumes once there is room."""
     import experiment.checkpoints
 
     written = []
@@ -36,7 +36,7 @@ def test_a_failed_write_is_one_line_and_loses_no_work(tmp_path, capsys, monkeypa
 
 
 def test_checkpoints_are_written_by_step_too(lab, monkeypatch):
-    """For those whose clock is no measure, as on a machine that sleeps."""
+    """For machines whose clock is no measure of work, such as one that sleeps."""
     config = lab.config.model_copy(update={"checkpoint_seconds": 1e9, "checkpoint_steps": 3})
     saved = []
     save = training_state.checkpoint

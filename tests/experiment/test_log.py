@@ -12,7 +12,7 @@ from tests.helpers import fit
 
 
 def test_the_validation_loss_is_that_of_the_answer_tokens_whatever_was_trained(lab):
-    """exp of a training loss with a divergence or a prompt in it would be no perplexity."""
+    """With a divergence or prompts in the loss, its exp would not be a perplexity."""
     fit(lab, steps=3, prompt_weight=1.0)
     model = load_model(lab.run.teacher)
     batch = collate(lab.validation, np.arange(len(lab.validation)), 0)

@@ -44,12 +44,12 @@ def test_several_processes_train_the_same_model_and_resume_as_fewer_or_more(
         launch = [*launch, str(processes)] if processes > 1 else []
         return [sys.executable, *launch, script, *arguments, "--runs", str(tmp_path / runs)]
 
-    for runs, begun, ended in (("one", 1, 1), ("two", 2, 2), ("fewer", 2, 1), ("more", 1, 3)):
-        if begun != ended:
+    for runs, before, after in (("one", 1, 1), ("two", 2, 2), ("fewer", 2, 1), ("more", 1, 3)):
+        if before != after:
             checkpoints = tmp_path / runs / "trace-float64" / "checkpoints" / "teacher"
-            kill_at_a_checkpoint(command(begun, runs), checkpoints)
+            kill_at_a_checkpoint(command(before, runs), checkpoints)
             assert list(checkpoints.glob("step-*"))
-        done = subprocess.run(command(ended, runs), capture_output=True, text=True, check=False)
+        done = subprocess.run(command(after, runs), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     first, *others = (
         losses_of(Run.finished(tmp_path / runs / "trace-float64"))

@@ -1,4 +1,4 @@
-"""Configs: whatever somebody types is read, or refused in one line."""
+"""Configs: any input is read, or rejected in one line."""
 
 import math
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from tests.helpers import ROOT, TINY
 READ = read_config(TINY)
 
 
-def read_or_refusal(read: Callable, *arguments: object) -> object:
-    """What was read, or what was said instead."""
+def read_or_error(read: Callable, *arguments: object) -> object:
+    """What was read, or the error message."""
     try:
         return read(*arguments)
     except LabError as error:
@@ -37,7 +37,7 @@ def keys(section: dict, above: str = "") -> list[str]:
 
 
 def numbers(value: object) -> list[float]:
-    """Every number of a nested config, but for the free-form settings of transformers."""
+    """Every number of a nested config, except the free-form settings of transformers."""
     if isinstance(value, dict):
         return [n for name, v in value.items() if name != "settings" for n in numbers(v)]
     if isinstance(value, list | tuple):
@@ -65,7 +65,7 @@ def test_any_value_at_any_key_is_read_or_rejected_in_one_line(key, value):
     for parent in parents:
         place = place[parent]
     place[last] = value
-    found = read_or_refusal(check_config, settings, "here")
+    found = read_or_error(check_config, settings, "here")
     if isinstance(found, Config):
         assert all(math.isfinite(number) for number in numbers(found.model_dump()))
     else:
@@ -76,13 +76,13 @@ def test_any_value_at_any_key_is_read_or_rejected_in_one_line(key, value):
 @given(st.one_of(st.text(max_size=60), VALUES.map(yaml.safe_dump)))
 @settings(deadline=None, max_examples=300)
 def test_any_text_is_plain_yaml_or_rejected(text):
-    read_or_refusal(read_yaml, text, "here")  # no other exception, and nothing is built
+    read_or_error(read_yaml, text, "here")  # no other exception, and nothing is built
 
 
 @given(st.sampled_from(keys(READ.model_dump(mode="json"))), st.text(max_size=20))
 @settings(deadline=None, max_examples=200)
 def test_any_override_is_read_or_rejected(key, value):
-    assert isinstance(read_or_refusal(read_config, TINY, [f"{key}={value}"]), Config | str)
+    assert isinstance(read_or_error(read_config, TINY, [f"{key}={value}"]), Config | str)
 
 
 def test_what_is_written_into_a_run_reads_back_as_the_same_config():
@@ -95,9 +95,9 @@ def test_what_is_written_into_a_run_reads_back_as_the_same_config():
 def test_a_key_with_a_line_end_in_it_is_rejected_in_one_line():
     settings = read_yaml(Path(TINY).read_text("utf-8"), "tiny")
     settings["recipes"]["written"]["objective"] = {"\x1e": ""}
-    with pytest.raises(LabError) as refused:
+    with pytest.raises(LabError) as error:
         check_config(settings, "here")
-    assert len(str(refused.value).splitlines()) == 1
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_schedule_goes_straight_to_its_end_and_stays_there():

@@ -17,7 +17,7 @@ from tests.helpers import PART, ROOT, TINY, tensor_hashes, train_tiny
 
 
 def without_times(result: dict) -> dict:
-    """eval.json without what a clock or the machine's load says."""
+    """eval.json without values that depend on a clock or on the machine's load."""
     timed = {"seconds", "joules", "money", "peak_memory_mb", "latency_ms", "answers_per_second"}
     timed |= {"environment"}
 
@@ -56,7 +56,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(tiny_run):
     ("kills", "longest"), [(5, 12), pytest.param(50, 9, marks=pytest.mark.slow)]
 )
 def test_a_run_killed_anywhere_resumes_to_the_same_result(kills, longest, tiny_run, tmp_path):
-    """Teacher, outputs, students and the evaluation; what comes out equals the whole run."""
+    """Teacher, outputs, students and the evaluation; the result equals an uninterrupted one."""
     train_it = [sys.executable, str(ROOT / "train.py"), TINY, *PART, "checkpoint_seconds=0"]
     expected = json.loads((tiny_run / "eval.json").read_text())
     draw, killed, again = random.Random(kills), 0, 0
@@ -68,16 +68,16 @@ def test_a_run_killed_anywhere_resumes_to_the_same_result(kills, longest, tiny_r
         assert len(tensor_hashes(run)) >= 10
         killed += kill_at_random([sys.executable, str(ROOT / "eval.py"), str(run)], 1, draw, 6)
         found = json.loads((run / "eval.json").read_text())
-        for arm in ("distilled", "states"):
+        for student in ("distilled", "states"):
             for group in ("quality", "fidelity"):
-                for name, metric in found["students"][arm][group].items():
-                    there = expected["students"][arm][group][name]["per_seed"]
+                for name, metric in found["students"][student][group].items():
+                    there = expected["students"][student][group][name]["per_seed"]
                     assert metric["per_seed"] == there[:1]
         again += 1
 
 
 def test_the_same_command_makes_the_same_run_twice(tiny_run, tmp_path):
-    """In a process of its own, where strings have other hashes."""
+    """In another process, where strings have other hashes."""
     fresh = {**os.environ, "PYTHONHASHSEED": "7"}
     for script, what in (
         ("train.py", [TINY, "--runs", tmp_path]),
@@ -94,7 +94,7 @@ def test_the_same_command_makes_the_same_run_twice(tiny_run, tmp_path):
 
 
 def test_a_run_resumed_on_another_machine_names_both(copy):
-    """Or a check would expect equal bits from it."""
+    """Otherwise a check would expect equal bits."""
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["environment"]["cpu"] = "another"
     (copy / "manifest.json").write_text(json.dumps(manifest))
@@ -118,7 +118,7 @@ def test_clocks_that_jump_change_only_the_times(tiny_run, tmp_path, monkeypatch)
 
 
 def test_a_deleted_stage_is_made_again_bit_for_bit(copy, tiny_run, capsys):
-    """The advice that every such error gives."""
+    """As the errors about damaged files advise."""
     for stage in ("teacher", "students/baseline/seed-1", "outputs/data-logits"):
         shutil.rmtree(copy / stage)
     assert train_tiny(copy.parent) == 0
@@ -127,9 +127,9 @@ def test_a_deleted_stage_is_made_again_bit_for_bit(copy, tiny_run, capsys):
     assert judge.main([str(copy), "--split", "validation"]) == 0
 
 
-def test_a_run_begun_on_other_rows_is_rejected(copy, capsys):
+def test_a_run_started_on_other_rows_is_rejected(copy, capsys):
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["data"]["rows"] = "0" * 64
     (copy / "manifest.json").write_text(json.dumps(manifest))
     assert train_tiny(copy.parent) == 2
-    assert "begun on other rows" in capsys.readouterr().err
+    assert "started on other rows" in capsys.readouterr().err

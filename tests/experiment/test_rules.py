@@ -6,7 +6,7 @@ from tests.helpers import train_tiny
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["teacher.epoch=3"], "unknown key 'teacher.epoch'; did you mean 'epochs'?"),
         (["recipes.distilled.acess=text"], "did you mean 'access'?"),
@@ -16,14 +16,14 @@ from tests.helpers import train_tiny
         (["recipes.distilled.access=text"], "access 'text' reveals none"),
         (["recipes.distilled.objective=forward_lk"], "did you mean 'forward_kl'?"),
         (["recipes.distilled.objective={forward_kl: 2}"], "sum to 2, expected 1"),
-        (["recipes.states.access=logits"], "are revealed by hidden alone"),
+        (["recipes.states.access=logits"], "access hidden and objectives over hidden states"),
         (["recipes.states.outputs.layers=[]"], "outputs.layers names the teacher's layers"),
         (["recipes.states.outputs.layers=[2]"], "expected 1 layers, one for each of the student's"),
-        (["recipes.states.objective=hidden_mse"], "leave the output layer untrained"),
+        (["recipes.states.objective=hidden_mse"], "the output layer is not trained"),
         (["recipes.top.temperature=2"], "temperature other than 1 needs access logits or hidden"),
         (["students.model.hidden_size=15"], "not a multiple of num_attention_heads"),
-        (["teacher.model.architecture=lama"], "'lama' is not one that transformers has"),
-        (["teacher.model.settings.rope=1"], "model.settings.rope is no setting of llama"),
+        (["teacher.model.architecture=lama"], "'lama' is unknown to transformers"),
+        (["teacher.model.settings.rope=1"], "model.settings.rope is not a setting of llama"),
         (["students.budget=0.000001"], "leaves no FLOPs for training"),
         (["nonsense"], "must read key=value"),
         (["name=a/b"], "name: found 'a/b'"),
@@ -37,7 +37,7 @@ from tests.helpers import train_tiny
         (["verdicts=[{claim: distilled matches baseline}]"], "needs a threshold above 0"),
         (
             ["verdicts=[{claim: top keeps baseline, metric: sequence_agreement, threshold: 95}]"],
-            "expected the share that is to be kept",
+            "expected the fraction to keep",
         ),
         (
             ["verdicts=[{claim: top keeps baseline, metric: word_error_rate, threshold: 0.9}]"],
@@ -83,9 +83,9 @@ from tests.helpers import train_tiny
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
 )
-def test_a_config_that_cannot_work_is_rejected_in_one_line(overrides, said, tmp_path, capsys):
+def test_a_config_that_cannot_work_is_rejected_in_one_line(overrides, message, tmp_path, capsys):
     assert train_tiny(tmp_path, *overrides) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
-    assert said in error
+    assert message in error
     assert len(error.splitlines()) == 1

@@ -15,8 +15,8 @@ from tests.helpers import PART, ROOT, TINY, tensor_hashes, train_tiny
 
 
 def with_files_of_at_most(limit: int, *command: str) -> str:
-    """What the command says in the end when the operating system refuses to write more bytes to a
-    file, as it does on a full disk; its exit code must be 2."""
+    """The last line of the command if the operating system limits the size of files, as on a full
+    disk; its exit code must be 2."""
     import resource
 
     done = subprocess.run(
@@ -78,7 +78,7 @@ def test_two_runs_in_one_folder_are_rejected(copy, capsys):
 @pytest.mark.parametrize(
     ("limit", "stage", "overrides"),
     [
-        (20_000, "teacher", ()),  # enough for the books, too little for a model
+        (20_000, "teacher", ()),  # enough for the manifest, too little for a model
         (20_000, "teacher", ("workers=2", "controls=[baseline,second_teacher]", "verdicts=[]")),
         (100_000, "outputs/data-logits", ()),  # enough for models
     ],

@@ -1,4 +1,4 @@
-"""The self-check finds the errors that distillation code makes without a sign."""
+"""The self-check finds silent errors of distillation code."""
 
 import json
 import shutil
@@ -20,13 +20,13 @@ def findings(folder, capsys):
 
 def test_a_sound_run_passes_all_checks(methods_run, tiny_run, capsys):
     for folder in (methods_run.folder, tiny_run):
-        code, said = findings(folder, capsys)
-        assert code == 0, said
-        assert "[FAIL]" not in said
-        assert said.splitlines()[-1].startswith("all checks passed (")
-        assert "the teacher as its own student: KL 0, agreement 1" in said
+        code, output = findings(folder, capsys)
+        assert code == 0, output
+        assert "[FAIL]" not in output
+        assert output.splitlines()[-1].startswith("all checks passed (")
+        assert "the teacher as its own student: KL 0, agreement 1" in output
     for name in ("distilled", "states", "top", "baseline", "shuffled", "smoothed"):
-        assert f"{name}: first loss" in said
+        assert f"{name}: first loss" in output
 
 
 def test_outputs_read_by_position_are_found(methods_run, capsys, monkeypatch):
@@ -39,18 +39,18 @@ def test_outputs_read_by_position_are_found(methods_run, capsys, monkeypatch):
         return pieces(self, column, replace(batch, indices=np.array(first)))
 
     monkeypatch.setattr(Outputs, "pieces", by_position)
-    code, said = findings(methods_run.folder, capsys)
+    code, output = findings(methods_run.folder, capsys)
     assert code == 1
-    assert "[FAIL] outputs/data-logits" in said
+    assert "[FAIL] outputs/data-logits" in output
 
 
 def test_a_teacher_exchanged_after_its_outputs_is_found(tiny_run, tmp_path, capsys):
     copy = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
     shutil.rmtree(copy / "teacher")
     shutil.copytree(copy / "second_teacher", copy / "teacher")
-    code, said = findings(copy, capsys)
-    assert code == 1
-    assert "[FAIL] outputs/data-logits" in said
+    capsys.readouterr()
+    assert judge.main([str(copy), "--selfcheck"]) == 2
+    assert "teacher is not the model that this run trained" in capsys.readouterr().err
 
 
 def test_a_loss_of_another_scale_is_found(tiny_run, tmp_path, capsys):
@@ -60,33 +60,33 @@ def test_a_loss_of_another_scale_is_found(tiny_run, tmp_path, capsys):
     line = json.loads(lines[place])
     lines[place] = json.dumps(line | {"loss": 2 * line["loss"]})
     (copy / "metrics.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    code, said = findings(copy, capsys)
+    code, output = findings(copy, capsys)
     assert code == 1
-    assert "[FAIL] top: first loss" in said
+    assert "[FAIL] top: first loss" in output
 
 
 def test_a_mean_of_means_is_found(tiny_run, capsys, monkeypatch):
     """Planted: every part of a step is divided by its own weight."""
     loss = Loss.__call__
 
-    def of_its_own(self, model, data, indices, normalizer, progress=0.0):
+    def by_own_weight(self, model, data, indices, normalizer, progress=0.0):
         own = weight_of(data.rows, indices, self.prompt_weight)
         return loss(self, model, data, indices, own, progress) * own[1] / normalizer[1]
 
-    monkeypatch.setattr(Loss, "__call__", of_its_own)
-    code, said = findings(tiny_run, capsys)
+    monkeypatch.setattr(Loss, "__call__", by_own_weight)
+    code, output = findings(tiny_run, capsys)
     assert code == 1
-    assert "[FAIL] gradients" in said
+    assert "[FAIL] gradients" in output
 
 
 def test_a_shuffled_teacher_that_helps_is_found(tiny_run, tmp_path, capsys):
-    """As much as the honest one: then it was not what the outputs say that taught."""
+    """As much as the correct outputs: then their content did not matter."""
     copy = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
     result = json.loads((copy / "eval.json").read_text("utf-8"))
     metric = {"mean": 0.6, "ci95": [0.59, 0.61], "per_seed": [0.6, 0.6]}
-    for arm in (result["students"]["distilled"], result["controls"]["shuffled"]):
-        arm["fidelity"]["sequence_agreement"] = metric
+    for entry in (result["students"]["distilled"], result["controls"]["shuffled"]):
+        entry["fidelity"]["sequence_agreement"] = metric
     (copy / "eval.json").write_text(json.dumps(result), "utf-8")
-    code, said = findings(copy, capsys)
+    code, output = findings(copy, capsys)
     assert code == 1
-    assert "[FAIL] shuffled: 60.0 % of the teacher's answers, against 60.0 % of distilled" in said
+    assert "[FAIL] shuffled: 60.0 % of the teacher's answers, against 60.0 % of distilled" in output

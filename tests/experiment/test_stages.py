@@ -1,4 +1,4 @@
-"""Stages: what another run made from the same things is copied."""
+"""Stages: what another run made from the same inputs is copied."""
 
 from dataclasses import replace
 

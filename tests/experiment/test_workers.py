@@ -15,13 +15,13 @@ def test_two_workers_train_the_same_models_as_one(tiny_run, tmp_path):
     )
     recipes += "outputs: {prompts: invented, transfer_rows: 200}}}"
     part = ("workers=2", "seeds=[0]", "controls=[baseline,second_teacher]", "verdicts=[]", recipes)
-    assert train_tiny(tmp_path, *part) == 0  # teacher and twin side by side too
+    assert train_tiny(tmp_path, *part) == 0  # both teachers side by side too
     found, whole = tensor_hashes(tmp_path / "tiny"), tensor_hashes(tiny_run)
     assert len(found) == 7
     assert found.items() <= whole.items()
 
 
-# Steps that free 8 MB and take as much again; prints how many pages the system had to find.
+# Steps that free 8 MB and take as much again; prints the number of page faults.
 STEPS = """
 import resource
 import numpy
@@ -40,7 +40,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other library can be told")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_memory_freed_by_a_step_is_kept_for_the_next():
     command = [sys.executable, "-c", STEPS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)

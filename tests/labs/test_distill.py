@@ -1,4 +1,4 @@
-"""The idea in one file is what the project does."""
+"""labs/distill.py computes what the project computes."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def task():
 
 
 def both(task, recipe, signal, loss):
-    """(loss, gradient) of the first step by the project, and by the one file."""
+    """(loss, gradient) of the first step by the project, and by labs/distill.py."""
     rows, shape = (
         task.rows("train"),
         Model(hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
@@ -33,9 +33,9 @@ def both(task, recipe, signal, loss):
     for of_the_project in (True, False):
         model = initialise(build_model(shape, task), 0)
         if of_the_project:
-            whole = Loss(objective_of(recipe), None, task.pad, task.vocabulary, 0.0)
-            value = whole(
-                model, TrainingSet(rows, signal), indices, whole.normalizer(rows, indices)
+            project_loss = Loss(objective_of(recipe), None, task.pad, task.vocabulary, 0.0)
+            value = project_loss(
+                model, TrainingSet(rows, signal), indices, project_loss.normalizer(rows, indices)
             )
         else:
             batch = collate(rows, indices, 0)
@@ -50,9 +50,9 @@ def test_learning_from_text_has_the_loss_and_gradient_of_the_project(task):
     def signal(batch):
         return Signal(batch.targets)
 
-    loss, gradient, own_loss, own_gradient = both(task, FROM_TEXT, signal, distill.hard_loss)
-    torch.testing.assert_close(loss, own_loss)
-    torch.testing.assert_close(gradient, own_gradient, atol=1e-6, rtol=1e-4)
+    loss, gradient, lab_loss, lab_gradient = both(task, FROM_TEXT, signal, distill.hard_loss)
+    torch.testing.assert_close(loss, lab_loss)
+    torch.testing.assert_close(gradient, lab_gradient, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -61,22 +61,22 @@ def test_distillation_has_the_loss_and_gradient_of_the_project(task, temperature
         logits = np.random.default_rng(0).standard_normal((len(batch.targets), task.vocabulary))
         return torch.log_softmax(torch.from_numpy(logits).float(), -1)
 
-    loss, gradient, own_loss, own_gradient = both(
+    loss, gradient, lab_loss, lab_gradient = both(
         task,
         Recipe(access="logits", temperature=temperature),
         lambda batch: Signal(batch.targets, log_probs(batch)),
         lambda logits, batch: distill.soft_loss(logits, log_probs(batch), temperature),
     )
-    torch.testing.assert_close(loss, own_loss)
-    torch.testing.assert_close(gradient, own_gradient, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(loss, lab_loss)
+    torch.testing.assert_close(gradient, lab_gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_the_file_is_short_and_imports_only_rows(task):
     lines = Path(distill.__file__).read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150
     imported = [line for line in lines if line.startswith(("from ", "import "))]
-    rooms = {line.split()[1].split(".")[0] for line in imported}
-    assert rooms <= {"collections", "numpy", "torch", "transformers", "models", "tasks"}
+    packages = {line.split()[1].split(".")[0] for line in imported}
+    assert packages <= {"collections", "numpy", "torch", "transformers", "models", "tasks"}
 
 
 def test_outputs_are_those_of_the_row(task):

@@ -7,7 +7,7 @@ from measure.laws import Law, fit_law, scaling_laws
 
 
 def test_students_that_pay_for_more_rows_are_no_study_of_rows(scaling_result):
-    """They train for fewer steps: what more words teach cannot be told from that."""
+    """They train for fewer steps, which would be confounded with the number of words."""
     result = scaling_result
     assert "rows" in scaling_laws(result)
     for entry in result["students"].values():

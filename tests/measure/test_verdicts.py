@@ -45,22 +45,22 @@ def test_differences_are_paired_by_row_between_one_seed_and_several():
 )
 def test_verdicts(metric, first, second, threshold, result):
     generator = np.random.default_rng(0)
-    arms = coin(generator, 5, 4000, first), coin(generator, 5, 4000, second)
-    assert verdict("a beats b", metric, threshold, *arms)["result"] == result
+    models = coin(generator, 5, 4000, first), coin(generator, 5, 4000, second)
+    assert verdict("a beats b", metric, threshold, *models)["result"] == result
 
 
 def simulated(generator, seeds, rows, truth, between_seeds, between_rows=0.3, against=None):
-    """Two arms whose rows and seeds vary as those of real runs do; the first is better by truth.
-    The second may have another number of seeds; an arm of one seed is what that seed is."""
+    """Two models whose rows and seeds vary as in real runs; the first is better by `truth`. The
+    second may have another number of seeds; with one seed there is no variance between seeds."""
     row = between_rows * generator.standard_normal((1, rows))
-    arms = []
+    models = []
     for better, count in ((truth, seeds), (0.0, against or seeds)):
         luck = between_seeds if count > 1 else 0.0
         level = better + luck * generator.standard_normal((count, 1))
         noise = between_rows * generator.standard_normal((count, rows))
         values = 0.5 + row + level + noise
-        arms.append(Estimate(np.stack([values, np.ones_like(values)], axis=-1)))
-    return compared("a beats b", "sequence_agreement", 0.0, *arms)
+        models.append(Estimate(np.stack([values, np.ones_like(values)], axis=-1)))
+    return compared("a beats b", "sequence_agreement", 0.0, *models)
 
 
 def share_that_beats(truth, seeds, count, claims=1, between_seeds=0.01):
@@ -83,8 +83,8 @@ def test_no_difference_is_called_one_in_at_most_5_percent_of_simulated_runs(seed
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "against"), [(1, 1), (5, 1)])
-def test_where_one_seed_stands_for_an_arm_the_claim_is_about_that_seed(seeds, against):
-    """The interval knows rows, and the seeds of an arm that has several; the line says so."""
+def test_where_one_side_has_one_seed_the_claim_is_about_that_seed(seeds, against):
+    """The interval covers rows, and the seeds of a model that has several; the line states it."""
     generator, beats = np.random.default_rng(seeds), 0
     with patch("gc.collect"):
         for _ in range(1000):
@@ -96,7 +96,7 @@ def test_where_one_seed_stands_for_an_arm_the_claim_is_about_that_seed(seeds, ag
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10])
-def test_arms_as_far_apart_as_the_margin_match_in_at_most_5_percent_of_simulated_runs(seeds):
+def test_models_as_far_apart_as_the_margin_match_in_at_most_5_percent_of_simulated_runs(seeds):
     generator, matches = np.random.default_rng(seeds), 0
     with patch("gc.collect"):
         for _ in range(500):
@@ -136,8 +136,8 @@ def test_an_inconclusive_claim_gives_the_number_of_seeds_it_needs():
 )
 def test_a_match_is_an_equivalence_test_with_a_margin_and_not_a_large_p(truth, rows, result):
     generator = np.random.default_rng(0)
-    arms = simulated(generator, 5, rows, truth, between_seeds=0.005)
-    claim = compared("a matches b", "sequence_agreement", 0.05, arms.first, arms.second)
+    models = simulated(generator, 5, rows, truth, between_seeds=0.005)
+    claim = compared("a matches b", "sequence_agreement", 0.05, models.first, models.second)
     found = verdicts([claim])[0]
     assert found["result"] == result
     assert "margin 5" in verdict_line(found)
@@ -147,24 +147,24 @@ def test_a_match_is_an_equivalence_test_with_a_margin_and_not_a_large_p(truth, r
     ("truth", "rows", "result"),
     [(0.0, 4000, "keeps"), (-0.1, 4000, "does not keep"), (-0.02, 20, "inconclusive")],
 )
-def test_a_share_is_kept_if_the_arm_beats_that_share_of_the_other(truth, rows, result):
+def test_a_share_is_kept_if_the_model_beats_that_share_of_the_other(truth, rows, result):
     generator = np.random.default_rng(0)
-    arms = simulated(generator, 5, rows, truth, between_seeds=0.005)
-    claim = compared("a keeps b", "accuracy", 0.95, arms.first, arms.second)
+    models = simulated(generator, 5, rows, truth, between_seeds=0.005)
+    claim = compared("a keeps b", "accuracy", 0.95, models.first, models.second)
     found = verdicts([claim])[0]
     assert found["result"] == result
-    assert found["share"] == pytest.approx(arms.first.mean / arms.second.mean)
+    assert found["share"] == pytest.approx(models.first.mean / models.second.mean)
     assert found["share_ci95"][0] < found["share"] < found["share_ci95"][1]
-    assert found["difference"] == pytest.approx(arms.first.mean - 0.95 * arms.second.mean)
-    said = f"a keeps {100 * found['share']:.1f} % of the right answers of b ["
+    assert found["difference"] == pytest.approx(models.first.mean - 0.95 * models.second.mean)
+    expected = f"a keeps {100 * found['share']:.1f} % of the right answers of b ["
     opening = {"keeps": "", "inconclusive": "inconclusive: "}.get(result, "not supported: ")
-    assert verdict_line(found).startswith(opening + said)
+    assert verdict_line(found).startswith(opening + expected)
     assert "95 % needed" in verdict_line(found)
 
 
 def test_a_verdict_line_states_the_result():
-    arms = (coin(np.random.default_rng(i), s, 4000, c) for i, s, c in ((0, 5, 0.6), (1, 5, 0.4)))
-    line = verdict_line(verdict("a beats b", "sequence_agreement", 0.0, *arms))
+    models = (coin(np.random.default_rng(i), s, 4000, c) for i, s, c in ((0, 5, 0.6), (1, 5, 0.4)))
+    line = verdict_line(verdict("a beats b", "sequence_agreement", 0.0, *models))
     assert re.fullmatch(
         r"a beats b by (19|20)\.\d points of agreement with teacher \[1\d\.\d, 2\d\.\d\] over "
         "5 seeds",
@@ -177,9 +177,9 @@ def test_a_verdict_line_states_the_result():
 
 
 def test_a_claim_lost_to_the_correction_is_reported_as_such():
-    """Its interval lies above the threshold: without a word that reads like an error."""
-    arms = [coin(np.random.default_rng(i), 5, 100, c) for i, c in ((0, 0.6), (1, 0.4))]
-    found = verdict("a beats b", "sequence_agreement", 0.0, *arms)
+    """Its interval lies above the threshold, so the line has to explain why it is inconclusive."""
+    models = [coin(np.random.default_rng(i), 5, 100, c) for i, c in ((0, 0.6), (1, 0.4))]
+    found = verdict("a beats b", "sequence_agreement", 0.0, *models)
     low = found["ci95"][0]
     assert low > 0
     unsure = {**found, "result": "inconclusive", "seeds_needed": 9}
@@ -195,8 +195,8 @@ def test_a_claim_lost_to_the_correction_is_reported_as_such():
 @settings(deadline=None, max_examples=10)
 def test_a_reversed_comparison_is_its_mirror_image(first, second):
     there, back = (
-        verdict("a beats b", "sequence_agreement", 0.0, *arms)
-        for arms in ((first, second), (second, first))
+        verdict("a beats b", "sequence_agreement", 0.0, *models)
+        for models in ((first, second), (second, first))
     )
     assert there["difference"] == pytest.approx(-back["difference"], abs=1e-12)
     assert there["ci95"] == pytest.approx([-bound for bound in back["ci95"][::-1]], abs=1e-12)
@@ -210,8 +210,8 @@ def test_a_reversed_comparison_is_its_mirror_image(first, second):
 
 @given(st.lists(estimates(seeds=2), min_size=2, max_size=5))
 @settings(deadline=None, max_examples=10)
-def test_more_claims_never_make_one_of_them_more_certain(arms):
-    claims = [compared("a beats b", "ece", 0.0, arms[0], arm) for arm in arms[1:]]
+def test_more_claims_never_make_one_of_them_more_certain(models):
+    claims = [compared("a beats b", "ece", 0.0, models[0], model) for model in models[1:]]
     together = verdicts(claims)
     for claim, found in zip(claims, together, strict=True):
         assert verdicts([claim])[0]["p_holm"] <= found["p_holm"] <= 1

@@ -1,4 +1,4 @@
-"""The classifier: what it reads, what it keeps, and what it refuses."""
+"""The classifier: what it reads, what it saves, and what it rejects."""
 
 from types import SimpleNamespace
 
@@ -35,8 +35,8 @@ def test_the_label_in_a_row_changes_nothing(ids):
 
 def test_rows_of_a_batch_do_not_affect_each_other(ids):
     model = classifier().eval()
-    alone = torch.cat([model(row[None]).logits for row in ids])
-    torch.testing.assert_close(alone, model(ids).logits)
+    one_by_one = torch.cat([model(row[None]).logits for row in ids])
+    torch.testing.assert_close(one_by_one, model(ids).logits)
 
 
 def test_options_of_language_models_change_nothing(ids):

@@ -62,7 +62,7 @@ def test_a_model_that_links_out_of_the_run_is_rejected(what, copy, tmp_path, cap
     linked.rename(tmp_path / "elsewhere")
     linked.symlink_to(tmp_path / "elsewhere")
     assert judge.main([str(copy)]) == 2
-    assert "is a link out of this run" in capsys.readouterr().err
+    assert "is a symlink out of this run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["pickle", "remote code"])

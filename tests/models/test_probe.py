@@ -1,10 +1,11 @@
-"""The probe: what a model must do before it is trusted, on architectures that do and do not."""
+"""The probe: what a model must do, on architectures that do and do not."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig
 
 from configs.schema import LabError, Model
+from models import probe as module
 from models.generate import generate
 from models.language import build_model, initialise, linear_head
 from models.probe import probe
@@ -71,28 +72,27 @@ def broken(name, model):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("logits", "gives logits that are no numbers"),
-        ("cache", "generates with a cache that forgets"),
-        ("head", "computes its logits in another way"),
+        ("logits", "gives logits that are NaN or infinite"),
+        ("cache", "generates other logits with a cache"),
+        ("head", "does not compute its logits"),
         ("gradients", "never uses 2 of its parameters, such as spare"),
         ("positions", "has 20 positions, fewer than the 72 tokens of a row"),
     ],
 )
-def test_a_faulty_model_is_rejected_by_its_fault(task, name, message):
+def test_a_faulty_model_is_rejected_by_its_fault(task, name, message, monkeypatch):
+    monkeypatch.setattr(module, "LARGE_VOCABULARY", 10)
     with pytest.raises(LabError, match=message):
         probe(broken(name, built(task, "llama")), task, "students")
 
 
 def test_products_that_the_counter_does_not_know_are_found(task, monkeypatch):
-    from models import probe as module
-
     monkeypatch.setattr(module, "flop_registry", {})
     with pytest.raises(LabError, match="which the FLOP counter does not count"):
         probe(built(task, "llama"), task, "teacher")
 
 
 def test_a_recurrent_model_remembers_its_prompt_while_it_generates(task):
-    """Greedy generation equals the likeliest next token of a whole pass, row by row."""
+    """Greedy generation equals the likeliest next token of a full forward pass, row by row."""
     model = built(task, "mamba").eval()
     prompts = [torch.tensor(task.prompt(word)) for word in ("lab", "teacher", "a")]
     for prompt, answer in zip(prompts, generate(model, prompts, longest=6, end=-1), strict=True):

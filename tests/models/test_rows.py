@@ -19,7 +19,7 @@ def rows() -> Rows:
 
 
 def test_counted_positions_predict_the_completion_and_nothing_else(rows):
-    """Off by one here, and the first answer token goes unsupervised or the last prompt token in."""
+    """Off by one, the first answer token is not supervised, or the last prompt token is."""
     batch = collate(rows, np.arange(20), pad=0)
     positions = batch.counted.sum(1).tolist()
     for i, predicted in enumerate(batch.targets.split(positions)):
@@ -36,7 +36,7 @@ def test_prompt_tokens_count_only_when_asked_and_with_their_weight(rows):
     )
 
 
-def test_the_end_mark_is_supervised_even_where_it_is_the_padding_token(rows):
+def test_eos_is_supervised_even_where_it_is_the_padding_token(rows):
     batch = collate(rows, np.arange(20), pad=2)
     ends = [part[-1].item() for part in batch.targets.split(batch.counted.sum(1).tolist())]
     assert ends == [2] * 20
@@ -51,7 +51,7 @@ def test_an_epoch_reads_every_row_at_most_once_and_another_epoch_others(rows):
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step(rows):
-    """So a run goes on where it stopped without replaying or skipping data."""
+    """So a run resumes without replaying or skipping data."""
     forwards = batch_order(rows.lengths, 8, seed=3)
     walked = [forwards(step).tolist() for step in range(40)]
     backwards = batch_order(rows.lengths, 8, seed=3)

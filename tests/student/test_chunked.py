@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.schema import Model
-from models.language import build_model, initialise
+from models.language import LinearHead, build_model, initialise
 from models.rows import collate
 from student import chunked, objectives
 from student.objectives import cross_entropy
@@ -22,9 +22,9 @@ from tests.helpers import DIVERGENCES, ROOT
 @pytest.mark.parametrize(
     ("positions", "outcomes", "chunks"), [(40, 300, 40), (40, 300, 6), (12, 49_152, 4)]
 )
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "scale"), [(False, 1.0), (True, 0.25)])
 def test_in_chunks_value_and_gradient_are_those_of_all_at_once(
-    name, positions, outcomes, chunks, bias, generator, monkeypatch
+    name, positions, outcomes, chunks, bias, scale, generator, monkeypatch
 ):
     monkeypatch.setattr(chunked, "CHUNKS", chunks)
     objective = getattr(objectives, name)
@@ -33,26 +33,27 @@ def test_in_chunks_value_and_gradient_are_those_of_all_at_once(
     signal, weights = Signal(torch.arange(positions), teacher), torch.rand(positions)
     found = []
     for run in (
-        lambda states, head: objective(head(states), signal),
+        lambda states, head: objective(head.logits(states), signal),
         lambda states, head: chunked.chunked(objective, states, head, signal, outcomes),
     ):
         head = torch.nn.Linear(8, outcomes, bias=bias)
         for number, parameter in enumerate(head.parameters()):
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
         inputs = states.clone().requires_grad_()
-        losses = run(inputs, head)
+        losses = run(inputs, LinearHead(head.weight, head.bias, scale))
         (losses * weights).sum().backward()
         found.append((losses, inputs.grad, *(p.grad for p in head.parameters())))
     for whole, parts in zip(*found, strict=True):
-        scale = float(whole.detach().abs().max())
-        torch.testing.assert_close(whole, parts, atol=1e-5 * scale, rtol=1e-5)
+        largest = float(whole.detach().abs().max())
+        torch.testing.assert_close(whole, parts, atol=1e-5 * largest, rtol=1e-5)
 
 
-def test_what_pads_a_head_is_no_outcome_and_learns_nothing(generator):
+def test_padding_of_a_head_is_no_outcome_and_gets_no_gradient(generator):
     states = torch.randn(10, 8, generator=generator, requires_grad=True)
     head = torch.nn.Linear(8, 32, bias=False)
     signal = Signal(torch.arange(10), torch.log_softmax(torch.randn(10, 30), -1))
-    losses = chunked.chunked(objectives.forward_kl, states, head, signal, 30)
+    whole = LinearHead(head.weight, None, 1.0)
+    losses = chunked.chunked(objectives.forward_kl, states, whole, signal, 30)
     torch.testing.assert_close(losses, objectives.forward_kl(head(states)[:, :30], signal))
     losses.sum().backward()
     assert head.weight.grad[:30].any()
@@ -75,6 +76,7 @@ def test_a_model_in_chunks_is_the_model(architecture):
 
 MEASURE = """
 import sys, torch
+from models.language import LinearHead
 from student import chunked, objectives
 from teacher.signal import Signal
 torch.set_num_threads(1)
@@ -98,7 +100,8 @@ signal = Signal(torch.zeros(M, dtype=torch.long), teacher)
 objective(head(states[:1]), signal.part(0, 1)).sum().backward()  # libraries warm up
 before = peak()
 if in_chunks:
-    chunked.chunked(objective, states, head, signal, V).sum().backward()
+    whole = LinearHead(head.weight, head.bias, 1.0)
+    chunked.chunked(objective, states, whole, signal, V).sum().backward()
 else:
     objective(head(states), signal).sum().backward()
 after = peak()

@@ -1,4 +1,4 @@
-"""Learning from hidden states: the match, the projections, and what they cost."""
+"""Learning from hidden states: the losses, the projections, and their cost."""
 
 import math
 
@@ -25,25 +25,25 @@ def student():
     return initialise(build_model(shape, task), 0)
 
 
-def shown(projected=None, attention=None, relations=None):
+def student_at(projected=None, attention=None, relations=None):
     """A student at some positions."""
     return StudentOutput(None, projected, attention, relations)
 
 
-def revealed(states=None, attention=None, relations=None):
-    """A teacher there."""
+def teacher_at(states=None, attention=None, relations=None):
+    """A teacher at the same positions."""
     return HiddenSignal(states, attention, relations)
 
 
 def test_hand_value():
     teacher = torch.tensor([[[-1.0, 1.0], [0.0, 2.0]]])
-    found = hidden_mse(shown(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])), revealed(teacher))
+    found = hidden_mse(student_at(torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])), teacher_at(teacher))
     assert found.tolist() == [(1 + 0 + 0 + 4) / 4]
 
 
 def test_zero_and_without_gradient_at_the_teachers_own_states(generator):
     own = torch.randn(5, 2, 8, generator=generator).requires_grad_()
-    loss = hidden_mse(shown(own), revealed(own.detach()))
+    loss = hidden_mse(student_at(own), teacher_at(own.detach()))
     loss.sum().backward()
     assert loss.tolist() == [0] * 5
     assert not own.grad.any()
@@ -51,9 +51,9 @@ def test_zero_and_without_gradient_at_the_teachers_own_states(generator):
 
 def test_attention_hand_value():
     teacher = torch.tensor([[[0.75, 0.25], [1.0, 0.0]]])  # one position, two layers
-    signal = revealed(attention=teacher)
-    assert attention_kl(shown(attention=teacher), signal).tolist() == [0.0]
-    found = attention_kl(shown(attention=torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])), signal)
+    signal = teacher_at(attention=teacher)
+    assert attention_kl(student_at(attention=teacher), signal).tolist() == [0.0]
+    found = attention_kl(student_at(attention=torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])), signal)
     expected = (0.75 * math.log(1.5) + 0.25 * math.log(0.5) + math.log(2)) / 2
     torch.testing.assert_close(found, torch.tensor([expected]), atol=1e-3, rtol=0)
 
@@ -63,16 +63,16 @@ def test_relation_hand_value():
     those up to it, itself included."""
     values = torch.tensor([[[[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]]])
     found = value_relation(values, new=2)[0]
-    heat = 2**0.5
-    second = torch.softmax(torch.tensor([0.0, 4.0]) / heat, -1)
-    third = torch.softmax(torch.tensor([1.0, 2.0, 2.0]) / heat, -1)
+    scale = 2**0.5
+    second = torch.softmax(torch.tensor([0.0, 4.0]) / scale, -1)
+    third = torch.softmax(torch.tensor([1.0, 2.0, 2.0]) / scale, -1)
     torch.testing.assert_close(found, torch.stack([torch.cat([second, torch.zeros(1)]), third]))
 
 
 def test_relations_are_matched_beside_attention_and_neither_sees_the_other():
     uniform, same = torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[0.9, 0.1]]])
-    student = shown(attention=uniform, relations=same)
-    teacher = revealed(attention=torch.tensor([[[0.75, 0.25]]]), relations=same)
+    student = student_at(attention=uniform, relations=same)
+    teacher = teacher_at(attention=torch.tensor([[[0.75, 0.25]]]), relations=same)
     assert value_relation_kl(student, teacher).tolist() == [0.0]
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     found = attention_kl(student, teacher)
@@ -120,7 +120,7 @@ def test_the_ledger_charges_the_projections(student):
 
 
 def test_the_ledger_charges_relations_to_the_recipes_that_match_them(student):
-    """In one process, whatever was counted before: same sizes, another forward pass."""
+    """Even if the same sizes were counted before without relations, in the same process."""
     without = TrainingFlops(WithProjections(student, width=24, seed=0)).of_row(10)
     model = WithProjections(student, width=24, seed=0, relations=True)
     charged = TrainingFlops(model).of_row(10)
@@ -128,7 +128,7 @@ def test_the_ledger_charges_relations_to_the_recipes_that_match_them(student):
     assert TrainingFlops(WithProjections(student, width=24, seed=0)).of_row(10) == without
 
 
-def test_the_match_is_no_term_over_the_vocabulary(generator):
+def test_hidden_losses_are_not_terms_over_the_vocabulary(generator):
     recipe = Recipe(
         access="hidden", outputs={"layers": [1]}, objective={"forward_kl": 0.8, "hidden_mse": 0.2}
     )
@@ -143,7 +143,7 @@ def test_the_match_is_no_term_over_the_vocabulary(generator):
 
 
 @pytest.mark.parametrize("until", [0.5, 1.0])
-def test_looking_inside_fades_and_is_charged_only_while_it_lasts(student, until):
+def test_hidden_losses_are_annealed_and_charged_only_while_used(student, until):
     from models.rows import batch_order
 
     recipe = Recipe(
@@ -155,22 +155,22 @@ def test_looking_inside_fades_and_is_charged_only_while_it_lasts(student, until)
             "attention_kl": {"start": 0.2, "end": 0, "until": until / 2},
         },
     )
-    match = hidden_loss_of(recipe)
-    assert match.until == until
-    assert match.steps(101) == -(-101 * until // 1)
-    assert value_at(match.weights["hidden_mse"], 0.25) == pytest.approx(0.3 * (1 - 0.25 / until))
-    assert value_at(match.weights["attention_kl"], until / 2) == 0.0
-    assert value_at(match.weights["hidden_mse"], until / 2) > 0
+    hidden = hidden_loss_of(recipe)
+    assert hidden.until == until
+    assert hidden.steps(101) == -(-101 * until // 1)
+    assert value_at(hidden.weights["hidden_mse"], 0.25) == pytest.approx(0.3 * (1 - 0.25 / until))
+    assert value_at(hidden.weights["attention_kl"], until / 2) == 0.0
+    assert value_at(hidden.weights["hidden_mse"], until / 2) > 0
 
     rows = Pronounce(limit=300).rows("train")
     model = WithProjections(student, width=24, seed=0)
-    whole, plain = TrainingFlops(model), TrainingFlops(student)
+    charged, plain = TrainingFlops(model), TrainingFlops(student)
     order = batch_order(rows.lengths, 32, 0)
 
     def cost(steps):
-        costs = [whole if i / steps < until else plain for i in range(steps)]
+        costs = [charged if i / steps < until else plain for i in range(steps)]
         return sum(c.of_batch(rows.lengths[order(i)]) for i, c in enumerate(costs))
 
     budget = cost(40) + 1
-    assert affordable_steps(whole, plain, rows.lengths, order, budget, match.steps) == 40
-    assert affordable_steps(whole, plain, rows.lengths, order, budget - 2, match.steps) == 39
+    assert affordable_steps(charged, plain, rows.lengths, order, budget, hidden.steps) == 40
+    assert affordable_steps(charged, plain, rows.lengths, order, budget - 2, hidden.steps) == 39

@@ -261,7 +261,7 @@ def test_every_divergence_that_a_config_may_name_is_0_at_the_teacher(name, gener
 
 
 def test_text_has_no_distribution_and_top_k_no_temperature(generator):
-    with pytest.raises(ValueError, match="text alone"):
+    with pytest.raises(ValueError, match="only text"):
         forward_kl(draw(generator), Signal(torch.arange(7)))
     with pytest.raises(ValueError, match="cannot be softened"):
         forward_kl(draw(generator), top_k(draw(generator), 3), temperature=2)

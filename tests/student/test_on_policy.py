@@ -54,7 +54,7 @@ def test_on_policy_rows_are_the_students_own_with_the_teachers_live_signal(tiny_
 
 
 def test_interrupted_on_policy_training_resumes_exactly(methods_run, tmp_path, monkeypatch):
-    """What it wrote is a function of the step, what it cost is in the checkpoint."""
+    """The text is a function of the step, and its cost is in the checkpoint."""
     import experiment.log
 
     overrides = [*METHODS, "checkpoint_seconds=0"]

@@ -39,7 +39,7 @@ def test_without_smoothing_forward_kl_is_cross_entropy(rows, generator):
     )
 
 
-def test_scarce_rows_are_the_same_in_any_order_and_nested(rows):
+def test_low_data_rows_are_the_same_in_any_order_and_nested(rows):
     some = lowest_ids(rows, 0.2)
     assert len(some) == 10
     shuffled = rows.take(np.random.default_rng(0).permutation(50))

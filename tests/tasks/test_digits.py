@@ -1,4 +1,4 @@
-"""The task `digits`: its rows, its questions, and the files it refuses."""
+"""The task `digits`: its rows, its questions, and the files it rejects."""
 
 import gzip
 import importlib.util
@@ -173,7 +173,7 @@ def test_the_official_test_set_is_held_out(folder, compressed):
             Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes()))
             file.unlink()
     task = Digits(folder=str(folder))
-    # The digit in both sets stays in the test set alone.
+    # The digit in both sets stays only in the test set.
     assert len(task.rows("heldout")) == 20
     assert len(task.rows("train")) + len(task.rows("validation")) == 119
 

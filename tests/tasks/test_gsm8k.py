@@ -41,7 +41,7 @@ def made_up(count):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """train.jsonl, test.jsonl and three models that know nothing, one of other tokens."""
+    """train.jsonl, test.jsonl and three untrained models, one with another tokenizer."""
     place = tmp_path_factory.mktemp("gsm8k")
     problems = made_up(150)
     for split, part in (("train", problems[:120]), ("test", problems[120:])):
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 
 
 def trained_tokenizer(texts, size):
-    """Byte-level BPE of so many tokens."""
+    """Byte-level BPE with `size` tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -101,11 +101,11 @@ def test_problems_become_rows_and_are_graded_by_their_last_number(folder):
     answers[0], answers[1] = "I do not know", "#### 7"
     assert task.grade(rows.ids, answers)["right"].tolist() == [0, 0, *[1] * 28]
     assert task.agree(["no"], ["no"])["same_answer"].tolist() == [0]
-    alone = without_reasoning(rows, task)
-    assert task.render(alone.completion(4).tolist()) == "#### 251"
-    assert all(task.is_right(alone, i) for i in range(30))
+    answered = without_reasoning(rows, task)
+    assert task.render(answered.completion(4).tolist()) == "#### 251"
+    assert all(task.is_right(answered, i) for i in range(30))
     boxed = task.tokenizer("First, 2+3=5. So it is 5.")["input_ids"]
-    assert task.render(task.without_reasoning(boxed)) == "#### 5"  # no mark, and yet no trace
+    assert task.render(task.without_reasoning(boxed)) == "#### 5"  # without ####, still no trace
     assert task.without_reasoning(task.tokenizer("I do not know")["input_ids"]) == []
     ends = rows.completion(4).tolist()
     unended = Rows.build([int(rows.ids[4])] * 2, [[1], [1]], [ends, ends[:-1]])
@@ -138,7 +138,7 @@ def test_files_that_are_not_gsm8k_are_rejected_in_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_pretrained_models_run_the_whole_story(folder, tmp_path, capsys):
-    """configs/gsm8k.yaml itself, with models of a test in place of those of the hub."""
+    """configs/gsm8k.yaml itself, with test models instead of those of the hub."""
     overrides = [
         f"task={{name: gsm8k, tokenizer: {folder / 'large'}, folder: {folder}}}",
         f"teacher.model={{pretrained: {folder / 'large'}}}",
@@ -146,7 +146,7 @@ def test_pretrained_models_run_the_whole_story(folder, tmp_path, capsys):
         "students.tflops=0.02", "threads=1",
     ]  # fmt: skip
     assert train.main([CONFIG, *overrides, "--runs", str(tmp_path)]) == 2
-    assert "no row" in capsys.readouterr().err  # a teacher that knows nothing has no right trace
+    assert "no row" in capsys.readouterr().err  # an untrained teacher has no right trace
     traces = "{traces: {access: text, sequences: teacher, objective: cross_entropy}}"
     claim = "{claim: traces beats baseline, metric: accuracy}"
     overrides += ["name=known", f"recipes={traces}", f"verdicts=[{claim}]"]
@@ -154,9 +154,9 @@ def test_pretrained_models_run_the_whole_story(folder, tmp_path, capsys):
     assert judge.main([str(tmp_path / "known")]) == 0
     run = Run.finished(tmp_path / "known")
     assert run.cost_of("teacher")["flops"] == run.cost_of("teacher")["steps"] == 0
-    for arm in ("traces", "baseline"):
-        spent = run.cost_of(f"students/{arm}/seed-0")["flops"]
-        spent += run.cost_of("outputs/teacher-text-train")["flops"] if arm == "traces" else 0
+    for name in ("traces", "baseline"):
+        spent = run.cost_of(f"students/{name}/seed-0")["flops"]
+        spent += run.cost_of("outputs/teacher-text-train")["flops"] if name == "traces" else 0
         assert 0.8 * 0.02e12 < spent <= 0.02e12
     result = json.loads((run.folder / "eval.json").read_text("utf-8"))
     assert set(result["students"]["traces"]["quality"]) == {"accuracy"}
@@ -166,11 +166,11 @@ def test_pretrained_models_run_the_whole_story(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("students.tflops=null", "set both or neither"),
         ("students.budget=0.1", "set one of budget and tflops"),
-        ("teacher.model.hidden_size=16", "brings its sizes: remove hidden_size"),
+        ("teacher.model.hidden_size=16", "has its own sizes: remove hidden_size"),
         ("controls=[baseline,second_teacher]", "remove it"),
         ("task.tokenizer=null", "task.tokenizer: missing"),
         ("recipes.right.student.initial_layers=[1]", "can be copied only if"),
@@ -178,11 +178,11 @@ def test_pretrained_models_run_the_whole_story(folder, tmp_path, capsys):
     ],
 )
 def test_a_pretrained_model_that_cannot_be_used_is_rejected_in_one_line(
-    override, said, tmp_path, capsys
+    override, message, tmp_path, capsys
 ):
     assert train.main([CONFIG, override, "--runs", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip()
-    assert said in error
+    assert message in error
     assert len(error.splitlines()) == 1
 
 
@@ -210,7 +210,7 @@ SORTED = (
 def test_a_teacher_with_other_tokens_teaches_by_text_and_by_sorted_probabilities(
     folder, tmp_path, capsys, monkeypatch
 ):
-    """From the config to the report: what it writes is told in the student's tokens."""
+    """From the config to the report: its text is re-encoded with the student's tokenizer."""
     monkeypatch.setattr(Gsm8k, "longest_answer", 10)
     arguments = [CONFIG, *strangers(folder, TEXT, SORTED), "--runs", str(tmp_path)]
     assert train.main(arguments) == 0
@@ -222,10 +222,10 @@ def test_a_teacher_with_other_tokens_teaches_by_text_and_by_sorted_probabilities
     assert len(own.tokenizer) == 300 < len(lab.task.tokenizer) == 400
     for name in ("text", "sorted"):
         stored = outputs_of(lab, config.recipes[name])
-        told = [
+        answers = [
             lab.task.render(stored.rows.completion(i).tolist()) for i in range(len(stored.rows))
         ]
-        assert any(told) or name == "sorted"  # the likeliest token may be the end
+        assert any(answers) or name == "sorted"  # the likeliest token may be the end
         for i in range(12):
             asked = lab.task.prompt(lab.task.question(stored.rows, i))
             assert stored.rows.prompt(i).tolist() == asked
@@ -237,12 +237,12 @@ def test_a_teacher_with_other_tokens_teaches_by_text_and_by_sorted_probabilities
     assert "kl_teacher_student" not in result["students"]["text"]["fidelity"]
     assert {"sequence_agreement", "answer_agreement"} <= {*result["students"]["text"]["fidelity"]}
     assert judge.main([str(run.folder), "--selfcheck"]) == 0
-    said = capsys.readouterr().out
-    assert "12 of 12 answers equal when rewritten" in said
+    output = capsys.readouterr().out
+    assert "12 of 12 answers equal when rewritten" in output
     assert judge.main([str(run.folder), "--ask", "How many?"]) == 0
 
 
-def test_outputs_of_other_tokens_are_those_of_the_teacher_one_beside_the_other():
+def test_retokenised_outputs_are_paired_by_position():
     class Words:
         def __init__(self, size):
             self.size = size
@@ -259,12 +259,12 @@ def test_outputs_of_other_tokens_are_those_of_the_teacher_one_beside_the_other()
     assert ids.tolist() == [5, 5, 6, 6, 0]
     assert beside[:, 0].tolist() == [0, 1, 2, 2, 2]
     ids, beside = retokenised(task, own, np.array([5, 5, 6, 6]), torch.arange(4.0)[:, None])
-    assert ids.tolist() == [5, 6]  # it was cut off: no end mark
+    assert ids.tolist() == [5, 6]  # truncated: no EOS
     assert beside[:, 0].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["recipes.kl={access: logits, sequences: teacher}"], "Use access text, or"),
         (
@@ -283,12 +283,12 @@ def test_outputs_of_other_tokens_are_those_of_the_teacher_one_beside_the_other()
     ],
 )
 def test_access_that_needs_the_same_tokens_is_rejected_for_other_tokenizers(
-    overrides, said, folder, tmp_path, capsys
+    overrides, message, folder, tmp_path, capsys
 ):
     arguments = [CONFIG, *strangers(folder, TEXT), *overrides, "--runs", str(tmp_path)]
     assert train.main(arguments) == 2
     error = capsys.readouterr().err.strip()
-    assert said in error
+    assert message in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "strangers" / "config.yaml").exists()
 
@@ -297,7 +297,7 @@ def test_a_student_has_the_tokens_of_its_task(folder, tmp_path, capsys):
     overrides = strangers(folder, TEXT)
     overrides += [f"students.model={{pretrained: {folder / 'stranger'}}}"]
     assert train.main([CONFIG, *overrides, "--runs", str(tmp_path)]) == 2
-    assert "that of its students" in capsys.readouterr().err
+    assert "must use its task's tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["pickled weights", "code of a model", "code of a tokenizer"])

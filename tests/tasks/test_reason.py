@@ -1,4 +1,4 @@
-"""The task `reason`: problems, traces, rewards, and what thinking longer buys."""
+"""The task `reason`: problems, traces, rewards and test-time scaling."""
 
 import dataclasses
 import json
@@ -17,6 +17,7 @@ from experiment.cost import CountedForward
 from experiment.experiment import new_model, new_student, open_experiment, training_set_of
 from experiment.plan import Plan
 from experiment.run import Run
+from experiment.stages import made_of
 from measure.evaluate import TeacherReference
 from measure.reasoning import SAMPLES, THINKING_TOKENS, VOTES, first_wrong_steps, majority
 from measure.report.tables import facts_of
@@ -57,7 +58,7 @@ def run(tmp_path_factory):
     runs = tmp_path_factory.mktemp("reason")
     assert train.main([TINY, "--runs", str(runs)]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure.reasoning, "PROBLEMS", 8)  # models this small write without an end
+        patch.setattr(measure.reasoning, "PROBLEMS", 8)  # models this small rarely end an answer
         assert judge.main([str(runs / "reason-tiny")]) == 0
     return Run.finished(runs / "reason-tiny")
 
@@ -102,12 +103,12 @@ def test_a_question_in_plain_english_has_the_solution_that_it_asks_for(task):
     assert task.truths("How many?") == []
 
 
-def test_a_row_asks_and_thinks_and_answers(task, tmp_path):
+def test_a_row_is_question_reasoning_and_answer(task, tmp_path):
     rows = task.rows("train")
     i = len(rows) - 1
     problem = task.by_id[int(rows.ids[i])]
-    said = task.render(rows.completion(i).tolist())
-    assert said == f"<think> {problem.trace} </think> {problem.answer}"
+    answer = task.render(rows.completion(i).tolist())
+    assert answer == f"<think> {problem.trace} </think> {problem.answer}"
     assert rows.prompt(i).tolist() == task.prompt(problem.question)
     assert task.without_reasoning(rows.completion(i).tolist()) == task.encode(
         f"{problem.answer} </s>"
@@ -217,7 +218,7 @@ def small_model(task, seed=0):
     return initialise(build_model(shape, task), seed)
 
 
-def test_an_answer_is_as_good_as_its_reward_is_above_its_groups(task):
+def test_an_advantage_is_the_reward_relative_to_its_group(task):
     def even_first_token(rows):
         return np.array([rows.completion(i)[0] % 2 == 0 for i in range(len(rows))], float)
 
@@ -235,14 +236,14 @@ def test_an_answer_is_as_good_as_its_reward_is_above_its_groups(task):
     assert len({*lengths.tolist()}) > 1
     found = found.reshape(-1, 8)
     for given, advantages in zip(rewards, found, strict=True):
-        assert 0 < given.mean() < 1  # the others have nothing to teach
+        assert 0 < given.mean() < 1  # other groups are dropped
         assert advantages.sum() == pytest.approx(0, abs=1e-5)
         assert advantages[given == 1].min() > 0 > advantages[given == 0].max()
         assert advantages.std() == pytest.approx(1, abs=1e-5)
     assert written.flops > 0
 
 
-def test_where_all_answers_are_as_good_a_step_pulls_nowhere(task):
+def test_equally_good_answers_give_no_gradient(task):
     written = policy_of(task, lambda rows: np.ones(len(rows))).written(small_model(task), step=3)
     assert len(written.rows) == 8
     assert not written.signal(collate(written.rows, np.arange(8), 0)).advantages.any()
@@ -270,7 +271,7 @@ def test_rewards_teach_a_student_what_they_reward(task):
     assert np.mean(shares[-5:]) > 0.9
 
 
-# -- thinking longer -------------------------------------------------------------------------------
+# -- test-time scaling -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", [0, 1, 5])
@@ -297,7 +298,7 @@ def test_a_model_that_thinks_too_long_is_made_to_answer(budget, task):
 
 
 class Scripted:
-    """Stands for a model and `answers_of`: says what `words` tells it to, at 10 FLOPs a token."""
+    """A fake model and `answers_of`: writes what `words` returns, at 10 FLOPs per token."""
 
     def __init__(self, words):
         self.words, self.flops = words, 0.0
@@ -310,15 +311,15 @@ class Scripted:
             yield i, SimpleNamespace(tokens=tokens)
 
 
-def test_thoughts_that_are_cut_short_cost_what_was_written(task, monkeypatch):
+def test_cut_reasoning_costs_only_the_tokens_written(task, monkeypatch):
     rows = task.rows("heldout").take(np.arange(6))
 
-    def words(rows, i, options):  # right from 8 thoughts on, one token longer than those
+    def words(rows, i, options):  # from 8 thoughts on, the right answer follows
         assert options["end_of_reasoning"] == task.end_of_reasoning
-        thoughts = options["max_thinking_tokens"] - 1  # <think> is none
+        thoughts = options["max_thinking_tokens"] - 1  # <think> does not count
         number = task.true_answer(rows, i) if thoughts >= 8 else None
-        said = [] if number is None else task.encode(f" {number}")
-        return [task.token_ids["+"]] * thoughts + [task.end_of_reasoning] + said
+        answer = [] if number is None else task.encode(f" {number}")
+        return [task.token_ids["+"]] * thoughts + [task.end_of_reasoning] + answer
 
     model = Scripted(words)
     monkeypatch.setattr(measure.reasoning, "answers_of", model.answers_of)
@@ -334,15 +335,15 @@ def test_thoughts_that_are_cut_short_cost_what_was_written(task, monkeypatch):
 
 
 def test_votes_are_counted_in_groups_and_cost_their_share(task, monkeypatch):
-    """To one problem three of four answers are right, to the other one of four, the first, among
-    three that differ: alone each right as often as drawn, together always, as the first of as many
-    votes wins."""
+    """Three of four answers to one problem are right; of four answers to the other only the first
+    is, and the other three differ. One vote is right as often as drawn; more votes always are, as
+    ties go to the first."""
     rows = task.rows("heldout").take(np.array([0, 5]))
 
     def words(again, i, options):
         right, draw = task.true_answer(again, i), i % SAMPLES
-        said = right + (draw % 4 == 3) if i < SAMPLES else right + draw % 4
-        return task.encode(f" {said % 100:02d}")  # two digits: all are as long
+        answer = right + (draw % 4 == 3) if i < SAMPLES else right + draw % 4
+        return task.encode(f" {answer % 100:02d}")  # two digits: all are as long
 
     model = Scripted(words)
     monkeypatch.setattr(measure.reasoning, "answers_of", model.answers_of)
@@ -354,13 +355,13 @@ def test_votes_are_counted_in_groups_and_cost_their_share(task, monkeypatch):
     assert [p["flops_per_problem"] for p in curve] == [10 * written * votes for votes in VOTES]
 
 
-def test_the_commonest_answer_wins_and_no_answer_has_no_vote():
+def test_the_most_common_answer_wins_and_a_missing_answer_has_no_vote():
     assert majority([3, None, 4, 4, None, None]) == 4
     assert majority([3, 4]) == 3
     assert majority([None]) is None
 
 
-# -- the whole story -------------------------------------------------------------------------------
+# -- the whole pipeline ----------------------------------------------------------------------------
 
 
 def test_each_way_to_learn_gets_its_own_outputs(run):
@@ -372,15 +373,15 @@ def test_each_way_to_learn_gets_its_own_outputs(run):
     }
     traces, answers, right = (written[name].rows for name in ("traces", "answers", "right"))
     assert len(traces) == 150
-    alone = {int(answers.ids[i]): i for i in range(len(answers))}
+    by_id = {int(answers.ids[i]): i for i in range(len(answers))}
     for i in range(150):
         answer = lab.task.without_reasoning(traces.completion(i).tolist())
-        place = alone.pop(int(traces.ids[i]), None)
-        assert (place is None) == (answer == [])  # it went on thinking
+        place = by_id.pop(int(traces.ids[i]), None)
+        assert (place is None) == (answer == [])  # its reasoning did not end
         if place is not None:
             assert answers.prompt(place).tolist() == traces.prompt(i).tolist()
             assert answers.completion(place).tolist() == answer
-    assert not alone
+    assert not by_id
     assert len(answers) > 75
     kept = [int(traces.ids[i]) for i in range(150) if lab.task.is_right(traces, i)]
     assert right.ids[np.arange(len(right))].tolist() == kept
@@ -402,13 +403,18 @@ def test_a_policy_starts_from_the_student_that_warmed_it_up_and_pays_for_it(run)
 
 
 def test_every_seed_of_a_policy_starts_from_its_own_student(run, tmp_path):
-    """Five that start from one would share its luck."""
+    """Students that start from the same one would not be independent."""
     config = run.config()
     elsewhere = Run(tmp_path)
     lab = dataclasses.replace(open_experiment(config, run), run=elsewhere)
+    elsewhere.manifest["stages"] = {}
     for seed in (0, 1):
-        model = new_model(lab, config.students.model, 10 + seed)
-        save_model(model, lab.task.tokenizer, tmp_path / f"students/warm/seed-{seed}", "a card")
+        model, stage = (
+            new_model(lab, config.students.model, 10 + seed),
+            f"students/warm/seed-{seed}",
+        )
+        save_model(model, lab.task.tokenizer, tmp_path / stage, "a card")
+        elsewhere.manifest["stages"][stage] = made_of(tmp_path / stage, model)
     grpo = config.recipes["grpo"]
     for seed in (0, 1):
         found = new_student(lab, grpo, TrainingSet(lab.rows), seed).state_dict()
@@ -440,7 +446,7 @@ def test_the_evaluation_reports_reasoning(run):
 
 
 def test_the_map_has_a_verdict_for_every_pair_and_number_of_steps(run):
-    """Corrected together; who else than traces differs from answers alone is no pair."""
+    """All corrected together; only students of traces are paired with `answers`."""
     result = json.loads((run.folder / "eval.json").read_text("utf-8"))
     pairs = {"traces beats answers", "right beats answers", "logits beats answers"}
     cells = {(cell["claim"], cell["split"], cell["steps"]) for cell in result["map"]}
@@ -451,19 +457,21 @@ def test_the_map_has_a_verdict_for_every_pair_and_number_of_steps(run):
         for steps in range(1, 9)
     }
     cell = next(c for c in result["map"] if c["steps"] == 7 and "logits" in c["claim"])
-    arms = [
-        result["students"][arm]["long"]["quality"]["accuracy_7"] for arm in ("logits", "answers")
+    entries = [
+        result["students"][name]["long"]["quality"]["accuracy_7"] for name in ("logits", "answers")
     ]
-    assert cell["difference"] == pytest.approx(arms[0]["mean"] - arms[1]["mean"])
-    told = facts_of(result)
-    assert sum(" by number of steps (24 claims): " in fact for fact in told) == 3
-    line = next(fact for fact in told if fact.startswith("baseline: right answers % at 1, 2, ... "))
+    assert cell["difference"] == pytest.approx(entries[0]["mean"] - entries[1]["mean"])
+    facts = facts_of(result)
+    assert sum(" by number of steps (24 claims): " in fact for fact in facts) == 3
+    line = next(
+        fact for fact in facts if fact.startswith("baseline: right answers % at 1, 2, ... ")
+    )
     assert line.count("|") == 1
-    assert any("of the teacher's training FLOPs" in fact for fact in told)
+    assert any("of the teacher's training FLOPs" in fact for fact in facts)
 
 
-def test_problems_that_begin_alike_are_drawn_together(task):
-    """Else 200 problems that are right or wrong together would count as 200."""
+def test_problems_with_the_same_first_step_are_resampled_together(task):
+    """Otherwise correlated problems would be counted as independent."""
     rows = task.rows("heldout")
     units = task.units(rows.ids)
     firsts = [first_of(task.by_id[int(i)].canonical) for i in rows.ids]
@@ -473,13 +481,15 @@ def test_problems_that_begin_alike_are_drawn_together(task):
     evaluated = reference.evaluate(model)
     evaluated.columns["right"] = (units < units.max() / 2).astype(float)
     (clustered,) = (reference.metrics([evaluated])["quality"]["accuracy"],)
-    alone = Estimate(np.stack([evaluated.columns["right"], np.ones(len(rows))], -1)[None])
-    assert clustered.mean == pytest.approx(alone.mean)
-    width = {name: np.ptp(m.summary()["ci95"]) for name, m in (("c", clustered), ("a", alone))}
+    independent = Estimate(np.stack([evaluated.columns["right"], np.ones(len(rows))], -1)[None])
+    assert clustered.mean == pytest.approx(independent.mean)
+    width = {
+        name: np.ptp(m.summary()["ci95"]) for name, m in (("c", clustered), ("a", independent))
+    }
     assert width["c"] > 1.3 * width["a"]
 
 
-def test_the_report_shows_how_its_models_think(run):
+def test_the_report_shows_reasoning(run):
     report = (run.folder / "report.html").read_text("utf-8")
     for heading in (
         "Accuracy by number of steps", "Test-time scaling", "Where traces go wrong",
@@ -490,11 +500,11 @@ def test_the_report_shows_how_its_models_think(run):
 
 def test_ask_prints_thinking_and_answer(run, capsys):
     assert judge.main([str(run.folder), "--ask", PENS]) == 0
-    said = capsys.readouterr().out
-    assert "<think> 7+5=12;12-3=9 </think> 9" in said
-    for arm in ("teacher", "traces", "answers", "grpo"):
-        assert f"  {arm} " in said
-    places = {line.index("  p = ") for line in said.splitlines() if "  p = " in line}
+    output = capsys.readouterr().out
+    assert "<think> 7+5=12;12-3=9 </think> 9" in output
+    for name in ("teacher", "traces", "answers", "grpo"):
+        assert f"  {name} " in output
+    places = {line.index("  p = ") for line in output.splitlines() if "  p = " in line}
     assert len(places) == 1  # a column, however long the answers are
     assert judge.main([str(run.folder), "--ask", "A dog eats 3 pens. How many?"]) == 2
     assert "'dog' is not in the vocabulary" in capsys.readouterr().err
@@ -502,18 +512,18 @@ def test_ask_prints_thinking_and_answer(run, capsys):
 
 def test_a_sound_reasoning_run_passes_all_checks(run, capsys):
     assert judge.main([str(run.folder), "--selfcheck"]) == 0
-    said = capsys.readouterr().out
-    assert "grpo: first loss" in said
+    output = capsys.readouterr().out
+    assert "grpo: first loss" in output
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["recipes.traces.outputs.traces=rigth"], "found 'rigth'"),
-        (["recipes.logits.outputs.traces=none"], "keeps the answers alone"),
+        (["recipes.logits.outputs.traces=none"], "keeps only the answers"),
         (["recipes.own.outputs.traces=right"], "use sequences teacher"),
-        (["recipes.grpo.access=logits"], "learns from right and wrong alone"),
-        (["recipes.grpo.sequences=data"], "learns from right and wrong alone"),
+        (["recipes.grpo.access=logits"], "learns from right/wrong rewards"),
+        (["recipes.grpo.sequences=data"], "learns from right/wrong rewards"),
         (["recipes.grpo.student.temperature=0.7"], "the policy at temperature 1"),
         (
             ["verdicts=[{claim: traces beats answers, metric: accuracy_7}]"],
@@ -526,7 +536,7 @@ def test_a_sound_reasoning_run_passes_all_checks(run, capsys):
         (["compare={against: [baseline], metrics: [accuracy_7]}"], "has problems of 1 to 5 steps"),
         (
             ["verdicts=[{claim: traces beats answers, metric: accuracy, threshold: 30}]"],
-            "a share; did you mean 0.3?",
+            "a fraction; did you mean 0.3?",
         ),
         (
             [
@@ -547,13 +557,13 @@ def test_a_sound_reasoning_run_passes_all_checks(run, capsys):
                 "recipes={grpo: {access: none, sequences: student, objective: policy_gradient}}",
                 "verdicts=[]",
             ],
-            "are for answers alone",
+            "are only for answers",
         ),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
 )
-def test_reasoning_that_cannot_work_is_rejected_in_one_line(overrides, said, tmp_path, capsys):
+def test_reasoning_that_cannot_work_is_rejected_in_one_line(overrides, message, tmp_path, capsys):
     assert train.main([TINY, *overrides, "--runs", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip()
-    assert said in error
+    assert message in error
     assert len(error.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The task `text`: documents, rows, the tokenizer, and the files it refuses."""
+"""The task `text`: documents, rows, the tokenizer, and the files it rejects."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ def documents(count: int) -> list[str]:
 
 
 def refused(**settings) -> str:
-    """The one line that says why these settings cannot work."""
+    """The one-line error for settings that cannot work."""
     with pytest.raises(LabError) as error:
         Text(**settings)
     assert "\n" not in str(error.value)
@@ -59,14 +59,14 @@ def test_a_document_is_in_one_split_and_keeps_it_when_fewer_are_read(task):
 
 
 def test_the_tokenizer_is_trained_on_the_training_split_only(tmp_path):
-    """What only held-out documents say is worth no token of its own."""
+    """Text that occurs only in held-out documents gets no tokens."""
     everything = documents(200)
     held_out = [d for d in everything if text.split_of(d) == "heldout"]
     for i, document in enumerate(everything):
         (tmp_path / f"{i}.txt").write_text(document, encoding="utf-8")
     before = Text(path=str(tmp_path), vocabulary=300)
     i = everything.index(held_out[0])
-    for n in range(10_000):  # another text that is held out too
+    for n in range(10_000):  # another held-out text
         other = f"{'zyzzyva ' * 50}{n}"
         if text.split_of(other) == "heldout":
             break
@@ -143,14 +143,14 @@ def test_bytes_are_those_of_the_completions(task):
     overlap = task.settings.prompt_tokens - 1
     for number, document in enumerate(task.documents["heldout"].values()):
         first = task.encode_answer(document)[:overlap]
-        mine = [
+        of_document = [
             size for size, i in zip(sizes, rows.ids, strict=True) if number_of[int(i)] == number
         ]
-        assert sum(mine) == len(document.encode()) - len(task.render(first).encode())
+        assert sum(of_document) == len(document.encode()) - len(task.render(first).encode())
 
 
 def test_bits_per_byte_of_a_uniform_model_are_its_tokens_times_their_bits(task):
-    """By hand: every token costs log2 V bits; the end mark costs bits and has no bytes."""
+    """By hand: every token costs log2 V bits; EOS costs bits and has no bytes."""
     shape = Model(architecture="gpt2", hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = build_model(shape, task).eval()
     for parameter in model.parameters():
@@ -231,7 +231,7 @@ def test_equal_documents_count_once_and_empty_ones_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"text": "a"}\n{"text": }', "a.jsonl:2 is no JSON"),
+        (b'{"text": "a"}\n{"text": }', "a.jsonl:2 is not JSON"),
         (b'{"text": "a"}\n["text"]', 'a.jsonl:2: expected an object with a string "text"'),
         (b'{"texts": "a"}', 'a.jsonl:1: expected an object with a string "text"'),
         (b'{"text": null}', 'a.jsonl:1: expected an object with a string "text"'),
@@ -239,7 +239,7 @@ def test_equal_documents_count_once_and_empty_ones_not_at_all(tmp_path):
         (b'{"text": "\xff"}', "a.jsonl is not UTF-8 text"),
         (b'{"text": "one"}', "none of 1 documents is in split"),
         (b"", "none of 0 documents is in split"),
-        (b"[" * 100_000, "a.jsonl:1 is no JSON"),
+        (b"[" * 100_000, "a.jsonl:1 is not JSON"),
     ],
 )
 def test_a_damaged_file_is_rejected_in_one_line(tmp_path, content, reason):

@@ -1,4 +1,4 @@
-"""The teacher's outputs on disk: what is stored is what the teacher said, for the right row."""
+"""The teacher's outputs on disk: what is stored is what the teacher computed, for the right row."""
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ def name_of(one):
     return one.name
 
 
-def count(request, rows):
+def row_count(request, rows):
     return request.transfer_rows or len(rows)
 
 
@@ -87,7 +87,7 @@ def make(tmp_path, task, teacher, rows, monkeypatch):
         folder = tmp_path / name_of(recipe)
         binding = recipe.binding("teacher-sha", "tokenizer-sha", rows, 0) | changed
         make_outputs(folder, source_of(forward, task, recipe), rows, recipe, binding)
-        finish_outputs(folder, count(recipe, rows))
+        finish_outputs(folder, row_count(recipe, rows))
         return Outputs(folder, binding)
 
     return make
@@ -126,24 +126,24 @@ def test_stored_outputs_equal_live_ones_whatever_the_order_of_the_rows(
 def test_stored_states_equal_live_ones_at_every_position_that_a_token_follows(
     recipe, shuffled, make, teacher, generator
 ):
-    honest = make(recipe)
-    stored = make(recipe).shuffled(seed=0) if shuffled else honest
+    original = make(recipe)
+    stored = make(recipe).shuffled(seed=0) if shuffled else original
     order = torch.randperm(len(stored.rows), generator=generator).numpy()
     for indices in np.array_split(order, 5):
         batch = collate(stored.rows, indices, pad=0)
         sources = stored.source[indices]
-        batch_there = collate(honest.rows, sources, pad=0)
+        batch_there = collate(original.rows, sources, pad=0)
         with torch.no_grad():
             output = teacher(batch_there.input_ids, **states_options([1], relations=True))
         states = output.hidden_states[1][batch_there.positions]
-        looks = output.attentions[0].mean(1)[batch_there.positions]
+        attended = output.attentions[0].mean(1)[batch_there.positions]
         values = output.past_key_values.layers[0].values
         related = value_relation(values, values.shape[2])[batch_there.positions]
-        maps = [looks, looks, related, related] if recipe.relations else [looks, looks]
+        maps = [attended, attended, related, related] if recipe.relations else [attended, attended]
         found = stored.hidden(batch).states
         assert found.shape == (int(batch.positions.sum()), 2, stored.width)
         for layer in range(2):
-            live = honest.standardise(states[:, None].expand(-1, 2, -1))[:, layer]
+            live = original.standardise(states[:, None].expand(-1, 2, -1))[:, layer]
             torch.testing.assert_close(found[:, layer], live, atol=2e-2, rtol=2e-3)
         revealed = stored.hidden(batch)
         attention = revealed.attention
@@ -152,10 +152,12 @@ def test_stored_states_equal_live_ones_at_every_position_that_a_token_follows(
         assert attention.shape[1] == len(maps)
         for place, there in enumerate(maps):
             here = attention[:, place]
-            width = min(here.shape[-1], there.shape[-1])  # what is cut off lies to the right
+            width = min(here.shape[-1], there.shape[-1])  # cut-off columns are later positions
             torch.testing.assert_close(here[:, :width], there[:, :width], atol=1e-3, rtol=1e-3)
             assert not here[:, width:].any()
-        everything = honest.hidden(collate(honest.rows, np.arange(len(honest.rows)), pad=0)).states
+        everything = original.hidden(
+            collate(original.rows, np.arange(len(original.rows)), pad=0)
+        ).states
         torch.testing.assert_close(everything.mean(0), torch.zeros(2, 32), atol=1e-3, rtol=0)
         torch.testing.assert_close(everything.std(0), torch.ones(2, 32), atol=1e-3, rtol=0)
 
@@ -178,7 +180,7 @@ def test_a_stored_and_a_live_signal_give_the_same_loss(make, teacher, generator)
 
 @pytest.mark.parametrize("recipe", [WRITTEN, HIDDEN_WRITTEN])
 def test_a_shard_of_full_distributions_takes_at_most_a_gigabyte(recipe):
-    """It lies in memory until it is written: 1,024 rows of a large vocabulary were 50 GB."""
+    """It is in memory until it is written: 1,024 rows of a large vocabulary would take 50 GB."""
     assert 1 <= recipe.rows_of_shard(512, 49_152) * 512 * 49_152 * 2 <= 2**30
     assert recipe.rows_of_shard(512, 300_000) == 3
     assert recipe.rows_of_shard(40_000, 300_000) == 1
@@ -240,7 +242,7 @@ def test_text_reveals_the_greedy_answers_and_nothing_more(make, teacher, task, r
     for i in range(20):
         prompt = torch.from_numpy(rows.prompt(i).astype(np.int64))[None]
         ids = prompt
-        while ids.shape[1] - prompt.shape[1] < task.longest_answer:  # no cache, one at a time
+        while ids.shape[1] - prompt.shape[1] < task.longest_answer:  # without a cache, one by one
             with torch.no_grad():
                 ids = torch.cat([ids, teacher(ids).logits[:, -1:].argmax(-1)], dim=1)
             if ids[0, -1] == task.tokenizer.eos_token_id:
@@ -250,7 +252,7 @@ def test_text_reveals_the_greedy_answers_and_nothing_more(make, teacher, task, r
 
 
 def test_shuffled_outputs_give_every_row_those_of_another(make, rows):
-    honest, stored = make(DATA), make(DATA).shuffled(seed=0)
+    original, stored = make(DATA), make(DATA).shuffled(seed=0)
     places = {int(row): i for i, row in enumerate(rows.ids)}
     assert len(stored.rows) > 0.9 * len(rows)
     for i in range(len(stored.rows)):
@@ -260,7 +262,7 @@ def test_shuffled_outputs_give_every_row_those_of_another(make, rows):
         assert stored.rows.completion(i).tolist() == rows.completion(other).tolist()
         assert rows.prompt_lengths[own] == rows.prompt_lengths[other]
     moved = stored.signal(collate(stored.rows, np.array([4]), pad=0))
-    kept = honest.signal(collate(honest.rows, stored.source[[4]], pad=0))
+    kept = original.signal(collate(original.rows, stored.source[[4]], pad=0))
     assert torch.equal(moved.log_probs, kept.log_probs)
 
 
@@ -275,17 +277,17 @@ def test_invented_words_are_well_formed_and_never_from_an_unseen_split(make, tas
         assert word not in task.words or split_of(word) == "train"
 
 
-def test_extended_prompts_are_those_of_the_data_and_past_them_invented_ones(
+def test_extended_prompts_are_those_of_the_data_and_then_invented_ones(
     make, teacher, task, rows, tmp_path
 ):
-    """The first rows ask what the data ask, in the middle of a shard too; no word comes again."""
+    """The first prompts are those of the data, even in mid-shard; no word is repeated."""
     count = len(rows) + 60
     recipe = replace(WRITTEN, prompts="extended", transfer_rows=count)
     stored = make(recipe)
     asked = [task.question(stored.rows, i) for i in range(count)]
     assert asked[: len(rows)] == [task.question(rows, i) for i in range(len(rows))]
     assert not {*asked[: len(rows)]} & {*asked[len(rows) :]}
-    different = finish_outputs(tmp_path / name_of(recipe), count(recipe, rows)).different
+    different = finish_outputs(tmp_path / name_of(recipe), row_count(recipe, rows)).different
     assert different == len({*asked})
     few = make(replace(recipe, transfer_rows=12))
     assert np.array_equal(few.rows.ids[np.arange(12)], make(FEW).rows.ids[np.arange(12)])
@@ -296,25 +298,25 @@ def test_several_processes_share_the_shards_and_write_the_same_bytes(
     recipe, make, teacher, task, rows, tmp_path
 ):
     make(recipe)
-    alone, shared = tmp_path / name_of(recipe), tmp_path / "shared"
+    single, shared = tmp_path / name_of(recipe), tmp_path / "shared"
     binding = recipe.binding("teacher-sha", "tokenizer-sha", rows, 0)
     written = []
     for process in (2, 0, 1):
         source = source_of(teacher, task, recipe)
         make_outputs(shared, source, rows, recipe, binding, process=process, processes=3)
         written.append(len(list(shared.glob("*.arrow"))))
-    finish_outputs(shared, count(recipe, rows))
-    files = sorted(file.name for file in alone.iterdir())
+    finish_outputs(shared, row_count(recipe, rows))
+    files = sorted(file.name for file in single.iterdir())
     assert files == sorted(file.name for file in shared.iterdir())
     assert written[-1] == len(files) - 1 > written[0] >= 0
     for name in files:
-        assert (alone / name).read_bytes() == (shared / name).read_bytes(), name
+        assert (single / name).read_bytes() == (shared / name).read_bytes(), name
 
 
 def test_interrupted_outputs_resume_at_the_missing_shard_at_the_same_cost(
     make, teacher, task, rows, tmp_path
 ):
-    """Else a student whose outputs were interrupted would get steps for free."""
+    """Otherwise a student whose outputs were interrupted would get steps for free."""
     whole = make(WRITTEN, forward=CountedForward(teacher))
     folder = tmp_path / name_of(WRITTEN)
     before = {file.name: file.read_bytes() for file in folder.glob("*.arrow")}
@@ -325,7 +327,7 @@ def test_interrupted_outputs_resume_at_the_missing_shard_at_the_same_cost(
         counted = CountedForward(teacher)
         binding = WRITTEN.binding("teacher-sha", "tokenizer-sha", rows, 0)
         make_outputs(folder, source_of(counted, task, WRITTEN), rows, WRITTEN, binding)
-        flops = finish_outputs(folder, count(WRITTEN, rows)).flops
+        flops = finish_outputs(folder, row_count(WRITTEN, rows)).flops
         assert {file.name: file.read_bytes() for file in folder.glob("*.arrow")} == before
         assert (counted.flops > 0) == bool(lost)
         assert counted.flops == pytest.approx(flops) or len(lost) < 4
@@ -406,7 +408,7 @@ def test_sampling_follows_the_models_own_distribution(task, teacher):
 
 @pytest.mark.parametrize("count", [1_500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_no_corrupted_byte_ever_gives_a_wrong_row(count, make, tmp_path):
-    """Of so many corrupted folders each is refused in one line, or reads as it was written."""
+    """Every corrupted folder is either rejected in one line or reads as it was written."""
     whole = make(FEW)
     folder = tmp_path / name_of(FEW)
     binding = json.loads((folder / "provenance.json").read_text("utf-8"))["binding"]
@@ -444,7 +446,7 @@ def test_no_corrupted_byte_ever_gives_a_wrong_row(count, make, tmp_path):
 
 
 def test_a_file_that_is_no_shard_is_rejected_whatever_its_hash(make, tmp_path):
-    """Made by another program, whose provenance agrees with it."""
+    """Even if provenance.json has its hash."""
     make(FEW)
     folder = tmp_path / name_of(FEW)
     provenance = json.loads((folder / "provenance.json").read_text("utf-8"))
@@ -504,7 +506,9 @@ print(status("RssAnon"))  # without pages of files, which the system takes back 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells memory from mapped files")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux reports memory without mapped files"
+)
 def test_a_million_rows_take_no_more_memory_than_ten_thousand(tmp_path):
     """Written shard by shard, read memory-mapped: within 10 %."""
     few, many = (

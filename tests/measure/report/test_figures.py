@@ -22,5 +22,5 @@ def test_a_study_is_drawn_with_all_its_students_and_its_law(study, scaling_resul
     drawn = scaling(scaling_result, found, "how much", colours)
     svg = base64.b64decode(drawn.partition(",")[2]).decode()
     assert len(found["x"]) >= 7
-    for said in (*found["x"], "how much", f"KL = {Law(*found['law'])}"):
-        assert f">{said}<" in svg
+    for text in (*found["x"], "how much", f"KL = {Law(*found['law'])}"):
+        assert f">{text}<" in svg
