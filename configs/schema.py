@@ -168,11 +168,6 @@ class Recipe(Section):
         return {value: 1.0} if isinstance(value, str) else value
 
     @property
-    def needs_outputs(self) -> bool:
-        """Whether a student of this recipe needs stored teacher outputs before it can train."""
-        return self.access != "none" and self.sequences != "student"
-
-    @property
     def writes_itself(self) -> bool:
         """Whether the student writes some of its own training text."""
         return self.sequences == "student" or extremes(self.student.on_policy)[1] > 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,13 @@ from models.rows import Batch, Rows
 from tasks.task import Task
 from teacher.signal import HiddenSignal, Signal
 
-if TYPE_CHECKING:
-    from student.on_policy import OnPolicy
+
+class Writer(Protocol):
+    """A student that writes the rows of some steps itself (see student/on_policy.py)."""
+
+    def due(self, step: int, progress: float) -> bool: ...
+
+    def written(self, student: nn.Module, step: int) -> "TrainingSet": ...
 
 
 def text_signal(batch: Batch) -> Signal:
@@ -35,7 +40,7 @@ class TrainingSet:
     hidden: Callable[[Batch], HiddenSignal] | None = None
     hidden_width: int = 0
     order: Callable[[int], np.ndarray] | None = None
-    on_policy: "OnPolicy | None" = None
+    on_policy: Writer | None = None
     flops: float = 0.0
     writing_seconds: float = 0.0
 
