@@ -46,8 +46,13 @@ def environment(threads: int, workers: int = 1, processes: int = 1) -> dict[str,
         "code": code_sha256(),
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(without_places([Path(sys.argv[0]).name, *sys.argv[1:]])),
     }
+
+
+def without_places(arguments: list[str]) -> list[str]:
+    """Absolute paths are reduced to their names: results are read on other machines."""
+    return [Path(a).name if Path(a).is_absolute() else a for a in arguments]
 
 
 def version_of(package: str) -> str | None:
