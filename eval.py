@@ -21,13 +21,18 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from configs.files import write_atomically, write_json
+from configs.files import write_atomically, write_sealed
 from configs.schema import Config, LabError
 from experiment.check import artifacts_of, check_run, compare_runs, losses_of
 from experiment.command import run_command
 from experiment.cost import CountedForward, Stopwatch
 from experiment.environment import print_environment
-from experiment.experiment import open_experiment, open_model, teacher_task
+from experiment.experiment import (
+    open_experiment,
+    open_model,
+    require_same_rows,
+    teacher_task,
+)
 from experiment.plan import Plan
 from experiment.reference import write_reference
 from experiment.result import (
@@ -98,7 +103,9 @@ def story(options: argparse.Namespace) -> int:
         name = options.check or config.name
         return check_run(run, config, name, RESULTS, lambda: judge(run, config, "heldout"))
     elif options.selfcheck:
-        return selfcheck_run(open_experiment(config, run))
+        experiment = open_experiment(config, run)
+        require_same_rows(run, {"train": experiment.rows, "validation": experiment.validation})
+        return selfcheck_run(experiment)
     else:
         judge(run, config, options.split)
         if options.update:
@@ -114,7 +121,9 @@ def judge(run: Run, config: Config, split: str) -> None:
         splits = [split] if split == "validation" else list(task.evaluation_splits)
         if split != "validation":  # counted first: an interrupted evaluation has read it too
             count_read(run)
-        references, evaluations, measured, flops = evaluate_models(run, plan, task, splits)
+        rows = {name: task.rows(name) for name in splits}
+        require_same_rows(run, rows)
+        references, evaluations, measured, flops = evaluate_models(run, plan, task, rows)
         estimates = {
             name: {s: references[s].metrics(seeds) for s, seeds in by_split.items()}
             for name, by_split in evaluations.items()
@@ -136,7 +145,7 @@ def judge(run: Run, config: Config, split: str) -> None:
             "verdicts": decide(config, task, estimates, splits),
             "environment": environments(run),
             "artifacts": artifacts_of(run),
-            "rows": {name: references[name].rows.digest() for name in splits},
+            "rows": {name: split_rows.digest() for name, split_rows in rows.items()},
         }
         result |= {"laws": scaling_laws(result), "map": map_of_traces(config, task, estimates)}
         publish(result, run, task, references[splits[0]], evaluations, splits[0])
@@ -149,14 +158,14 @@ def count_read(run: Run) -> None:
 
 
 def evaluate_models(
-    run: Run, plan: Plan, task: Task, splits: list[str]
+    run: Run, plan: Plan, task: Task, rows: dict[str, Rows]
 ) -> tuple[dict[str, TeacherReference], dict[str, dict[str, list[Evaluation]]], dict, float]:
     """({split: the teacher there}, {model: {split: one evaluation per seed}}, other measurements of
     each model, FLOPs)."""
     own_task = teacher_task(plan.config, run, task)
     teacher = CountedForward(open_model(run, "teacher"))
-    references = {s: TeacherReference(teacher, task, task.rows(s), own_task) for s in splits}
-    evaluations = {"teacher": {s: [references[s].evaluation] for s in splits}}
+    references = {s: TeacherReference(teacher, task, rows[s], own_task) for s in rows}
+    evaluations = {"teacher": {s: [references[s].evaluation] for s in rows}}
     sample = task.rows("validation")
     sample = sample.take(np.arange(min(SPEED_SAMPLE, len(sample))))
     speed = measure_speed(teacher.model, own_task, prompts_for(own_task, task, sample))
@@ -165,7 +174,7 @@ def evaluate_models(
     for name in plan.evaluated:
         stages = [plan.stage(name, seed) for seed in plan.seeds_of(name)]
         models = [CountedForward(open_model(run, stage)) for stage in stages]
-        evaluations[name] = {s: [references[s].evaluate(m) for m in models] for s in splits}
+        evaluations[name] = {s: [references[s].evaluate(m) for m in models] for s in rows}
         speed = measure_speed(models[0].model, task, sample)
         reasons = reasoning_of(
             models[0], references, evaluations[name], writes_reasoning(plan, name)
@@ -187,7 +196,7 @@ def publish(
     if result["config"]["precision"] == "float64":
         result["trace"] = {stage: list(steps.values()) for stage, steps in losses_of(run).items()}
     if split != "validation":
-        write_json(run.folder / "eval.json", result)
+        write_sealed(run.folder / "eval.json", result)
         first = {name: by_split[split][0] for name, by_split in evaluations.items()}
         report = render_report(run.metrics(), result, reference, first)
         write_atomically(run.folder / "report.html", report)

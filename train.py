@@ -33,6 +33,7 @@ from experiment.experiment import (
     new_student,
     open_experiment,
     source_of,
+    splits_of,
     teacher_made_from,
     teacher_training_set,
     training_set_of,
@@ -125,8 +126,8 @@ def begin_run(experiment: Experiment, folder: Path) -> Experiment:
     accelerator.wait_for_everyone()
     if not experiment.is_main:
         experiment.run.reload()
-    data = data_of(experiment)
-    if experiment.run.manifest.setdefault("data", data) != data:
+    data = {"data": data_of(experiment), "splits": splits_of(experiment)}
+    if any(experiment.run.manifest.setdefault(key, data[key]) != data[key] for key in data):
         raise LabError(
             f"{folder} was started on other rows or with another tokenizer; train again under "
             "another name=..."

@@ -7,8 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from configs.schema import LabError
+
+MAX_CONFIG = 1_000_000  # characters
+ELSEWHERE = "restore it, or move it elsewhere and run the command that made it again"
+
+
+class Shape(BaseModel):
+    """What a file must hold before its content is used. Other keys are kept."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -59,14 +69,51 @@ def is_flat(value: Any) -> bool:
     return not any(isinstance(item, dict | list) for item in items)
 
 
-def read_json(path: Path) -> Any:
-    """LabError if the file is missing or damaged."""
+def read_json(path: Path, shape: Any = None, advice: str = ELSEWHERE) -> Any:
+    """LabError if the file is missing, damaged or of another shape."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LabError(f"no {path}; is this the folder of a run that train.py made?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LabError(f"{path} is damaged ({error}); run train.py on its config again") from None
+    except (ValueError, RecursionError) as error:
+        raise LabError(f"{path} is damaged ({error}); {advice}") from None
+    if shape is not None:
+        require_shape(content, shape, str(path), advice)
+    return content
+
+
+def require_shape(content: Any, shape: Any, source: str, advice: str = ELSEWHERE) -> None:
+    """LabError with the first key that differs, if content does not have this shape."""
+    try:
+        TypeAdapter(shape).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        message = " ".join(first["msg"].split())
+        what = f"{key}: {message[0].lower()}{message[1:]}" if key else message
+        raise LabError(f"{source} has another structure ({what}); {advice}") from None
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON with a hash of its content."""
+    write_json(path, {**content, "seal": sha256_of_json(content)})
+
+
+def read_sealed(path: Path, shape: Any = None, advice: str = ELSEWHERE) -> dict[str, Any]:
+    """What `write_sealed` wrote. LabError if it was changed since, or is of another shape."""
+    content = read_json(path, dict, advice)
+    seal = content.pop("seal", None)
+    if seal != sha256_of_json(content):
+        raise LabError(f"{path} was changed after it was written (its seal differs); {advice}")
+    if shape is not None:
+        require_shape(content, shape, str(path), advice)
+    return content
+
+
+def sha256_of_json(content: Any) -> str:
+    """The hash of what JSON says: of values, not of layout or the order of keys."""
+    as_read = json.loads(json.dumps(content))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def read_text(file: Path) -> str:
@@ -77,13 +124,31 @@ def read_text(file: Path) -> str:
         raise LabError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
+class PlainLoader(yaml.SafeLoader):
+    """Without duplicate keys, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(text: str, source: str) -> Any:
-    """Plain YAML only: no tags that build objects, no aliases that expand without bound."""
+    """Plain YAML only: no tags that build objects, no aliases that expand without bound, no
+    duplicate keys."""
+    if len(text) > MAX_CONFIG:
+        raise LabError(f"{source}: {len(text):,} characters, expected at most {MAX_CONFIG:,}")
     try:
-        for event in yaml.parse(text, yaml.SafeLoader):
+        for event in yaml.parse(text, PlainLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise LabError(f"{source}: YAML aliases (*{event.anchor}) are not accepted")
-        return yaml.safe_load(text)
+        return yaml.load(text, PlainLoader)
     except (ValueError, RecursionError) as error:  # a 13th month, a thousand brackets
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise LabError(f"{source}: not plain YAML: {what}") from None

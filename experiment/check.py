@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from configs.files import differences, read_json, write_atomically
+from configs.files import differences, write_atomically
 from configs.schema import Config, LabError, nearest
 from experiment.environment import evaluation_sha256
-from experiment.experiment import open_model, open_outputs
-from experiment.reference import MACHINE, other_configs
+from experiment.experiment import verify_stage
+from experiment.reference import MACHINE, other_configs, read_result
 from experiment.run import Run
 from measure.report.page import render_check
 from measure.report.tables import per_seed_values
@@ -218,15 +218,15 @@ def check_run(
     if not file.exists():
         known = [found.stem for found in results.glob("*.json")]
         raise LabError(f"no {file} to check against{nearest(name, known)}; there are {known}")
-    reference = read_json(file)
+    reference = read_result(file)
     differing = other_configs(reference["config"], config, MACHINE)
     if differing:
         raise LabError(f"{run.folder} has another config than {file}: {differing[0]}")
     for stage in run.manifest["stages"]:
-        (open_outputs if stage.startswith("outputs/") else open_model)(run, stage)
+        verify_stage(run, stage)
     if not is_current(run):
         evaluate()
-    result = read_json(run.folder / "eval.json")
+    result = read_result(run.folder)
     tier, lines = check(result, reference)
     print("\n".join(lines))
     try:
@@ -240,6 +240,6 @@ def is_current(run: Run) -> bool:
     """Whether eval.json was made from exactly these models and outputs, by exactly this code."""
     if not (run.folder / "eval.json").exists():
         return False
-    result = read_json(run.folder / "eval.json")
+    result = read_result(run.folder)
     same_code = result.get("environment", {}).get("evaluation") == evaluation_sha256()
     return same_code and result.get("artifacts") == artifacts_of(run)

@@ -10,8 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from configs.files import differences, flush_to_disk
+from configs.files import Shape, differences, flush_to_disk, require_shape
 from configs.schema import LabError
+
+
+class Meta(Shape):
+    """What a checkpoint holds besides tensors: its step, the FLOPs and cost so far, the hash of the
+    log so far, and the training it belongs to."""
+
+    step: int
+    flops: float
+    cost: dict[str, Any]
+    log: str
+    of: dict[str, Any]
 
 
 def checkpoint(
@@ -19,29 +30,29 @@ def checkpoint(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    flops: float,
-    cost: dict[str, Any],
+    progress: dict[str, Any],
     belongs_to: dict[str, Any],
 ) -> None:
-    """Save the weights, both moments of AdamW, the step, the cost so far, and which training they
-    belong to. The order of the data follows from the step."""
+    """Save the weights, both moments of AdamW, the step, `progress` (see `Meta`), and which
+    training they belong to. The order of the data follows from the step."""
     tensors = {f"model/{name}": p for name, p in model.named_parameters()}
     for key in ("exp_avg", "exp_avg_sq"):
         tensors |= {
             f"{key}/{name}": optimizer.state[p][key] for name, p in model.named_parameters()
         }
-    save_checkpoint(folder, step, tensors, {"flops": flops, "cost": cost, "of": belongs_to})
+    save_checkpoint(folder, step, tensors, {**progress, "of": belongs_to})
 
 
 def restore(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, belongs_to: dict[str, Any]
-) -> tuple[int, float, dict[str, Any] | None]:
-    """Load the newest checkpoint: the step to resume from, FLOPs and cost so far. LabError if it
-    belongs to another training."""
+) -> dict[str, Any] | None:
+    """Load the newest checkpoint; returns its step and progress. LabError if it belongs to another
+    training."""
     found = load_checkpoint(folder)
     if found is None:
-        return 0, 0.0, None
+        return None
     tensors, meta = found
+    require_shape(meta, Meta, f"the checkpoint in {folder}")
     differing = differences(meta.get("of"), belongs_to)
     if differing:
         raise LabError(
@@ -56,7 +67,7 @@ def restore(
                 "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
                 "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
             }
-    return meta["step"], meta["flops"], meta["cost"]
+    return meta
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict) -> None:

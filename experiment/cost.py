@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import CacheLayerMixin
 
+from configs.files import Shape
 from configs.schema import Cost
 from models.generate import CACHES
 
@@ -101,6 +102,13 @@ def cached_length(options: dict[str, Any]) -> int:
     if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
         return 0
     return cache.get_seq_length()
+
+
+class Elapsed(Shape):
+    """What an interrupted part of a stage has cost."""
+
+    seconds: float
+    joules: float
 
 
 class Stopwatch:

@@ -193,6 +193,24 @@ def data_of(experiment: Experiment) -> dict[str, str]:
     return {"rows": experiment.rows.digest(), "tokenizer": tokenizer_sha256(experiment.task)}
 
 
+def splits_of(experiment: Experiment) -> dict[str, str]:
+    """The hashes of what a run is judged on."""
+    others = {split: experiment.task.rows(split) for split in experiment.task.evaluation_splits}
+    rows = {"validation": experiment.validation, **others}
+    return {split: found.digest() for split, found in rows.items()}
+
+
+def require_same_rows(run: Run, rows: dict[str, Rows]) -> None:
+    """LabError if these rows are not those that the run was started with."""
+    recorded = {"train": run.manifest["data"]["rows"], **run.manifest["splits"]}
+    for split, found in rows.items():
+        if found.digest() != recorded[split]:
+            raise LabError(
+                f"the {split} rows are not those that {run.folder} was started with; restore the "
+                "data, or train again under another name=..."
+            )
+
+
 def teacher_made_from(experiment: Experiment, seed: int) -> str:
     """The hash of all that a teacher depends on: equal teachers need not be trained twice."""
     config = experiment.config
@@ -247,6 +265,11 @@ def verified_outputs(run: Run, stage: str) -> None:
             f"{run.folder / stage} does not hold the outputs that this run made (sha256 differs); "
             f"{RUN_AGAIN}"
         )
+
+
+def verify_stage(run: Run, stage: str) -> None:
+    """LabError if what a stage made, a model or outputs, is not what the manifest records."""
+    (open_outputs if stage.startswith("outputs/") else verified)(run, stage)
 
 
 def lineage_of(experiment: Experiment, name: str, recipe: Recipe, seed: int) -> str:

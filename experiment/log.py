@@ -12,8 +12,8 @@ from rich.panel import Panel
 from torch import nn
 from tqdm import tqdm
 
-from configs.files import read_json, write_json
-from experiment.cost import Stopwatch
+from configs.files import read_sealed, write_sealed
+from experiment.cost import Elapsed, Stopwatch
 from experiment.experiment import Experiment
 from experiment.run import Run
 from models.language import logits_at
@@ -47,7 +47,6 @@ class TrainingLog:
         self.validations = validations_by(progress)
         self.losses: list[torch.Tensor] = []
         self.tokens, self.started = 0, time.perf_counter()
-        run.forget_metrics(stage, after=first)
         self.bar = tqdm(
             total=steps,
             initial=first,
@@ -123,7 +122,7 @@ class OutputsLog:
     def __init__(self, experiment: Experiment, stage: str, total: int) -> None:
         self.is_main, self.stage = experiment.is_main, stage
         self.file = experiment.run.checkpoints(stage) / "cost.json"
-        before = read_json(self.file) if self.file.exists() else None
+        before = read_sealed(self.file, Elapsed) if self.file.exists() else None
         self.watch = Stopwatch(experiment.config.cost, torch.get_num_threads(), before)
         self.recorded = 0.0
         self.bar = tqdm(total=total, desc=stage, unit="row", ascii=True, leave=False, disable=None)
@@ -140,7 +139,7 @@ class OutputsLog:
         """Count this many more rows."""
         self.bar.update(rows)
         if self.is_main and self.watch.elapsed() - self.recorded >= RECORD_SECONDS:
-            write_json(self.file, self.watch.read(0))
+            write_sealed(self.file, self.watch.read(0))
             self.recorded = self.watch.elapsed()
 
 

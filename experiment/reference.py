@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from configs.files import differences, read_json, write_atomically, write_json
+from configs.files import Shape, differences, read_json, read_sealed, write_atomically, write_json
 from configs.schema import Config, LabError
 from experiment.reading import check_config
 from experiment.run import Run
@@ -24,6 +24,57 @@ COVERAGE = CONFIDENCE = 0.95
 MIN_HALF_WIDTH = 0.001  # a metric at its limit (0 of 6,298 words) has no deviation
 # Keys of a config that set how it runs on a machine, not what it computes.
 MACHINE = ("name:", "threads:", "workers:", "cost.", "checkpoint_")
+
+
+class Values(Shape):
+    """One metric of one model."""
+
+    per_seed: list[float | None]
+
+
+class Entry(Shape):
+    """One model."""
+
+    params: int
+    quality: dict[str, Values]
+    fidelity: dict[str, Values]
+
+
+class Where(Shape):
+    """An environment, and those in which the run was trained."""
+
+    packages: dict[str, str]
+    trained: "Where | None" = None
+    earlier: list["Where"] | None = None
+
+
+class Band(Shape):
+    low: float
+    high: float
+
+
+class Result(Shape):
+    """What eval.json and the committed results are read for."""
+
+    config: dict[str, Any]
+    split: str
+    seeds: list[int]
+    teacher: Entry
+    students: dict[str, Entry]
+    controls: dict[str, Entry]
+    environment: Where
+    artifacts: dict[str, str]
+    rows: dict[str, str] | None = None
+    bands: dict[str, Band] | None = None
+    trace: dict[str, list[float]] | None = None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The evaluation of a run (its folder) or a committed result (a file). LabError if it is
+    damaged or was changed."""
+    if path.is_dir():
+        return read_sealed(path / "eval.json", Result)
+    return read_json(path, Result)
 
 
 def tolerance_factor(n: int, coverage: float = COVERAGE) -> float:
@@ -71,9 +122,9 @@ def other_configs(stored: dict[str, Any], config: Config, ignored: tuple[str, ..
 def write_reference(run: Run, config: Config, others: list[Path], folder: Path) -> None:
     """Write <folder>/<name>.json, with bands over this run and others that differ in seeds (run
     folders, or their results), and the tables of the README beside that folder."""
-    results = [read_json(run.folder / "eval.json")]
+    results = [read_result(run.folder)]
     for other in others:
-        results.append(read_json(other / "eval.json" if other.is_dir() else other))
+        results.append(read_result(other))
         ignored = (*MACHINE, "seeds:", "teacher.seed:")
         differing = other_configs(results[-1]["config"], config, ignored)
         if differing:

@@ -7,30 +7,78 @@ unpickled.
 
 import json
 import os
-import re
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from filelock import FileLock, Timeout
+from pydantic import Field
 
 from configs.files import (
+    Shape,
     differences,
     read_json,
+    read_sealed,
     read_text,
     read_yaml,
+    require_shape,
+    sha256_of_json,
     write_atomically,
     write_json,
+    write_sealed,
 )
 from configs.schema import Config, LabError
 from experiment.reading import check_config
 
-SCHEMA = 3
+SCHEMA = 4
+METRICS = "metrics.jsonl"
+STAGE = r"^[A-Za-z0-9_-][\w.+-]*(/[A-Za-z0-9_-][\w.+-]*)*$"  # never a path out of the run
+DAMAGED = "restore it, or train again under another name=..."
+
+
+class StageEntry(Shape):
+    """A finished stage in the manifest, with the hashes of its cost in ledger.json and of its log
+    in metrics.jsonl."""
+
+    finished: str
+    sha256: str
+    cost: str
+    log: str
+
+
+class Manifest(Shape):
+    """manifest.json: what the run made, in which environments, from which config and data."""
+
+    started: str
+    finished: str | None
+    config: str
+    environment: dict[str, Any] | None = None
+    earlier_environments: list[dict[str, Any]] | None = None
+    data: dict[str, str] | None = None
+    splits: dict[str, str] | None = None
+    stages: dict[Annotated[str, Field(pattern=STAGE)], StageEntry]
+    heldout_reads: int = 0
+
+
+class Cost(Shape):
+    """A row of ledger.json."""
+
+    stage: str
+    flops: float
+    seconds: float
+
+
+class LogLine(Shape):
+    """A line of metrics.jsonl."""
+
+    stage: str
+    step: int
+    loss: float
 
 
 def now() -> str:
@@ -53,21 +101,25 @@ class Run:
         run = cls(folder)
         settings = config.model_dump(mode="json")
         if (folder / "config.yaml").exists():
-            differing = differences(run.config().model_dump(mode="json"), settings)
+            differing = differences(run.reload().config().model_dump(mode="json"), settings)
             if differing:
                 raise LabError(
                     f"{folder} was made with another config ({differing[0]}); "
                     "give this one another name=..., or delete the folder"
                 )
-            run.reload().check_schema()
             run.reopen_missing_stages()
         else:
             begun = {"manifest.json", "ledger.json"}  # left by a start that was killed
             if any(p.name not in begun and p.name[:4] != "run." for p in folder.glob("[!.]*")):
                 raise LabError(f"{folder} exists and is not a run; choose another name=...")
-            run.manifest = {"schema": SCHEMA, "started": now(), "finished": None, "stages": {}}
-            write_json(folder / "ledger.json", run.ledger)
-            write_json(folder / "manifest.json", run.manifest)
+            run.manifest = {
+                "schema": SCHEMA,
+                "started": now(),
+                "finished": None,
+                "config": sha256_of_json(settings),
+                "stages": {},
+            }
+            run.save()
             write_atomically(
                 folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, width=100)
             )
@@ -83,34 +135,32 @@ class Run:
         run = cls(folder)
         if not run.folder.is_dir():
             raise LabError(f"no run folder {run.folder}; train.py CONFIG makes one under runs/")
-        run.reload().check_schema()
-        if not run.manifest.get("finished"):
+        run.reload()
+        if not run.manifest["finished"]:
             raise LabError(f"{run.folder} is not finished; run train.py on its config to resume")
+        run.metrics()  # a log that was changed is rejected before the work, not after it
         return run
 
     def reload(self) -> "Run":
-        """Read manifest and ledger again. LabError if they are not valid."""
-        self.manifest = read_json(self.folder / "manifest.json")
-        self.ledger = read_json(self.folder / "ledger.json")
-        valid = isinstance(self.manifest, dict) and isinstance(self.ledger, list)
-        stages = self.manifest.get("stages") if valid else None
-        if not isinstance(stages, dict):
-            raise LabError(f"{self.folder}: manifest.json and ledger.json are not those of a run")
-        for stage in stages:
-            if not re.fullmatch(r"[A-Za-z0-9_-][\w.+-]*(/[A-Za-z0-9_-][\w.+-]*)*", stage):
+        """Read manifest and ledger again. LabError if they are damaged or of another schema."""
+        file, ledger = self.folder / "manifest.json", self.folder / "ledger.json"
+        schema = read_json(file, dict, DAMAGED).get("schema")
+        if schema != SCHEMA:
+            raise LabError(
+                f"{self.folder} has schema {schema}, this version reads {SCHEMA}; train it again "
+                "under another name=..."
+            )
+        self.manifest = read_sealed(file, Manifest, DAMAGED)
+        stages, rows = self.manifest["stages"], read_json(ledger, list[Cost], DAMAGED)
+        # A run that was killed may have charged a stage that its manifest does not know yet.
+        self.ledger = [row for row in rows if row["stage"] in stages]
+        costs = {row["stage"]: row for row in self.ledger}
+        for stage, made in stages.items():
+            if made["cost"] != sha256_of_json(costs.get(stage)):
                 raise LabError(
-                    f"{self.folder / 'manifest.json'}: {stage[:40]!r} is not a stage of a run; "
-                    "train again under another name=..."
+                    f"{ledger}: the cost of {stage} was changed after it was written; {DAMAGED}"
                 )
         return self
-
-    def check_schema(self) -> None:
-        """LabError if another version of this project made the run."""
-        if self.manifest.get("schema") != SCHEMA:
-            raise LabError(
-                f"{self.folder} has schema {self.manifest.get('schema')}, this version reads "
-                f"{SCHEMA}; train it again under another name=..."
-            )
 
     def reopen_missing_stages(self) -> None:
         """Make stages again whose folder was deleted, as damaged ones should be."""
@@ -121,9 +171,11 @@ class Run:
             self.manifest["finished"] = None
 
     def record_environment(self, here: dict[str, Any]) -> None:
-        """Record where the run continues. The previous environment is kept if it made a stage."""
+        """Record where the run continues. The previous environment is kept if it made a stage, or a
+        part of one."""
         before = self.manifest.get("environment")
-        if before and self.manifest["stages"]:
+        begun = any(self.folder.glob("checkpoints/*")) or any(self.folder.glob("outputs/*"))
+        if before and (self.manifest["stages"] or begun):
             self.keep_environment(before, here)
         self.manifest["environment"] = here
 
@@ -155,7 +207,10 @@ class Run:
         file = self.folder / "config.yaml"
         if not file.is_file():
             raise LabError(f"no {file}; is this the folder of a run that train.py made?")
-        return check_config(read_yaml(read_text(file), str(file)), str(file))
+        config = check_config(read_yaml(read_text(file), str(file)), str(file))
+        if sha256_of_json(config.model_dump(mode="json")) != self.manifest["config"]:
+            raise LabError(f"{file} is not the config that this run was started with; {DAMAGED}")
+        return config
 
     # -- paths --------------------------------------------------------------------------------
 
@@ -171,7 +226,7 @@ class Run:
 
     def save(self) -> None:
         write_json(self.folder / "ledger.json", self.ledger)
-        write_json(self.folder / "manifest.json", self.manifest)  # last: a stage in it is done
+        write_sealed(self.folder / "manifest.json", self.manifest)  # last: a stage in it is done
 
     def stage_done(self, stage: str) -> bool:
         return stage in self.manifest["stages"]
@@ -181,17 +236,20 @@ class Run:
         metrics.jsonl. Its checkpoints are removed."""
         self.ledger = [row for row in self.ledger if row["stage"] != stage]
         self.ledger.append({"stage": stage, **cost})
-        lines = [line for line in self.metrics() if line["stage"] != stage]
-        lines += self.metrics(self.checkpoints(stage))
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomically(self.folder / "metrics.jsonl", text)
-        made = {key: self.manifest["environment"].get(key) for key in ("code", "commit")}
-        self.manifest["stages"][stage] = {"finished": now(), **made, **artifact}
+        lines = self.log_of(stage)
+        write_lines(self.folder, [*self.metrics(), *lines])
+        self.manifest["stages"][stage] = {
+            **{key: self.manifest["environment"].get(key) for key in ("code", "commit")},
+            **artifact,
+            "finished": now(),
+            "cost": sha256_of_json(self.cost_of(stage)),
+            "log": sha256_of_json(lines),
+        }
         self.save()
         shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
 
-    def find_stage(self, stage: str, made_from: str) -> "Run | None":
-        """A sibling run with a finished stage of this name, made from the same inputs by the same
+    def find_stage(self, stage: str, made_from: str) -> "Iterator[Run]":
+        """Sibling runs with a finished stage of this name, made from the same inputs by the same
         code."""
         code = self.manifest["environment"].get("code")
         for file in sorted(self.folder.parent.glob("*/manifest.json")):
@@ -204,8 +262,7 @@ class Run:
             made = other.manifest["stages"].get(stage, {})
             same = made.get("made_from") == made_from and made.get("code") == code
             if same and (other.folder / stage).is_dir():
-                return other
-        return None
+                yield other
 
     def copy_stage(self, stage: str, other: "Run") -> None:
         """Copy a finished stage of another run: files, cost, log and environment."""
@@ -216,10 +273,7 @@ class Run:
         os.replace(partial, self.folder / stage)
         cost = {k: v for k, v in other.cost_of(stage).items() if k != "stage"}
         log = [line for line in other.metrics() if line["stage"] == stage]
-        write_atomically(
-            self.checkpoints(stage) / "metrics.jsonl",
-            "".join(json.dumps(line) + "\n" for line in log),
-        )
+        write_lines(self.checkpoints(stage), log)
         self.keep_environment(other.manifest["environment"], self.manifest["environment"])
         made = {**other.manifest["stages"][stage], "copied_from": other.folder.name}
         self.record_stage(stage, {**cost, "copied_from": other.folder.name}, made)
@@ -235,23 +289,48 @@ class Run:
         """Append a line to the log of a stage in progress."""
         folder = self.checkpoints(stage)
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, **line}) + "\n")
 
-    def metrics(self, folder: Path | None = None) -> list[dict[str, Any]]:
-        """The log of the finished stages, or of one in progress in its folder."""
-        file = (folder or self.folder) / "metrics.jsonl"
-        lines = read_text(file).splitlines() if file.exists() else []
-        try:
-            return [json.loads(line) for line in lines if line.endswith("}")]  # a kill cuts one
-        except json.JSONDecodeError as error:
-            raise LabError(
-                f"{file} is damaged ({error}); train again under another name=..."
-            ) from None
+    def metrics(self) -> list[dict[str, Any]]:
+        """The log of all finished stages. LabError if it was changed."""
+        stages, lines = self.manifest["stages"], read_lines(self.folder)
+        for stage, made in stages.items():
+            if made["log"] != sha256_of_json([line for line in lines if line["stage"] == stage]):
+                raise LabError(
+                    f"{self.folder / METRICS}: the log of {stage} was changed after it was "
+                    f"written; {DAMAGED}"
+                )
+        return [line for line in lines if line["stage"] in stages]
 
-    def forget_metrics(self, stage: str, after: int) -> None:
-        """Drop lines logged after the checkpoint that a stage resumes from."""
-        folder = self.checkpoints(stage)
-        kept = [line for line in self.metrics(folder) if line["step"] <= after]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(folder / "metrics.jsonl", text)
+    def log_of(self, stage: str) -> list[dict[str, Any]]:
+        """The log of a stage in progress."""
+        return read_lines(self.checkpoints(stage))
+
+    def forget_log(self, stage: str, after: int, expected: str | None) -> None:
+        """Drop lines logged after the checkpoint that a stage resumes from, which knows the hash of
+        the lines before. LabError if they were changed."""
+        kept = [line for line in self.log_of(stage) if line["step"] <= after]
+        if expected and sha256_of_json(kept) != expected:
+            folder = self.checkpoints(stage)
+            raise LabError(
+                f"{folder / METRICS} was changed after it was written; move {folder} elsewhere and "
+                "run train.py on the config again"
+            )
+        write_lines(self.checkpoints(stage), kept)
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a log, without a last one that was cut off. LabError if it is damaged."""
+    file = folder / METRICS
+    lines = read_text(file).split("\n") if file.exists() else []
+    try:
+        read = [json.loads(line) for line in lines if line.endswith("}")]
+    except (ValueError, RecursionError) as error:
+        raise LabError(f"{file} is damaged ({error}); {DAMAGED}") from None
+    require_shape(read, list[LogLine], str(file), DAMAGED)
+    return read
+
+
+def write_lines(folder: Path, lines: list[dict[str, Any]]) -> None:
+    write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))

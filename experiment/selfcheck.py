@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.files import read_json
 from configs.schema import Recipe
 from experiment.cost import CountedForward
 from experiment.experiment import (
@@ -23,6 +22,7 @@ from experiment.experiment import (
     teacher_task,
     training_set_of,
 )
+from experiment.reference import read_result
 from measure.evaluate import TeacherReference
 from measure.metrics import AGREEMENT, DIVERGENCE, REVERSE, TOP1
 from measure.report.tables import models_in
@@ -47,7 +47,7 @@ Finding = tuple[bool | None, str]  # passed, failed, or None: nothing to check
 def selfcheck_run(experiment: Experiment) -> int:
     """Print [OK], [FAIL] or [--] for every finding; 1 if any failed, else 0."""
     started, failures = time.perf_counter(), 0
-    for passed, line in selfcheck(experiment, read_json(experiment.run.folder / "eval.json")):
+    for passed, line in selfcheck(experiment, read_result(experiment.run.folder)):
         mark = "[--]" if passed is None else "[OK]" if passed else "[FAIL]"
         print(f"{mark:<6} {line}", flush=True)
         failures += passed is False

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from configs.schema import Config
+from configs.schema import Config, LabError
 from experiment.cost import Stopwatch
-from experiment.experiment import Experiment, open_experiment
+from experiment.experiment import Experiment, open_experiment, verify_stage
 from experiment.run import Run
 from experiment.workers import side_by_side
 from models.language import (
@@ -59,7 +59,8 @@ def reuse_stage(experiment: Experiment, stage: str, made_from: str) -> bool:
     if run.stage_done(stage):
         return True
     if experiment.is_main:
-        other = run.find_stage(stage, made_from)
+        found = run.find_stage(stage, made_from)
+        other = next((sibling for sibling in found if is_intact(sibling, stage)), None)
         if other is not None:
             run.copy_stage(stage, other)
             print(f"{stage}: copied from {other.folder}, which made it from the same inputs")
@@ -67,6 +68,17 @@ def reuse_stage(experiment: Experiment, stage: str, made_from: str) -> bool:
     if not experiment.is_main:
         run.reload()
     return run.stage_done(stage)
+
+
+def is_intact(run: Run, stage: str) -> bool:
+    """Whether a stage is what its run made, log included; prints what is not."""
+    try:
+        verify_stage(run, stage)
+        run.metrics()
+    except LabError as error:
+        print(f"{stage}: not copied from another run: {error}")
+        return False
+    return True
 
 
 def register_pretrained(experiment: Experiment, stage: str, model: nn.Module) -> StageResult:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configs.files import write_json
+from configs.files import sha256_of_json, write_json
 from configs.schema import LabError
 from experiment.checkpoints import checkpoint, restore
 from experiment.cost import Stopwatch, TrainingFlops
@@ -53,7 +53,9 @@ class TrainingState:
             "model": json.loads(student_of(model).config.to_json_string()),
             "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
         }
-        self.step, self.flops, cost = restore(self.checkpoints, model, optimizer, self.belongs_to)
+        before = restore(self.checkpoints, model, optimizer, self.belongs_to) or {}
+        self.step, self.flops = before.get("step", 0), before.get("flops", 0.0)
+        cost = before.get("cost")
         self.watch = Stopwatch(experiment.config.cost, torch.get_num_threads(), cost)
         self.writing_seconds = (cost or {}).get("writing_seconds", 0.0)
         experiment.accelerator.wait_for_everyone()  # all processes read it before one writes again
@@ -62,6 +64,7 @@ class TrainingState:
         if experiment.is_main:
             rows = experiment.validation if validation is None else validation
             total = None if max_flops else steps
+            experiment.run.forget_log(stage, self.step, before.get("log"))
             self.log = TrainingLog(
                 experiment.run, stage, experiment.task, rows, total, self.step, self.progress
             )
@@ -98,14 +101,10 @@ class TrainingState:
         )
         if logged and due and self.progress < 1:
             cost = {**self.watch.read(self.flops), "writing_seconds": self.writing_seconds}
+            log = sha256_of_json(self.experiment.run.log_of(self.stage))
+            progress = {"flops": self.flops, "cost": cost, "log": log}
             checkpoint(
-                self.checkpoints,
-                self.step,
-                self.model,
-                self.optimizer,
-                self.flops,
-                cost,
-                self.belongs_to,
+                self.checkpoints, self.step, self.model, self.optimizer, progress, self.belongs_to
             )
             self.saved_at, self.saved_step = self.watch.elapsed(), self.step
 

@@ -12,12 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.files import read_json, sha256_of_file, write_json
+from configs.files import sha256_of_file
 from configs.schema import LabError, Recipe
 from models.rows import Rows
 from tasks.task import Task
 from teacher.access import ACCESS, narrow, packed
-from teacher.shards import AGAIN, Record, check_binding, find_shard, read_shard, write_shard
+from teacher.shards import (
+    AGAIN,
+    Record,
+    check_binding,
+    find_shard,
+    read_provenance,
+    read_shard,
+    write_provenance,
+    write_shard,
+)
 from teacher.source import LocalModel, TeacherRow, bytes_of
 
 SHARD_ROWS = 8192
@@ -126,11 +135,10 @@ def make_outputs(
     rows, the seed and the shard's number. Several processes share the shards.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    provenance = folder / "provenance.json"
-    if provenance.exists():
-        check_binding(folder, read_json(provenance)["binding"], binding)
+    if (folder / "provenance.json").exists():
+        check_binding(folder, read_provenance(folder)["binding"], binding)
     else:
-        write_json(provenance, {"binding": binding, "shards": None})
+        write_provenance(folder, binding)
     count, known = request.transfer_rows or len(rows), request.rows_from_data(rows)
     taken: set[bytes] = set()
     if 0 < known < count:
@@ -205,8 +213,7 @@ class OutputsSummary:
 def finish_outputs(folder: Path, rows: int) -> OutputsSummary:
     """Record the hashes of all shards, which makes the outputs readable. LabError if shards are
     missing, or if they hold more than this number of rows."""
-    provenance = folder / "provenance.json"
-    binding = read_json(provenance)["binding"]
+    binding = read_provenance(folder)["binding"]
     shards, flops, size, tokens, ids = {}, 0.0, 0, 0, [np.empty(0, np.int64)]
     while sum(map(len, ids)) < rows:
         file = find_shard(folder, len(shards), binding)
@@ -223,11 +230,11 @@ def finish_outputs(folder: Path, rows: int) -> OutputsSummary:
             f"{folder} holds more than the {rows} rows of these outputs "
             f"({min(extra, default=file.name)}); move that folder elsewhere and {AGAIN}"
         )
-    write_json(provenance, {"binding": binding, "shards": shards})
+    write_provenance(folder, binding, shards)
     return OutputsSummary(flops, size, tokens, len(np.unique(np.concatenate(ids))))
 
 
 def sha256_of_outputs(folder: Path) -> str:
     """One hash over the shards of a finished folder."""
-    shards = read_json(folder / "provenance.json")["shards"]
+    shards = read_provenance(folder)["shards"] or {}
     return hashlib.sha256("".join(shards.values()).encode()).hexdigest()

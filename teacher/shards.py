@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from configs.files import read_json, sha256_of_file
+from configs.files import Shape, read_sealed, sha256_of_file, write_sealed
 from configs.schema import LabError
 from models.language import Forward
 from models.rows import Batch, Chunks, Rows
@@ -255,17 +255,24 @@ class Outputs:
         return total / int((self.rows.lengths - self.rows.prompt_lengths).sum())
 
 
+class Provenance(Shape):
+    """provenance.json: what the outputs are bound to; {shard: sha256} when they are finished."""
+
+    binding: dict[str, Any]
+    shards: dict[str, str] | None
+
+
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """The content of provenance.json. LabError if it has another structure."""
-    provenance = read_json(folder / "provenance.json")
-    if not isinstance(provenance, dict) or not all(
-        isinstance(provenance.get(key, 0), kind)
-        for key, kind in (("binding", dict), ("shards", dict | None))
-    ):
-        raise LabError(
-            f"{folder / 'provenance.json'} is damaged; move {folder} elsewhere and {AGAIN}"
-        )
-    return provenance
+    """The content of provenance.json. LabError if it was changed."""
+    return read_sealed(
+        folder / "provenance.json", Provenance, f"move {folder} elsewhere and {AGAIN}"
+    )
+
+
+def write_provenance(
+    folder: Path, binding: dict[str, Any], shards: dict[str, str] | None = None
+) -> None:
+    write_sealed(folder / "provenance.json", {"binding": binding, "shards": shards})
 
 
 def verified_shard(folder: Path, name: str, digest: str, columns: Sequence[str]) -> pa.Table:

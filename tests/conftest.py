@@ -13,7 +13,7 @@ import torch
 
 import eval as judge
 import train
-from experiment.experiment import Experiment, open_experiment
+from experiment.experiment import Experiment, data_of, open_experiment, splits_of
 from experiment.reading import read_config
 from experiment.run import Run
 from tests.helpers import METHODS, ROOT, TINY, train_tiny
@@ -65,7 +65,7 @@ def lab(tmp_path) -> Experiment:
     (tmp_path / "run").mkdir()
     run = Run.open(tmp_path / "run", config, {})
     lab = open_experiment(config, run, train.Accelerator(cpu=True))
-    run.manifest["data"] = {"rows": "rows", "tokenizer": "tokenizer"}
+    run.manifest |= {"data": data_of(lab), "splits": splits_of(lab)}
     return lab
 
 

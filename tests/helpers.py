@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 import train
+from configs.files import read_sealed, sha256_of_json, write_sealed
 from experiment.experiment import loss_of
+from experiment.run import read_lines, write_lines
 from measure.metrics import metrics_of
 from measure.statistics import Estimate
 from measure.verdicts import Comparison, verdicts
@@ -37,6 +41,24 @@ def task_with(tokenizer, longest_row):
 
 def train_tiny(runs: Path, *overrides: str) -> int:
     return train.main([TINY, *overrides, "--runs", str(runs)])
+
+
+@contextmanager
+def edited(file: Path) -> Iterator[dict]:
+    """The content of a sealed file, to be changed as if the run had written it so."""
+    content = read_sealed(file)
+    yield content
+    write_sealed(file, content)
+
+
+def edit_log(run: Path, change: Callable[[list[dict]], None]) -> None:
+    """Change metrics.jsonl as if the run had written it so."""
+    lines = read_lines(run)
+    change(lines)
+    write_lines(run, lines)
+    with edited(run / "manifest.json") as manifest:
+        for stage, made in manifest["stages"].items():
+            made["log"] = sha256_of_json([line for line in lines if line["stage"] == stage])
 
 
 def tensor_hashes(run: Path) -> dict[str, str]:

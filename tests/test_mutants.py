@@ -135,8 +135,8 @@ MUTANTS = {
     ),
     "data skipped on resume": (
         "experiment/checkpoints.py",
-        'return meta["step"], meta["flops"], meta["cost"]',
-        'return meta["step"] + 1, meta["flops"], meta["cost"]',
+        "    return meta\n",
+        '    return {**meta, "step": meta["step"] + 1}\n',
         "test_train.py::test_an_interrupted_training_resumes_with_the_next_batch",
     ),
     "top-k without the tail": (
@@ -221,8 +221,8 @@ MUTANTS = {
     ),
     "data repeated on resume": (
         "experiment/checkpoints.py",
-        'return meta["step"], meta["flops"], meta["cost"]',
-        'return 0, meta["flops"], meta["cost"]',
+        "    return meta\n",
+        '    return {**meta, "step": 0}\n',
         "test_train.py::test_an_interrupted_training_resumes_with_the_next_batch",
     ),
     "the schedule restarted on resume": (

@@ -29,6 +29,7 @@ from experiment.experiment import (
     new_model,
     new_student,
     open_experiment,
+    splits_of,
     training_set_of,
 )
 from experiment.reading import read_config
@@ -62,7 +63,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         run = Run.open(Path(folder), config, {})
         experiment = open_experiment(config, run, train.Accelerator(cpu=True))
-        run.manifest["data"] = data_of(experiment)
+        run.manifest |= {"data": data_of(experiment), "splits": splits_of(experiment)}
         teacher = new_model(experiment, config.teacher.model, 0)
         result = fit(experiment, "teacher", teacher, text(experiment), FROM_TEXT, 1)
         run.record_stage("teacher", *result)

@@ -8,7 +8,7 @@ import pytest
 import eval as judge
 import train
 from configs.schema import LabError
-from tests.helpers import fit, tensor_hashes, train_tiny
+from tests.helpers import edited, fit, tensor_hashes, train_tiny
 
 
 def one_line(capsys) -> str:
@@ -19,11 +19,11 @@ def one_line(capsys) -> str:
 
 def forget(run, *stages) -> None:
     """As if these stages had not been reached."""
-    manifest = json.loads((run / "manifest.json").read_text("utf-8"))
-    for stage in stages:
-        del manifest["stages"][stage]
-        shutil.rmtree(run / stage)
-    (run / "manifest.json").write_text(json.dumps(manifest | {"finished": None}), "utf-8")
+    with edited(run / "manifest.json") as manifest:
+        manifest["finished"] = None
+        for stage in stages:
+            del manifest["stages"][stage]
+            shutil.rmtree(run / stage)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +98,91 @@ def test_a_shard_of_other_outputs_is_set_aside_and_made_again(copy, capsys):
     before = {file.name: file.read_bytes() for file in (copy / stage).glob("shard-*")}
     other = next((copy / "outputs" / "data-logits").glob("shard-*"))
     name = next(iter(before))
-    manifest = json.loads((copy / "manifest.json").read_text("utf-8"))
-    del manifest["stages"][stage]
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"finished": None}), "utf-8")
+    with edited(copy / "manifest.json") as manifest:
+        manifest["finished"] = None
+        del manifest["stages"][stage]
     shutil.copy(other, copy / stage / name)
     assert train_tiny(copy.parent) == 0
     assert "set aside, and made again" in capsys.readouterr().out
     assert {file.name: file.read_bytes() for file in (copy / stage).glob("shard-*")} == before
+
+
+def edit_ledger(run):
+    rows = json.loads((run / "ledger.json").read_text("utf-8"))
+    rows[0]["flops"] *= 1.25
+    (run / "ledger.json").write_text(json.dumps(rows), "utf-8")
+    return "the cost of teacher was changed"
+
+
+def edit_config(run):
+    text = (run / "config.yaml").read_text("utf-8")
+    (run / "config.yaml").write_text(text.replace("limit: 600", "limit: 500"), "utf-8")
+    return "config.yaml is not the config that this run was started with"
+
+
+def edit_log_line(run):
+    text = (run / "metrics.jsonl").read_text("utf-8")
+    (run / "metrics.jsonl").write_text(text.replace('"step": 10,', '"step": 11,', 1), "utf-8")
+    return "the log of teacher was changed"
+
+
+def edit_manifest(run):
+    content = json.loads((run / "manifest.json").read_text("utf-8"))
+    (run / "manifest.json").write_text(json.dumps(content | {"heldout_reads": 0}), "utf-8")
+    return "manifest.json was changed after it was written"
+
+
+def other_rows(run):
+    with edited(run / "manifest.json") as manifest:
+        manifest["splits"]["heldout"] = "0" * 64
+    return "the heldout rows are not those"
+
+
+@pytest.mark.parametrize(
+    "edit", [edit_ledger, edit_config, edit_log_line, edit_manifest, other_rows]
+)
+def test_an_edited_record_of_a_run_is_rejected_by_name(edit, copy, capsys):
+    before = (copy / "eval.json").read_bytes()
+    expected = edit(copy)
+    assert judge.main([str(copy)]) == 2
+    assert expected in one_line(capsys)
+    assert (copy / "eval.json").read_bytes() == before
+
+
+def test_a_config_written_differently_is_the_same_config(copy):
+    file = copy / "config.yaml"
+    file.write_text("# a note\r\n" + file.read_text("utf-8").replace("\n", "\r\n"), "utf-8")
+    assert judge.main([str(copy), "--split", "validation"]) == 0
+
+
+@pytest.mark.parametrize("option", ["--selfcheck", "--check"])
+def test_an_edited_evaluation_is_not_trusted(option, copy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judge, "RESULTS", tmp_path)
+    shutil.copy(copy / "eval.json", tmp_path / "tiny.json")
+    result = json.loads((copy / "eval.json").read_text("utf-8"))
+    values = result["students"]["distilled"]["fidelity"]["sequence_agreement"]
+    values["per_seed"] = [1.0, 1.0]
+    (copy / "eval.json").write_text(json.dumps(result), "utf-8")
+    assert judge.main([str(copy), option]) == 2
+    assert "eval.json was changed after it was written" in one_line(capsys)
+
+
+def test_a_damaged_teacher_of_another_run_is_not_copied(copy, tiny_run, capsys):
+    other = shutil.copytree(tiny_run, copy.parent / "other")
+    for run in (copy, other):
+        shutil.rmtree(run / "teacher")
+    shutil.copytree(other / "second_teacher", other / "teacher")
+    assert train_tiny(copy.parent) == 0
+    printed = capsys.readouterr().out
+    assert "teacher: not copied from another run" in printed
+    assert tensor_hashes(copy) == tensor_hashes(tiny_run)
+
+
+def test_an_environment_that_made_half_a_teacher_is_kept(lab):
+    """A check must not expect equal bits of it."""
+    lab.run.record_environment({"cpu": "first"})
+    lab.run.record_environment({"cpu": "second"})
+    assert "earlier_environments" not in lab.run.manifest  # it made nothing
+    lab.run.log("teacher", step=1, loss=1.0)
+    lab.run.record_environment({"cpu": "third"})
+    assert lab.run.manifest["earlier_environments"] == [{"cpu": "second"}]

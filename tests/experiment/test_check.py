@@ -12,8 +12,8 @@ import experiment.check
 from configs.schema import LabError
 from experiment.check import check, compare_runs, expected_tier
 from experiment.reference import bands, tolerance_factor, write_reference
-from experiment.run import Run
-from tests.helpers import ROOT
+from experiment.run import Run, read_lines
+from tests.helpers import ROOT, edit_log, edited
 
 
 def environment(**changed):
@@ -228,10 +228,9 @@ def test_a_second_implementation_counts_the_same_steps(committed, tiny_run, tmp_
 
     run = tmp_path / "tiny"
     shutil.copytree(tiny_run, run)
-    found = json.loads((run / "eval.json").read_text("utf-8"))
-    found["environment"]["evaluation"] = "older"
-    found["students"]["distilled"]["fidelity"]["sequence_agreement"]["per_seed"] = [1.0, 1.0]
-    (run / "eval.json").write_text(json.dumps(found), "utf-8")
+    with edited(run / "eval.json") as found:
+        found["environment"]["evaluation"] = "older"
+        found["students"]["distilled"]["fidelity"]["sequence_agreement"]["per_seed"] = [1.0, 1.0]
     assert judge.main([str(run), "--check"]) == 0
     assert "tier      A" in capsys.readouterr().out
 
@@ -270,14 +269,11 @@ def test_compare_names_the_causes_in_order_and_the_step_where_losses_part(tiny_r
 
     other = tmp_path / "other"
     shutil.copytree(tiny_run, other)
-    manifest = json.loads((other / "manifest.json").read_text("utf-8"))
-    manifest["environment"]["threads"] = 7
-    manifest["environment"]["packages"]["torch"] = "1.0"
-    (other / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    lines = (other / "metrics.jsonl").read_text("utf-8").splitlines()
-    third = json.loads(lines[2])
-    lines[2] = json.dumps({**third, "loss": third["loss"] + 1e-6})
-    (other / "metrics.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    with edited(other / "manifest.json") as manifest:
+        manifest["environment"]["threads"] = 7
+        manifest["environment"]["packages"]["torch"] = "1.0"
+    third = read_lines(other)[2]
+    edit_log(other, lambda lines: lines[2].update(loss=third["loss"] + 1e-6))
     a, b = Run.finished(tiny_run), Run.finished(other)
     report = compare_runs(a, b)
     assert [line.split()[0] for line in report] == [
@@ -287,7 +283,7 @@ def test_compare_names_the_causes_in_order_and_the_step_where_losses_part(tiny_r
     assert report[4] == f"threads   threads: {a.manifest['environment']['threads']} there, 7 here"
     assert f"{third['stage']} by step {third['step']}" in report[-1]
     assert compare_runs(a, a)[-1] == "losses    equal"
-    (other / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n", "utf-8")
+    edit_log(other, lambda lines: lines.__delitem__(slice(2, None)))
     assert " and nothing)" in compare_runs(a, Run.finished(other))[-1]
 
 

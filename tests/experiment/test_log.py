@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from configs.files import sha256_of_json
+from configs.schema import LabError
 from models.language import load_model
 from models.rows import collate
 from tests.helpers import fit
@@ -26,9 +28,12 @@ def test_the_validation_loss_is_that_of_the_answer_tokens_whatever_was_trained(l
 
 def test_the_log_of_a_killed_stage_is_cut_back_to_its_checkpoint(lab):
     for step in (1, 2, 3):
-        lab.run.log("teacher", step=step)
+        lab.run.log("teacher", step=step, loss=1.0)
     with open(lab.run.checkpoints("teacher") / "metrics.jsonl", "a") as file:
         file.write('{"stage": "teacher", "st')
-    lab.run.forget_metrics("teacher", after=2)
-    assert [line["step"] for line in lab.run.metrics(lab.run.checkpoints("teacher"))] == [1, 2]
+    expected = sha256_of_json(lab.run.log_of("teacher")[:2])
+    with pytest.raises(LabError, match="was changed after it was written"):
+        lab.run.forget_log("teacher", 2, sha256_of_json([]))
+    lab.run.forget_log("teacher", 2, expected)
+    assert [line["step"] for line in lab.run.log_of("teacher")] == [1, 2]
     assert json.loads((lab.run.folder / "ledger.json").read_text()) == []

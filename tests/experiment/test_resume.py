@@ -13,13 +13,13 @@ import pytest
 
 import eval as judge
 from experiment.run import Run
-from tests.helpers import PART, ROOT, TINY, tensor_hashes, train_tiny
+from tests.helpers import PART, ROOT, TINY, edited, tensor_hashes, train_tiny
 
 
 def without_times(result: dict) -> dict:
     """eval.json without values that depend on a clock or on the machine's load."""
     timed = {"seconds", "joules", "money", "peak_memory_mb", "latency_ms", "answers_per_second"}
-    timed |= {"environment"}
+    timed |= {"environment", "seal"}  # the seal is a hash of all of it
 
     def strip(value):
         if isinstance(value, dict):
@@ -95,9 +95,8 @@ def test_the_same_command_makes_the_same_run_twice(tiny_run, tmp_path):
 
 def test_a_run_resumed_on_another_machine_names_both(copy):
     """Otherwise a check would expect equal bits."""
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["environment"]["cpu"] = "another"
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with edited(copy / "manifest.json") as manifest:
+        manifest["environment"]["cpu"] = "another"
     shutil.rmtree(copy / "students" / "baseline" / "seed-1")
     assert train_tiny(copy.parent) == 0
     found = Run.finished(copy).manifest
@@ -128,8 +127,7 @@ def test_a_deleted_stage_is_made_again_bit_for_bit(copy, tiny_run, capsys):
 
 
 def test_a_run_started_on_other_rows_is_rejected(copy, capsys):
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["data"]["rows"] = "0" * 64
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with edited(copy / "manifest.json") as manifest:
+        manifest["data"]["rows"] = "0" * 64
     assert train_tiny(copy.parent) == 2
     assert "started on other rows" in capsys.readouterr().err

@@ -29,6 +29,8 @@ from tests.helpers import train_tiny
         (["name=a/b"], "name: found 'a/b'"),
         (["task={limit: &a 3, name: *a}"], "aliases"),
         (["task=!!python/object:os.system {}"], "not plain YAML"),
+        (["task={limit: 300, limit: 600}"], "the key 'limit' is given twice"),
+        (["task=" + "a" * 1_000_001], "1,000,001 characters, expected at most 1,000,000"),
         (["verdicts=[{claim: distiled beats baseline}]"], "did you mean 'distilled'?"),
         (
             ["verdicts=[{claim: distilled beats baseline, metric: words}]"],

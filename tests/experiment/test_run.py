@@ -1,6 +1,5 @@
 """The run folder: locks, damage, full disks."""
 
-import json
 import os
 import shutil
 import socket
@@ -11,7 +10,7 @@ import pytest
 
 import eval as judge
 from experiment.run import Run
-from tests.helpers import PART, ROOT, TINY, tensor_hashes, train_tiny
+from tests.helpers import PART, ROOT, TINY, edited, tensor_hashes, train_tiny
 
 
 def with_files_of_at_most(limit: int, *command: str) -> str:
@@ -46,8 +45,8 @@ def test_missing_and_half_written_runs_are_rejected_by_name(copy, tmp_path, caps
 
 
 def test_an_unfinished_run_is_not_evaluated(copy, capsys):
-    manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"finished": None}))
+    with edited(copy / "manifest.json") as manifest:
+        manifest["finished"] = None
     assert judge.main([str(copy)]) == 2
     assert "is not finished; run train.py" in capsys.readouterr().err
 
@@ -111,8 +110,8 @@ def test_a_run_folder_may_be_moved(copy, tmp_path):
 
 
 def test_a_run_of_another_schema_is_rejected_by_name(copy, capsys):
-    manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"schema": 0}))
+    with edited(copy / "manifest.json") as manifest:
+        manifest["schema"] = 0
     assert judge.main([str(copy)]) == 2
     assert "has schema 0, this version reads" in capsys.readouterr().err
     assert train_tiny(copy.parent) == 2
@@ -123,8 +122,10 @@ def test_a_run_of_another_schema_is_rejected_by_name(copy, capsys):
     ("file", "content"),
     [
         ("manifest.json", "[]"),
-        ("manifest.json", '{"schema": 3, "finished": "yes", "stages": {"../../x": {}}}'),
-        ("manifest.json", '{"schema": 3, "finished": "yes", "stages": {"/etc": {}}}'),
+        ("manifest.json", "[" * 100_000),
+        ("manifest.json", '{"schema": 4, "finished": "yes", "stages": {}}'),
+        ("ledger.json", "{}"),
+        ("ledger.json", '[{"stage": ["teacher"]}]'),
         ("metrics.jsonl", '{"stage": }\n'),
         ("metrics.jsonl", b"\xff\xfe}\n"),
         ("config.yaml", b"name: \xff"),

@@ -1,6 +1,5 @@
 """The self-check finds silent errors of distillation code."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import eval as judge
 from models.rows import weight_of
 from student.loss import Loss
 from teacher.shards import Outputs
+from tests.helpers import edit_log, edited
 
 
 def findings(folder, capsys):
@@ -55,11 +55,12 @@ def test_a_teacher_exchanged_after_its_outputs_is_found(tiny_run, tmp_path, caps
 
 def test_a_loss_of_another_scale_is_found(tiny_run, tmp_path, capsys):
     copy = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
-    lines = (copy / "metrics.jsonl").read_text("utf-8").splitlines()
-    place = next(i for i, line in enumerate(lines) if '"students/top/seed-0"' in line)
-    line = json.loads(lines[place])
-    lines[place] = json.dumps(line | {"loss": 2 * line["loss"]})
-    (copy / "metrics.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+
+    def double(lines):
+        line = next(line for line in lines if line["stage"] == "students/top/seed-0")
+        line["loss"] *= 2
+
+    edit_log(copy, double)
     code, output = findings(copy, capsys)
     assert code == 1
     assert "[FAIL] top: first loss" in output
@@ -82,11 +83,10 @@ def test_a_mean_of_means_is_found(tiny_run, capsys, monkeypatch):
 def test_a_shuffled_teacher_that_helps_is_found(tiny_run, tmp_path, capsys):
     """As much as the correct outputs: then their content did not matter."""
     copy = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
-    result = json.loads((copy / "eval.json").read_text("utf-8"))
     metric = {"mean": 0.6, "ci95": [0.59, 0.61], "per_seed": [0.6, 0.6]}
-    for entry in (result["students"]["distilled"], result["controls"]["shuffled"]):
-        entry["fidelity"]["sequence_agreement"] = metric
-    (copy / "eval.json").write_text(json.dumps(result), "utf-8")
+    with edited(copy / "eval.json") as result:
+        for entry in (result["students"]["distilled"], result["controls"]["shuffled"]):
+            entry["fidelity"]["sequence_agreement"] = metric
     code, output = findings(copy, capsys)
     assert code == 1
     assert "[FAIL] shuffled: 60.0 % of the teacher's answers, against 60.0 % of distilled" in output

@@ -1,19 +1,17 @@
 """Stored outputs are read from their own folder, for their own rows, undamaged."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 
 from tasks.pronounce import Pronounce
-from tests.helpers import train_tiny
+from tests.helpers import edited, train_tiny
 
 
 def test_a_damaged_shard_stops_the_training_that_needs_it(copy, capsys):
-    manifest = json.loads((copy / "manifest.json").read_text())
-    del manifest["stages"]["students/distilled/seed-0"]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with edited(copy / "manifest.json") as manifest:
+        del manifest["stages"]["students/distilled/seed-0"]
     shard = next((copy / "outputs" / "data-logits").glob("*.arrow"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -28,12 +26,11 @@ def test_outputs_never_leave_their_folder(name, copy, tmp_path):
     from teacher.shards import Outputs
 
     folder = copy / "outputs" / "data-logits"
-    provenance = json.loads((folder / "provenance.json").read_text())
-    (shard, digest), *_ = provenance["shards"].items()
-    shutil.copy(folder / shard, folder.parent / "stolen.arrow")
-    (folder / "link.arrow").symlink_to(folder.parent / "stolen.arrow")
-    provenance["shards"] = {name: digest}
-    (folder / "provenance.json").write_text(json.dumps(provenance))
+    with edited(folder / "provenance.json") as provenance:
+        (shard, digest), *_ = provenance["shards"].items()
+        shutil.copy(folder / shard, folder.parent / "stolen.arrow")
+        (folder / "link.arrow").symlink_to(folder.parent / "stolen.arrow")
+        provenance["shards"] = {name: digest}
     with pytest.raises(LabError, match="is not a file of this folder"):
         Outputs(folder)
 
