@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from configs.schema import LabError
 
 MAX_CONFIG = 1_000_000  # characters
+MAX_LINE = 10_000_000  # characters
 ELSEWHERE = "restore it, or move it elsewhere and run the command that made it again"
 
 
@@ -137,6 +139,25 @@ class PlainLoader(yaml.SafeLoader):
             if isinstance(key.value, str):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) for every line of JSONL: only `\\n` ends one, as JSON allows the other line
+    breaks of Unicode inside a string. LabError for a line that is too long or not an object."""
+    content = read_text(file).removeprefix("\ufeff")
+    for number, line in enumerate(content.split("\n"), start=1):
+        where = f"{file}, line {number}"
+        if len(line) > MAX_LINE:
+            raise LabError(f"{where}: {len(line):,} characters, expected at most {MAX_LINE:,}")
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise LabError(f"{where} is not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise LabError(f"{where}: found {type(record).__name__}, expected an object")
+        yield where, record
 
 
 def read_yaml(text: str, source: str) -> Any:

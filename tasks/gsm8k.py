@@ -6,9 +6,10 @@ tokenizer it uses.
 """
 
 import hashlib
-import json
+import multiprocessing
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ import numpy as np
 from pydantic import Field
 from transformers import AutoTokenizer
 
-from configs.files import read_text
+from configs.files import read_jsonl
 from configs.schema import LabError, Section
 from models.rows import Rows, row_id
 from tasks.task import Metric, Task
 
 HUB = "openai/gsm8k"
 ASKS = "\nThink step by step. End with #### and the number."
-NUMBER = re.compile(r"(?<![\d)])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # the 3 of 10-3 is not -3
+# the 3 of 10-3 is not -3
+NUMBER = re.compile(r"(?<![\d)])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
+TODAY = datetime(2025, 1, 1)  # for chat templates that print the date: rows never change
 VALIDATION = 5  # % of the training problems
 
 
@@ -43,25 +46,45 @@ def read_problems(folder: str | None, split: str) -> list[dict[str, str]]:
     if not file.is_file():
         raise LabError(f"no file {file}; task.folder must hold train.jsonl and test.jsonl")
     problems = []
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
-        try:
-            problem = json.loads(line)
-            problems.append({key: str(problem[key]) for key in ("question", "answer")})
-        except (ValueError, KeyError, TypeError):
-            raise LabError(
-                f"{file}, line {number}: expected an object with question and answer"
-            ) from None
+    for where, problem in read_jsonl(file):
+        if not {"question", "answer"} <= problem.keys():
+            raise LabError(f"{where}: expected an object with question and answer")
+        problems.append({key: str(problem[key]) for key in ("question", "answer")})
     if not problems:
         raise LabError(f"{file} is empty; expected a problem on every line")
     return problems
 
 
 def final_number(text: str) -> float | None:
-    """The last number on the line of the last ####, else the last number of the text."""
-    text = text.rstrip("# \n")
-    _, marked, after = text.rpartition("####")
-    numbers = NUMBER.findall(after.strip().partition("\n")[0] if marked else text)
+    """The last number on the line of the first #### (what follows it is another problem), else the
+    last number of the text."""
+    text = text.replace("\u2212", "-")  # the minus sign of typeset text
+    _, marked, after = text.rstrip("# \n").partition("####")
+    numbers = NUMBER.findall(after.strip().partition("\n")[0].partition("####")[0])
+    numbers = numbers if marked else NUMBER.findall(text)
     return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def without_repeats(
+    train: list[dict[str, str]], test: list[dict[str, str]]
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Every question once: a question with several answers is dropped, and a training question that
+    is also tested. Prints how many."""
+    answers: dict[str, set[float | None]] = {}
+    for problem in (*train, *test):
+        answers.setdefault(problem["question"], set()).add(final_number(problem["answer"]))
+    seen: set[str] = {question for question, found in answers.items() if len(found) > 1}
+    kept: list[list[dict[str, str]]] = []
+    for problems in (test, train):
+        kept.append([])
+        for problem in problems:
+            if problem["question"] not in seen:
+                kept[-1].append(problem)
+                seen.add(problem["question"])
+    dropped = len(train) + len(test) - sum(map(len, kept))
+    if dropped and multiprocessing.parent_process() is None:
+        print(f"{dropped} problems are dropped: repeated, in both splits, or with two answers")
+    return kept[1], kept[0]
 
 
 class Gsm8k(Task):
@@ -107,6 +130,11 @@ class Gsm8k(Task):
                 f"task.tokenizer {self.settings.tokenizer!r} cannot be loaded "
                 f"({type(error).__name__}: {str(error).splitlines()[0]})"
             ) from None
+        if self.tokenizer.eos_token_id is None:
+            raise LabError(
+                f"task.tokenizer {self.settings.tokenizer!r} has no EOS token: an answer could not "
+                "end; set eos_token in its tokenizer_config.json"
+            )
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
@@ -114,12 +142,20 @@ class Gsm8k(Task):
     def by_split(self) -> dict[str, list[dict[str, str]]]:
         """The published test problems are held out; validation is taken from the training problems,
         by a hash of the question."""
+        train, test = (read_problems(self.settings.folder, split) for split in ("train", "test"))
+        for problem in (*train, *test):
+            if final_number(problem["answer"]) is None:
+                raise LabError(
+                    f"no number in the answer {problem['answer'][:40]!r} to the question "
+                    f"{problem['question'][:40]!r}; {self.name} grades numbers"
+                )
+        train, test = without_repeats(train, test)
         found: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
-        for problem in read_problems(self.settings.folder, "train"):
+        for problem in train:
             digest = hashlib.sha256(f"split {problem['question']}".encode()).digest()
             aside = int.from_bytes(digest[:8], "big") % 100 < VALIDATION
             found["validation" if aside else "train"].append(problem)
-        found["heldout"] = read_problems(self.settings.folder, "test")
+        found["heldout"] = test
         return {split: problems[: self.settings.limit] for split, problems in found.items()}
 
     @cached_property
@@ -156,16 +192,23 @@ class Gsm8k(Task):
         if self.tokenizer.chat_template:
             message = [{"role": "user", "content": question + ASKS}]
             ids = self.tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, return_dict=True
+                message, add_generation_prompt=True, return_dict=True, strftime_now=TODAY.strftime
             )["input_ids"]
         else:
             ids = self.tokenizer(f"Question: {question}{ASKS}\nAnswer: ")["input_ids"]
+            if ids[-1] == self.tokenizer.eos_token_id:
+                ids = ids[:-1]  # some tokenizers end every text
         if len(ids) > self.longest_row - self.longest_answer:
             raise LabError(
                 f"a question of {len(ids)} tokens, expected at most "
                 f"{self.longest_row - self.longest_answer}: {question[:40]!r}..."
             )
         return ids
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids may have holes."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     def encode_answer(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -181,7 +224,8 @@ class Gsm8k(Task):
         """An answer as text, up to EOS."""
         ids = [int(token) for token in tokens]
         end = self.tokenizer.eos_token_id
-        return self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids).strip()
+        ids = ids[: ids.index(end)] if end in ids else ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
         """Per row: whether the answer ends with the right number. A truncated answer is graded by

@@ -22,7 +22,7 @@ from pydantic import Field
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from configs.files import read_text
+from configs.files import read_jsonl, read_text
 from configs.schema import LabError, Section
 from models.rows import Rows, row_id
 from tasks.packaged import packaged_file, read_verified
@@ -69,25 +69,19 @@ def read_documents(path: Path) -> Iterator[str]:
             f"{', '.join(TEXT_FILES)} or {JSON_LINES}"
         )
     for file in files:
-        content = read_text(file).removeprefix("\ufeff").replace("\r\n", "\n")
         if file.suffix == JSON_LINES:
-            # str.splitlines would also split at characters that JSON allows inside a string
-            for number, line in enumerate(content.split("\n"), start=1):
-                if line.strip():
-                    yield text_of_line(line, f"{file}:{number}")
-        elif path.is_dir():
+            yield from (text_of(record, where) for where, record in read_jsonl(file))
+            continue
+        content = read_text(file).removeprefix("\ufeff").replace("\r\n", "\n")
+        if path.is_dir():
             yield content
         else:
             yield from re.split(r"\n\s*\n", content)
 
 
-def text_of_line(line: str, where: str) -> str:
+def text_of(record: dict[str, Any], where: str) -> str:
     """The `text` of a line of JSONL."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise LabError(f"{where} is not JSON ({error})") from None
-    text = record.get("text") if isinstance(record, dict) else None
+    text = record.get("text")
     if not isinstance(text, str):
         raise LabError(f'{where}: expected an object with a string "text", as in {{"text": "..."}}')
     try:
