@@ -46,15 +46,10 @@ def check_models(experiment: Experiment) -> None:
         settings = Model.model_validate_json(shape)
         try:
             model = new_model(experiment, settings, 0)
-            probe(model, task_with_tokenizer_of(experiment.task, settings), what)
-        except LabError:
-            raise
-        except Exception as error:  # every library raises its own type
-            raise LabError(
-                f"{what}: a model of this shape cannot run: "
-                f"{settings.model_dump(exclude_defaults=True)} ({' '.join(str(error).split())}); "
-                "choose other sizes"
-            ) from None
+        except LabError as error:
+            raise LabError(f"{what}: {error}") from None
+        learns = what != "teacher" or config.teacher.epochs > 0
+        probe(model, task_with_tokenizer_of(experiment.task, settings), what, learns)
 
 
 def task_with_tokenizer_of(task: Task, settings: Model) -> ModelTask:

@@ -32,7 +32,7 @@ from models.states import states_of, states_options
 from student.hidden import student_of
 from teacher.access import ACCESS
 from teacher.shards import Outputs
-from teacher.signal import HiddenSignal
+from teacher.signal import HiddenSignal, finite
 from teacher.source import LocalModel
 
 ROWS = 256  # per finding
@@ -100,7 +100,7 @@ def stored_outputs_equal_live_ones(
     batch = collate(outputs.rows, evenly_spaced(len(outputs.rows)), task.pad)
     options = {"use_cache": False} | states_options(request.layers, request.relations)
     output = teacher(batch.input_ids, **options)
-    live = torch.log_softmax(logits_at(output, batch, task.vocabulary), -1)
+    live = finite(torch.log_softmax(logits_at(output, batch, task.vocabulary), -1))
     pairs = access.compare(outputs.signal(batch), live, request.k)
     if request.layers:
         stored = outputs.hidden(batch)
@@ -183,7 +183,7 @@ def gradients_are_sums(experiment: Experiment) -> Finding:
     if recipe.sequences == "student":
         return None, "gradients: students of the first recipe write their own text"
     data = training_set_of(experiment, recipe, seed, CountedForward)
-    model = new_student(experiment, recipe, data, seed)
+    model = new_student(experiment, recipe, data, seed).eval()  # no dropout
     loss = loss_of(experiment, recipe, experiment.config.students.training)
     indices = evenly_spaced(len(data.rows), 32)
     normalizer, found = loss.normalizer(data.rows, indices), []
@@ -219,6 +219,14 @@ def shuffled_does_not_help(result: dict[str, Any]) -> Finding:
     return all(shuffled["ci95"][1] < found["ci95"][0] for found in agreement.values()), line
 
 
+@torch.no_grad()
+def is_random(model: torch.nn.Module) -> bool:
+    """Whether two passes of a model in training differ."""
+    ids = torch.zeros((1, 8), dtype=torch.long, device=model.device)
+    model.train()
+    return not torch.equal(*(model(ids, use_cache=False).logits for _ in range(2)))
+
+
 def first_losses(experiment: Experiment, name: str, recipe: Recipe) -> Finding:
     """The loss logged after the first step of every student, against the loss of its untrained
     model on the rows of that step, row by row."""
@@ -232,7 +240,10 @@ def first_losses(experiment: Experiment, name: str, recipe: Recipe) -> Finding:
     data, worst, values = None, -1.0, ""
     for stage, seed in stages.items():
         data = training_set_of(experiment, recipe, seed, CountedForward)
-        model = new_student(experiment, recipe, data, seed).eval()
+        model = new_student(experiment, recipe, data, seed)
+        if is_random(student_of(model)):
+            return None, f"{name}: first loss: it has dropout, so the loss is random"
+        model.eval()
         step_data = data.at(student_of(model), 0, 0.0)
         indices = step_data.indices(0)
         normalizer = loss.normalizer(step_data.rows, indices)

@@ -21,6 +21,7 @@ from models.language import (
     sha256_of_files,
     sha256_of_model,
 )
+from tasks.task import Task
 
 # What a finished stage returns: its cost for the ledger, its artifact for the manifest. None in
 # processes that do not write.
@@ -90,6 +91,18 @@ def register_pretrained(experiment: Experiment, stage: str, model: nn.Module) ->
         save_model(model, load_tokenizer(name), folder, card)
     experiment.accelerator.wait_for_everyone()
     return {**watch.read(0), "steps": 0}, made_of(folder, model)
+
+
+def usage_of(task: Task) -> str:
+    """For the model card: how to ask a language model of this task."""
+    if task.tokenizer is None:
+        return ""
+    tokens = task.tokenizer.convert_ids_to_tokens(task.prompt(task.examples[0]))
+    return (
+        f"\nA prompt is a list of token ids, such as those of `{' '.join(tokens)}`, with nothing "
+        f"added. Answers are decoded greedily up to `{task.tokenizer.eos_token}`; `eval.py RUN "
+        "--ask` does both.\n"
+    )
 
 
 def made_of(folder: Path, model: nn.Module) -> dict[str, Any]:

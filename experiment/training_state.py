@@ -13,8 +13,8 @@ from experiment.checkpoints import checkpoint, restore
 from experiment.cost import Stopwatch, TrainingFlops
 from experiment.experiment import Experiment
 from experiment.log import TrainingLog
-from experiment.stages import StageResult, made_of
-from models.language import model_card, save_model
+from experiment.stages import StageResult, made_of, usage_of
+from models.language import model_card, save_model, use_special_tokens
 from models.rows import Rows
 from student.hidden import student_of
 from student.training_set import TrainingSet
@@ -132,7 +132,10 @@ class TrainingState:
             return None
         self.log.close()
         model, folder = student_of(self.model), self.experiment.run.folder / self.stage
-        card = model_card(self.stage, model, self.lineage, self.step)
+        if self.experiment.task.tokenizer is not None:
+            use_special_tokens(model, self.experiment.task.tokenizer)
+        usage = usage_of(self.experiment.task)
+        card = model_card(self.stage, model, self.lineage, self.step, usage)
         save_model(model, self.experiment.task.tokenizer, folder, card)
         cost = {**self.watch.read(self.flops), "steps": self.step, "rows": len(data.rows)}
         if data.on_policy:

@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from teacher.signal import finite
+
 ECE_BINS = 15
 
 
@@ -26,12 +28,12 @@ class Expectations:
     @cached_property
     def teacher(self) -> Tensor:
         """Log-probabilities [M, V]."""
-        return torch.log_softmax(self.teacher_logits.double(), dim=-1)
+        return finite(torch.log_softmax(self.teacher_logits.double(), dim=-1))
 
     @cached_property
     def student(self) -> Tensor:
         """Log-probabilities [M, V]."""
-        return torch.log_softmax(self.student_logits.double(), dim=-1)
+        return finite(torch.log_softmax(self.student_logits.double(), dim=-1))
 
 
 def kl_teacher_student(at: Expectations) -> Tensor:

@@ -24,9 +24,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.logging import disable_progress_bar
 
 from configs.files import flush_to_disk, sha256_of_file
@@ -108,24 +111,52 @@ def build_language_model(
                 f"model.settings.{setting} is not a setting of {settings.architecture}"
                 f"{nearest(setting, known.to_dict())}"
             )
-    if "num_key_value_heads" in known.to_dict():
-        wanted.setdefault("num_key_value_heads", settings.num_attention_heads)
-    if settings.intermediate_size or "intermediate_size" in known.to_dict():
-        # 8/3 of the width: a gated MLP of three matrices then costs as much as an ungated one
-        inner = settings.intermediate_size or -(-settings.hidden_size * 8 // 3 // 8) * 8
-        wanted["n_inner" if settings.architecture == "gpt2" else "intermediate_size"] = inner
+    defaults = known.to_dict()
+    wanted = {**derived_sizes(settings, defaults), **wanted}
     # Small models trained for a few epochs need no dropout, and without it training depends only on
     # the seed and the step.
-    for name, value in known.to_dict().items():
+    for name, value in defaults.items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
             wanted.setdefault(name, 0.0)
-    if "is_decoder" in known.to_dict():
+    if "is_decoder" in defaults:
         wanted.setdefault("is_decoder", True)  # otherwise some architectures are not causal
-    config = AutoConfig.for_model(settings.architecture, **wanted)
-    # For rows of tens of tokens, plain matrix products beat fused attention kernels on a CPU; the
-    # FLOPs of experts are counted only if they are computed one by one.
-    config._experts_implementation = "eager"
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    try:
+        config = AutoConfig.for_model(settings.architecture, **wanted)
+        # For rows of tens of tokens, plain matrix products beat fused attention kernels on a CPU;
+        # the FLOPs of experts are counted only if they are computed one by one.
+        config._experts_implementation = "eager"
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except Exception as error:  # every architecture has its own rules
+        raise LabError(
+            f"model.architecture {settings.architecture!r} cannot be built with these sizes "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); change model.settings"
+        ) from None
+
+
+# What architectures call the width of the MLP, and other sizes that follow from those of `Model`.
+INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_inner")
+
+
+def derived_sizes(settings: Model, defaults: dict[str, Any]) -> dict[str, int]:
+    """The sizes that a config names besides width, layers and heads. LabError if intermediate_size
+    is set and the architecture has no such size."""
+    width, heads = settings.hidden_size, settings.num_attention_heads
+    inner = next((name for name in INNER if name in defaults), None)
+    if settings.intermediate_size and inner is None:
+        raise LabError(
+            f"model.intermediate_size: {settings.architecture} has no such size; remove it, or set "
+            "what it reads in model.settings"
+        )
+    # 8/3 of the width: a gated MLP of three matrices then costs as much as an ungated one
+    inner_width = settings.intermediate_size or -(-width * 8 // 3 // 8) * 8
+    sizes = {"word_embed_proj_dim": width, "moe_intermediate_size": inner_width}
+    sizes |= dict.fromkeys(("head_dim", "rotary_dim"), width // heads)
+    sizes = {name: size for name, size in sizes.items() if defaults.get(name) is not None}
+    if "num_key_value_heads" in defaults:
+        sizes["num_key_value_heads"] = heads
+    if inner and (settings.intermediate_size or defaults[inner] is not None):
+        sizes[inner] = inner_width
+    return sizes
 
 
 def initialise(model: nn.Module, seed: int) -> nn.Module:
@@ -174,8 +205,9 @@ def linear_head(model: nn.Module) -> LinearHead | None:
     if head is None or getattr(model.config, "final_logit_softcapping", None):
         return None
     # granite divides its logits by a constant, cohere multiplies them
-    scale = getattr(model.config, "logit_scale", 1.0) / getattr(model.config, "logits_scaling", 1.0)
-    return LinearHead(head.weight, head.bias, scale)
+    config = model.config
+    times, by = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+    return LinearHead(head.weight, head.bias, times / by)
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -208,14 +240,15 @@ def save_model(
     os.replace(partial, folder)
 
 
-def model_card(stage: str, model: nn.Module, lineage: str, steps: int) -> str:
-    """The model card: what a model is and what it was trained from."""
+def model_card(stage: str, model: nn.Module, lineage: str, steps: int, usage: str = "") -> str:
+    """The model card: what a model is, what it was trained from, and how to ask it."""
     kind = "text-generation" if hasattr(model, "generate") else "image-classification"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {kind}\n---\n"
         f"# {stage}\n\n{lineage}\n\n"
         f"{model.config.model_type}, {parameter_count(model):,} parameters, {steps} steps, tensors "
         f"sha256 {sha256_of_tensors(model.state_dict())[:16]}. Made by Distillation Lab.\n"
+        f"{usage}"
     )
 
 
@@ -241,7 +274,41 @@ def load_model(folder: Path) -> nn.Module:
             f"{folder} cannot be loaded ({type(error).__name__}: {reason}); {TRAIN_AGAIN}"
         ) from None
     require_all_weights(report, f"{folder}", TRAIN_AGAIN)
+    ends = end_marks(model)
+    if ends and ends != [end := load_tokenizer(folder).eos_token_id]:
+        add_up_end_marks(model, end, ends)
     return model.eval()
+
+
+def end_marks(model: nn.Module) -> list[int]:
+    """The tokens that end an answer, according to a model's generation config."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def add_up_end_marks(model: nn.Module, end: int, ends: list[int]) -> None:
+    """Let a model with several end marks, or with another one than its tokenizer, use a single one,
+    with the probability of all of them: then it stops, and is scored and imitated, like others."""
+    others = [token for token in ends if token != end]
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        logits = output.logits.clone()
+        logits[..., end] = logits[..., [end, *others]].logsumexp(-1)
+        logits[..., others] = -torch.inf
+        output.logits = logits
+        return output
+
+    model.register_forward_hook(hook)
+
+
+def use_special_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer's special tokens into a model's configs, with greedy decoding: the start of
+    a student may have had others."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: getattr(tokenizer, name) for name in names}
+    model.generation_config = GenerationConfig(**tokens, do_sample=False)
+    for name, token in tokens.items():
+        setattr(model.config, name, token)
 
 
 def require_all_weights(report: dict[str, Any], what: str, advice: str) -> None:
@@ -293,8 +360,13 @@ def cannot_load(what: str, error: Exception) -> LabError:
 def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model of this run (a Path) or of a pretrained one (a folder or hub id)."""
     local = isinstance(place, Path)
+    options = {"local_files_only": local, "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=local, trust_remote_code=False)
+        # For some architectures AutoTokenizer ignores which kind of tokenizer was saved.
+        saved = get_tokenizer_config(place, **options).get("tokenizer_class")
+        plain = saved in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        kind = PreTrainedTokenizerFast if plain else AutoTokenizer
+        return kind.from_pretrained(place, **options)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise LabError(

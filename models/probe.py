@@ -5,7 +5,9 @@ Each probe returns what is wrong, or None. `probe` raises the first problem as o
 """
 
 import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +16,42 @@ from torch.utils.flop_counter import flop_registry
 
 from configs.schema import LabError
 from models.generate import CachedForward
-from models.language import LARGE_VOCABULARY, ModelTask, linear_head
+from models.language import (
+    INNER,
+    LARGE_VOCABULARY,
+    ModelTask,
+    linear_head,
+    load_tokenizer,
+    parameter_count,
+)
 
 LENGTH = 8  # tokens of the row
 TOLERANCE = 1e-3  # of the largest logit; rounding errors are a thousand times smaller
 CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 PRODUCT = re.compile(r"(mm|matmul|bmm|conv|einsum|attention|linear)")
 
 
-def probe(model: nn.Module, task: ModelTask, what: str) -> None:
-    """LabError, beginning with `what`, for the first thing that does not hold."""
+def probe(model: nn.Module, task: ModelTask, what: str, learns: bool = True) -> None:
+    """LabError, beginning with `what`, for the first thing that does not hold. learns: whether the
+    model will be trained."""
     training = model.training
     model.eval()
     names = PROBES if task.tokenizer is not None else OF_CLASSIFIERS
-    for name in names:
-        reason = PROBES[name](model, task)
+    for name in (name for name in names if learns or name not in OF_LEARNERS):
+        reason = problem(name, model, task)
         if reason:
             raise LabError(f"{what}: {model.config.model_type} {reason}")
     model.train(training)
+
+
+def problem(name: str, model: nn.Module, task: ModelTask) -> str | None:
+    """What one probe finds wrong, or None. A model that cannot run at all is wrong, too."""
+    try:
+        return PROBES[name](model, task)
+    except Exception as error:  # every architecture raises its own type
+        reason = " ".join(str(error).split())[:200]
+        return f"fails the probe {name!r} ({type(error).__name__}: {reason})"
 
 
 def row(model: nn.Module, task: ModelTask) -> Tensor:
@@ -55,6 +75,50 @@ def differs(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b)[finite].abs() > TOLERANCE * largest).any())
 
 
+def tokenizer(model: nn.Module, task: ModelTask) -> str | None:
+    """The tokenizer fits the model, and is the same after it was saved beside it."""
+    mine = task.tokenizer
+    embeddings = model.get_input_embeddings().num_embeddings
+    largest = max(mine.get_vocab().values())
+    if largest >= embeddings:
+        return (
+            f"has embeddings for {embeddings} tokens, but its tokenizer has ids up to {largest}; "
+            "resize the model to its tokenizer"
+        )
+    if mine.eos_token_id is None:
+        return "has a tokenizer without an EOS token: its answers could not end"
+    with tempfile.TemporaryDirectory() as place:
+        model.config.save_pretrained(place)
+        mine.save_pretrained(place)
+        saved = load_tokenizer(Path(place))
+    for name, values in {
+        "vocabulary": [t.get_vocab() for t in (mine, saved)],
+        "special tokens": [[t.bos_token_id, t.eos_token_id, t.pad_token_id] for t in (mine, saved)],
+        "encoding": [t("a b 1\n", add_special_tokens=True)["input_ids"] for t in (mine, saved)],
+    }.items():
+        if values[0] != values[1]:
+            return f"comes back with another tokenizer when it is saved: its {name} differs"
+    return None
+
+
+def sizes(model: nn.Module, task: ModelTask) -> str | None:
+    """No part of a model is far larger than its width, inner width and vocabulary say, which is how
+    an ignored size shows."""
+    config = model.config
+    width, layers = config.hidden_size, config.num_hidden_layers
+    inner = max(getattr(config, name, 0) or 0 for name in (*INNER, "hidden_size"))
+    experts = max(getattr(config, name, 0) or 0 for name in EXPERTS)
+    tables = 2 * (model.get_input_embeddings().num_embeddings + task.longest_row) * width
+    expected = tables + layers * 8 * width * (width + (1 + experts) * max(inner, 4 * width))
+    found = parameter_count(model)
+    if found > expected:
+        return (
+            f"has {found:,} parameters, at most {expected:,} expected from its sizes; set the "
+            "sizes that it ignores in model.settings"
+        )
+    return None
+
+
 def shape_and_values(model: nn.Module, task: ModelTask) -> str | None:
     ids = row(model, task)
     logits = logits_of(model, ids)
@@ -62,6 +126,13 @@ def shape_and_values(model: nn.Module, task: ModelTask) -> str | None:
         return f"gives {logits.shape[-1]} logits, fewer than the {task.vocabulary} tokens"
     if bool(logits.isnan().any()) or bool((logits == torch.inf).any()):
         return "gives logits that are NaN or infinite"
+    return None
+
+
+def learnable(model: nn.Module, task: ModelTask) -> str | None:
+    """Logits of -inf have no gradient."""
+    if bool((logits_of(model, row(model, task)) == -torch.inf).any()):
+        return "excludes tokens by logits of -inf, so it cannot learn them; use it unchanged"
     return None
 
 
@@ -145,12 +216,16 @@ def counted(model: nn.Module, task: ModelTask) -> str | None:
 
 
 PROBES: dict[str, Callable[[nn.Module, ModelTask], str | None]] = {
+    "tokenizer": tokenizer,
     "logits": shape_and_values,
+    "learnable": learnable,
     "causal": causal,
     "cache": cached_generation,
     "head": head,
     "gradients": gradients,
     "positions": positions,
+    "sizes": sizes,
     "FLOPs": counted,
 }
 OF_CLASSIFIERS = ("logits", "gradients", "FLOPs")
+OF_LEARNERS = ("learnable", "gradients")

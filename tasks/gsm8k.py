@@ -28,7 +28,7 @@ HUB = "openai/gsm8k"
 ASKS = "\nThink step by step. End with #### and the number."
 # the 3 of 10-3 is not -3
 NUMBER = re.compile(r"(?<![\d)])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
-TODAY = datetime(2025, 1, 1)  # for chat templates that print the date: rows never change
+DATE = datetime(2025, 1, 1)
 VALIDATION = 5  # % of the training problems
 
 
@@ -63,6 +63,13 @@ def final_number(text: str) -> float | None:
     numbers = NUMBER.findall(after.strip().partition("\n")[0].partition("####")[0])
     numbers = numbers if marked else NUMBER.findall(text)
     return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def with_fixed_date(template: str) -> str:
+    """A chat template that prints a fixed date instead of today's: else tomorrow's rows would be
+    others."""
+    call = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
+    return re.sub(call, lambda found: repr(DATE.strftime(found[2])), template)
 
 
 def without_repeats(
@@ -130,6 +137,8 @@ class Gsm8k(Task):
                 f"task.tokenizer {self.settings.tokenizer!r} cannot be loaded "
                 f"({type(error).__name__}: {str(error).splitlines()[0]})"
             ) from None
+        if isinstance(self.tokenizer.chat_template, str):
+            self.tokenizer.chat_template = with_fixed_date(self.tokenizer.chat_template)
         if self.tokenizer.eos_token_id is None:
             raise LabError(
                 f"task.tokenizer {self.settings.tokenizer!r} has no EOS token: an answer could not "
@@ -192,7 +201,7 @@ class Gsm8k(Task):
         if self.tokenizer.chat_template:
             message = [{"role": "user", "content": question + ASKS}]
             ids = self.tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, return_dict=True, strftime_now=TODAY.strftime
+                message, add_generation_prompt=True, return_dict=True
             )["input_ids"]
         else:
             ids = self.tokenizer(f"Question: {question}{ASKS}\nAnswer: ")["input_ids"]

@@ -10,7 +10,6 @@ except those of its first prompt.
 
 import ast
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from functools import cached_property

@@ -21,6 +21,7 @@ from teacher.signal import Signal, tail_of
 # distribution  the probability of every outcome: it can be softened and sorted
 # states        hidden states and attention
 # relations     value relations
+FLOAT16_MAX = torch.finfo(torch.float16).max
 TEXT = frozenset({"text"})
 SAMPLES = TEXT | {"samples"}
 OUTCOMES = SAMPLES | {"outcomes"}
@@ -176,8 +177,10 @@ def compare_sampled(signal: Signal, live: Tensor, k: int) -> Pairs:
 
 
 def packed(values: Tensor) -> np.ndarray:
-    """Flattened, as float16; float64 is kept, for traces that must agree on every machine."""
-    values = values if values.dtype == torch.float64 else values.to(torch.float16)
+    """Flattened, as float16 within its range; float64 is kept, for traces that must agree on every
+    machine."""
+    if values.dtype != torch.float64:
+        values = values.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
     return values.numpy().ravel()
 
 

@@ -9,6 +9,12 @@ from torch import Tensor
 LOG_ZERO = -69.0  # nats: the log-probability of anything less likely than 1e-30
 
 
+def finite(log_probs: Tensor) -> Tensor:
+    """Some models exclude tokens by logits of -inf, and 0 * -inf is not 0: their log-probability
+    becomes LOG_ZERO. NaN stays."""
+    return log_probs.nan_to_num(nan=torch.nan, neginf=LOG_ZERO)
+
+
 @dataclass(frozen=True)
 class Signal:
     """M positions of text and what the teacher revealed there.

@@ -17,6 +17,7 @@ from models.language import Forward, device_of, logits_at
 from models.rows import Rows, collate, row_id
 from models.states import states_of, states_options
 from tasks.task import Task
+from teacher.signal import finite
 
 BATCH_ROWS = 512
 MIN_WELL_FORMED = 0.02  # of the invented rows; with fewer the teacher is rejected
@@ -58,7 +59,8 @@ class LocalModel:
             with torch.no_grad():
                 ids = batch.input_ids.to(device_of(self.forward))
                 output = self.forward(ids, **states_options(layers, self.relations))
-            log_probs = torch.log_softmax(logits_at(output, batch, task.vocabulary).cpu(), -1)
+            logits = logits_at(output, batch, task.vocabulary).cpu()
+            log_probs = finite(torch.log_softmax(logits, -1))
             log_probs = log_probs.split(batch.counted.sum(1).tolist())
             if layers:
                 states, maps = (t.cpu() for t in states_of(output, layers, self.relations))
@@ -94,6 +96,8 @@ class LocalModel:
         )
         for i, answer in answers:
             tokens, log_probs = answer.tokens.numpy(), answer.log_probs
+            if log_probs is not None:
+                log_probs = finite(log_probs)
             if teacher_task is not self.task:
                 tokens, log_probs = retokenised(teacher_task, self.task, tokens, log_probs)
             yield TeacherRow(
@@ -146,12 +150,14 @@ class LocalModel:
                 if length is None or made == count or bytes_of(row[:length]) in taken:
                     continue
                 log_probs = answer.log_probs
+                if log_probs is not None:
+                    log_probs = finite(log_probs[length - 1 :])
                 yield TeacherRow(
                     made,
                     row_id(f"{task.name} {row[:length].tolist()}"),
                     row,
                     length,
-                    None if log_probs is None else log_probs[length - 1 :],
+                    log_probs,
                     answer.hidden,
                     answer.maps,
                 )

@@ -50,7 +50,10 @@ from tests.helpers import train_tiny
         (["teacher.training.betas=[0.9, 1.0]"], "betas.1: found 1.0"),
         (["teacher.epochs=.inf"], "teacher.epochs: found inf"),
         (["task.limit=10"], "task.limit: found 10"),
-        (["students.model.hidden_size=18"], "a model of this shape cannot run"),
+        (
+            ["students.model.hidden_size=18"],
+            "students of recipe distilled: model.architecture 'llama' cannot be built",
+        ),
         (["recipes.top.outputs.k=73"], "recipes.top.outputs.k: found 73, expected at most 72"),
         (["recipes.top.outputs.k=0"], "recipes.top.outputs.k: found 0"),
         (["recipes.top.access=sampled"], "access sampled cannot serve objective reverse_kl"),

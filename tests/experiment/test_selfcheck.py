@@ -1,5 +1,6 @@
 """The self-check finds silent errors of distillation code."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import eval as judge
 from models.rows import weight_of
 from student.loss import Loss
 from teacher.shards import Outputs
-from tests.helpers import edit_log, edited
+from tests.helpers import edit_log, edited, train_tiny
 
 
 def findings(folder, capsys):
@@ -90,3 +91,18 @@ def test_a_shuffled_teacher_that_helps_is_found(tiny_run, tmp_path, capsys):
     code, output = findings(copy, capsys)
     assert code == 1
     assert "[FAIL] shuffled: 60.0 % of the teacher's answers, against 60.0 % of distilled" in output
+
+
+def test_a_student_with_dropout_raises_no_false_alarm(tmp_path, capsys):
+    """Its first loss is random."""
+    model = {"architecture": "gpt2", "settings": {"resid_pdrop": 0.1}}
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    overrides = (
+        "seeds=[0]", "controls=[]", "verdicts=[]", "recipes={plain: {access: logits}}",
+        f"students.model={json.dumps(model | shape)}",
+    )  # fmt: skip
+    assert train_tiny(tmp_path, *overrides) == 0
+    assert judge.main([str(tmp_path / "tiny")]) == 0
+    code, output = findings(tmp_path / "tiny", capsys)
+    assert code == 0, output
+    assert "[--]   plain: first loss: it has dropout" in output

@@ -25,7 +25,9 @@ def built(task, architecture, **settings):
     return initialise(build_model(shape, task), 0)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mamba", "roberta", "granite", "opt"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gpt2", "mamba", "roberta", "granite", "opt", "qwen2", "gptj"]
+)
 def test_an_architecture_passes_every_probe(task, architecture):
     probe(built(task, architecture), task, "teacher")
 
@@ -58,10 +60,19 @@ def broken(name, model):
             output.logits = output.logits * float("nan")
         if name == "head":
             output.logits = output.logits.tanh()
+        if name == "excluded":
+            output.logits[..., 5] = -torch.inf
+        if name == "error":
+            raise RuntimeError("shapes\ndo not fit")
         return output
 
     if name == "gradients":
         model.spare = torch.nn.Linear(2, 2)
+    elif name == "sizes":
+        model.spare = torch.nn.Linear(1000, 1000)
+        model.spare.requires_grad_(False)
+    elif name == "tokens":
+        model.resize_token_embeddings(50)
     elif name == "positions":
         model.config.max_position_embeddings = 20
     else:
@@ -77,12 +88,45 @@ def broken(name, model):
         ("head", "does not compute its logits"),
         ("gradients", "never uses 2 of its parameters, such as spare"),
         ("positions", "has 20 positions, fewer than the 72 tokens of a row"),
+        ("sizes", "has 1,0[0-9,]+ parameters, at most .* expected from its sizes"),
+        ("tokens", "has embeddings for 50 tokens, but its tokenizer has ids up to 71"),
+        ("excluded", "excludes tokens by logits of -inf, so it cannot learn them"),
+        ("error", r"fails the probe 'logits' \(RuntimeError: shapes do not fit\)"),
     ],
 )
 def test_a_faulty_model_is_rejected_by_its_fault(task, name, message, monkeypatch):
     monkeypatch.setattr(module, "LARGE_VOCABULARY", 10)
     with pytest.raises(LabError, match=message):
         probe(broken(name, built(task, "llama")), task, "students")
+
+
+def test_a_teacher_that_is_used_unchanged_may_exclude_tokens(task):
+    probe(broken("excluded", built(task, "llama")), task, "teacher", learns=False)
+
+
+def test_a_tokenizer_without_an_end_mark_is_rejected(task):
+    endless = Pronounce(limit=100)
+    endless.tokenizer.eos_token = None
+    with pytest.raises(LabError, match="a tokenizer without an EOS token"):
+        probe(built(task, "llama"), endless, "teacher")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gptj", "gpt_bigcode"])
+def test_the_sizes_asked_for_are_the_sizes_built(task, architecture):
+    """Half the inner width removes half of the MLP, whatever the architecture calls it."""
+    small, large = (built(task, architecture, intermediate_size=n) for n in (40, 80))
+    widths = [{n for p in model.parameters() for n in p.shape} for model in (small, large)]
+    assert {40, 80} & widths[0] == {40}
+    assert {40, 80} & widths[1] == {80}
+    assert max(max(w) for w in widths) <= 160
+
+
+def test_a_size_that_an_architecture_does_not_have_is_rejected(task):
+    with pytest.raises(LabError, match="bloom has no such size"):
+        built(task, "bloom", intermediate_size=40)
+    with pytest.raises(LabError, match="cannot be built with these sizes") as error:
+        built(task, "gpt_neo")
+    assert "\n" not in str(error.value)
 
 
 def test_products_that_the_counter_does_not_know_are_found(task, monkeypatch):

@@ -339,3 +339,70 @@ def test_a_missing_pretrained_model_is_one_line(folder, tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert "cannot be loaded" in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_number_is_read_as_people_write_it():
+    assert final_number("#### \u22127") == -7  # a typeset minus sign
+    assert final_number("#### 1e3") == 1000
+    assert final_number("#### 18\nQuestion: 2 + 2?\n#### 4") == 18  # a run-on answer
+    assert final_number("#### 18 #### 4") == 18
+
+
+def test_lines_of_jsonl_end_at_newlines_alone(tmp_path):
+    """JSON allows the other line breaks of Unicode inside a string; editors add a BOM."""
+    problems = made_up(3)
+    problems[1]["question"] += " a\u2028b\u2029c\u0085d"
+    lines = "\n".join(json.dumps(problem, ensure_ascii=False) for problem in problems)
+    (tmp_path / "train.jsonl").write_text("\ufeff" + lines + "\n\n", "utf-8")
+    assert read_problems(str(tmp_path), "train") == problems
+
+
+def write_problems(folder, place, train_, test):
+    for split, problems in (("train", train_), ("test", test)):
+        lines = "".join(json.dumps(problem) + "\n" for problem in problems)
+        (place / f"{split}.jsonl").write_text(lines, "utf-8")
+    return Gsm8k(tokenizer=str(folder / "small"), folder=str(place))
+
+
+def test_answers_without_a_number_are_rejected_by_name(folder, tmp_path):
+    """Otherwise any answer without a number would be right."""
+    problems = made_up(20)
+    problems[3]["answer"] = "yes"
+    with pytest.raises(LabError, match="no number in the answer 'yes' to the question 'Tom has 3"):
+        write_problems(folder, tmp_path, problems[:10], problems[10:]).rows("train")
+
+
+def test_every_question_is_asked_once(folder, tmp_path, capsys):
+    """Tested questions do not train; one with two answers is dropped everywhere."""
+    problems = made_up(30)
+    contradiction = problems[25] | {"answer": "#### 1"}
+    train_ = [*problems[:20], problems[0], problems[21], contradiction]
+    task = write_problems(folder, tmp_path, train_, problems[20:])
+    splits = task.by_split
+    questions = {split: [p["question"] for p in part] for split, part in splits.items()}
+    trained = questions["train"] + questions["validation"]
+    assert sorted(trained) == sorted(p["question"] for p in problems[:20])
+    kept = [*problems[20:25], *problems[26:]]
+    assert questions["heldout"] == [p["question"] for p in kept]
+    assert "4 problems are dropped" in capsys.readouterr().out
+
+
+def test_the_date_in_a_chat_template_never_changes(folder, tmp_path):
+    """Otherwise the rows of a run would be others the next day."""
+    shutil.copytree(folder / "small", tmp_path / "small")
+    template = "{{ strftime_now('%Y') }} {{ strftime_now( \"%d\" ) }} {{ messages[0]['content'] }}"
+    (tmp_path / "small" / "chat_template.jinja").write_text(template, "utf-8")
+    task = Gsm8k(tokenizer=str(tmp_path / "small"), folder=str(folder))
+    assert task.tokenizer.decode(task.prompt("How many?")).startswith("2025 01 How many?")
+
+
+def test_an_end_mark_that_a_tokenizer_appends_does_not_end_the_prompt(folder):
+    task = Gsm8k(tokenizer=str(folder / "small"), folder=str(folder))
+    from tokenizers.processors import TemplateProcessing
+
+    end = task.tokenizer.eos_token
+    task.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, task.tokenizer.eos_token_id)]
+    )
+    assert task.tokenizer("marbles")["input_ids"][-1] == task.tokenizer.eos_token_id
+    assert task.prompt("How many?")[-1] != task.tokenizer.eos_token_id

@@ -231,15 +231,16 @@ def test_equal_documents_count_once_and_empty_ones_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"text": "a"}\n{"text": }', "a.jsonl:2 is not JSON"),
-        (b'{"text": "a"}\n["text"]', 'a.jsonl:2: expected an object with a string "text"'),
-        (b'{"texts": "a"}', 'a.jsonl:1: expected an object with a string "text"'),
-        (b'{"text": null}', 'a.jsonl:1: expected an object with a string "text"'),
-        (b'{"text": "\\ud800"}', "a.jsonl:1: the text holds half of a surrogate pair"),
+        (b'{"text": "a"}\n{"text": }', "a.jsonl, line 2 is not JSON"),
+        (b'{"text": "a"}\n["text"]', "a.jsonl, line 2: found list, expected an object"),
+        (b'{"texts": "a"}', 'a.jsonl, line 1: expected an object with a string "text"'),
+        (b'{"text": null}', 'a.jsonl, line 1: expected an object with a string "text"'),
+        (b'{"text": "\\ud800"}', "a.jsonl, line 1: the text holds half of a surrogate pair"),
         (b'{"text": "\xff"}', "a.jsonl is not UTF-8 text"),
         (b'{"text": "one"}', "none of 1 documents is in split"),
         (b"", "none of 0 documents is in split"),
-        (b"[" * 100_000, "a.jsonl:1 is not JSON"),
+        pytest.param(b"[" * 100_000, "a.jsonl, line 1 is not JSON", id="deep"),
+        pytest.param(b"a" * 10_000_001, "line 1: 10,000,001 characters", id="long"),
     ],
 )
 def test_a_damaged_file_is_rejected_in_one_line(tmp_path, content, reason):

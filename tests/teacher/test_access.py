@@ -1,0 +1,27 @@
+"""Access levels: what is revealed, stored and read back."""
+
+import numpy as np
+import pytest
+import torch
+
+from student.objectives import forward_kl
+from teacher.access import ACCESS
+from teacher.signal import finite
+
+
+@pytest.mark.parametrize("access", ["top_k", "sampled", "logits"])
+def test_tokens_that_a_teacher_excludes_cost_nothing(access, generator):
+    """Logits of -inf, and of less than float16 can hold, give finite losses and gradients."""
+    logits = torch.randn(5, 12, generator=generator)
+    logits[:, 3], logits[:, 7] = -torch.inf, -1e6
+    level, k = ACCESS[access], 8
+    targets = torch.zeros(5, dtype=torch.long)
+    signal = level.reveal(finite(logits.log_softmax(-1)), targets, k, generator)
+    stored = level.store(signal, k, 12)
+    assert all(np.isfinite(column).all() for column in stored.values())
+    read = level.read(stored, targets, k)
+    student = torch.randn(5, 12, generator=generator, requires_grad=True)
+    loss = forward_kl(student, read).sum()
+    loss.backward()
+    assert bool(loss.isfinite())
+    assert bool(student.grad.isfinite().all())
