@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from configs.files import write_atomically, write_sealed
+from configs.files import say, write_atomically, write_sealed
 from configs.schema import Config, LabError
 from experiment.check import artifacts_of, check_run, compare_runs, losses_of
 from experiment.command import run_command
@@ -89,7 +89,7 @@ def story(options: argparse.Namespace) -> int:
     if options.environment:
         return print_environment()
     if options.compare:
-        print("\n".join(compare_runs(*map(Run.finished, options.compare))))
+        say("\n".join(compare_runs(*map(Run.finished, options.compare))))
         return 0
     if options.update and options.split != "heldout":
         raise LabError("results/ holds held-out figures; remove --split with --update")
@@ -203,8 +203,8 @@ def publish(
     Console(width=150).print(console_table(result))
     print("\n".join(facts_of(result)))
     if split != "validation":
-        print(f"\nreport  {run.folder / 'report.html'}\nfigures {run.folder / 'eval.json'}")
-        print(f"next: python eval.py {run.folder} --ask {shlex.join(task.examples)}")
+        say(f"\nreport  {run.folder / 'report.html'}\nfigures {run.folder / 'eval.json'}")
+        say(f"next: python eval.py {run.folder} --ask {shlex.join(task.examples)}")
 
 
 def ask(run: Run, config: Config, questions: list[str]) -> None:
@@ -221,11 +221,12 @@ def ask(run: Run, config: Config, questions: list[str]) -> None:
             answers[name] = free_running(model, asked, rows)
         width = max(map(len, (*answers, "reference")))
         text = min(100, max(len(answer.texts[0]) for answer in answers.values()))
-        print(question)
+        lines = [question]
         for name, answer in answers.items():
             probability = np.exp(answer.log_probs[0])
-            print(f"  {name:<{width}}  {answer.texts[0]:<{text}}  p = {probability:.3f}")
-        print(f"  {'reference':<{width}}  {' | '.join(task.truths(question)) or '(not listed)'}")
+            lines.append(f"  {name:<{width}}  {answer.texts[0]:<{text}}  p = {probability:.3f}")
+        truths = " | ".join(task.truths(question)) or "(not listed)"
+        say("\n".join([*lines, f"  {'reference':<{width}}  {truths}"]))
 
 
 if __name__ == "__main__":

@@ -181,6 +181,16 @@ def read_yaml(text: str, source: str) -> Any:
         ) from None
 
 
+def printable(text: object) -> str:
+    """Text for a terminal: characters that control it, which a path or an answer may contain, are
+    shown as escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(text))
+
+
+def say(text: str) -> None:
+    print(printable(text))
+
+
 def sha256_of_file(file: Path) -> str:
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

@@ -18,6 +18,13 @@ class LabError(Exception):
     """A problem the user can fix: one line that says what, where and what to do (exit code 2)."""
 
 
+# Bounds far beyond use: what is larger is a mistake, and might take hours to fail.
+Size = Annotated[int, Field(gt=0, le=100_000)]
+Count = Annotated[int, Field(gt=0, le=1_000_000_000)]
+Layers = Annotated[list[int], Field(max_length=1_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
@@ -41,10 +48,10 @@ class Model(Section):
 
     pretrained: str | None = None  # a folder or a hub id: its shape and its weights
     architecture: str = "llama"
-    hidden_size: int | None = Field(None, gt=0)
-    num_hidden_layers: int | None = Field(None, gt=0)
-    num_attention_heads: int | None = Field(None, gt=0)
-    intermediate_size: int | None = Field(None, gt=0)
+    hidden_size: Size | None = None
+    num_hidden_layers: int | None = Field(None, gt=0, le=1_000)
+    num_attention_heads: Size | None = None
+    intermediate_size: Count | None = None
     initializer_range: float = Field(0.02, gt=0)
     settings: dict[str, Any] = {}  # other keys of this architecture's config
 
@@ -56,8 +63,8 @@ class Training(Section):
     """AdamW with warm-up and cosine decay, for teacher, student and control alike."""
 
     learning_rate: float = Field(3e-3, gt=0)
-    batch_rows: int = Field(256, gt=0)
-    accumulation: int = Field(1, gt=0)  # micro-batches per step; the result does not depend on it
+    batch_rows: Count = 256
+    accumulation: Count = 1  # micro-batches per step; the result does not depend on it
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     final_fraction: float = Field(0.0, ge=0, le=1)  # of the learning rate, at the last step
     weight_decay: float = Field(0.01, ge=0)
@@ -72,7 +79,7 @@ class Teacher(Section):
     model: Model
     training: Training
     epochs: float = Field(ge=0, lt=1e6)  # 0: a pretrained teacher, unchanged
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 class Schedule(Section):
@@ -104,9 +111,9 @@ def extremes(scheduled: Scheduled) -> tuple[float, float]:
 class OutputsSettings(Section):
     """What the teacher writes and reveals, and how much of it the student reads."""
 
-    transfer_rows: int | None = Field(None, gt=0)  # how many rows the teacher answers; null: all
-    k: int = Field(8, gt=0)  # access top_k: probabilities per position; access sampled: draws
-    layers: list[int] = []  # access hidden: one teacher layer per student layer
+    transfer_rows: Count | None = None  # how many rows the teacher answers; null: all
+    k: Count = 8  # access top_k: probabilities per position; access sampled: draws
+    layers: Layers = []  # access hidden: one teacher layer per student layer
     temperature: float = Field(0.0, ge=0)  # the teacher's sampling temperature; 0: greedy
     # Which prompts it answers. train: those of the data; invented: prompts it writes itself;
     # extended: those of the data first, then invented ones.
@@ -129,14 +136,14 @@ class StudentSettings(Section):
     """How the student of this recipe differs from the others."""
 
     model: Model | None = None  # overrides students.model
-    initial_layers: list[int] = []  # teacher layers to start from; empty: random weights
+    initial_layers: Layers = []  # teacher layers to start from; empty: random weights
     learning_rate: float | None = Field(None, gt=0)  # overrides students.training.learning_rate
     budget_fraction: float = Field(1.0, gt=0, le=1)  # of the students' budget
     # Fraction of the steps in which the student writes the text and the teacher scores it live;
     # all steps with sequences student.
     on_policy: Scheduled = 0.0
     temperature: float = Field(1.0, ge=0)  # its sampling temperature
-    group: int = Field(8, gt=1)  # objective policy_gradient: answers per prompt
+    group: int = Field(8, gt=1, le=100_000)  # objective policy_gradient: answers per prompt
 
 
 class ControlSettings(Section):
@@ -156,7 +163,7 @@ class Recipe(Section):
     temperature: Scheduled = 1.0  # of the divergence: both distributions are softened
     # Who teaches: teacher, second_teacher, or another recipe (an assistant: its first student,
     # whose cost is charged). Several are averaged.
-    teachers: list[str] = Field(["teacher"], min_length=1)
+    teachers: list[str] = Field(["teacher"], min_length=1, max_length=100)
     outputs: OutputsSettings = OutputsSettings()
     divergence: DivergenceSettings = DivergenceSettings()
     student: StudentSettings = StudentSettings()
@@ -213,8 +220,8 @@ class Verdict(Section):
 class Compare(Section):
     """Compare every recipe with some models, in a table; all verdicts are corrected together."""
 
-    against: list[str] = Field(min_length=1)
-    metrics: list[str] = Field(["sequence_agreement"], min_length=1)
+    against: list[str] = Field(min_length=1, max_length=100)
+    metrics: list[str] = Field(["sequence_agreement"], min_length=1, max_length=100)
 
 
 class Cost(Section):
@@ -229,17 +236,17 @@ CONTROLS = ("baseline", "low_data", "shuffled", "smoothed", "second_teacher")
 class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     task: TaskConfig = TaskConfig()
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    threads: int | None = Field(None, gt=0)  # null: the physical cores, at most 8
-    workers: int = Field(1, gt=0)  # processes that share the threads when several models train
+    seeds: list[Seed] = Field(min_length=1, max_length=1_000)
+    threads: int | None = Field(None, gt=0, le=1_000)  # null: the physical cores, at most 8
+    workers: int = Field(1, gt=0, le=100)  # processes that share the threads
     precision: Literal["float32", "float64"] = "float32"  # float64: the same on every machine
     teacher: Teacher
     students: Students
     recipes: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")], Recipe] = Field(
-        min_length=1
+        min_length=1, max_length=1_000
     )
     controls: list[Literal[CONTROLS]] = ["baseline", "low_data", "shuffled"]
-    verdicts: list[Verdict] = []
+    verdicts: list[Verdict] = Field([], max_length=10_000)
     compare: Compare | None = None
     cost: Cost = Cost()
     # A checkpoint is due after either, and is written with the next log line.

@@ -15,10 +15,10 @@ import torch
 import transformers
 
 from configs.files import write_atomically
-from configs.schema import LabError, Model
+from configs.schema import LabError, Model, TaskConfig
 from models.language import build_model, initialise, sha256_of_tensors
 from models.probe import PROBES, problem
-from tasks.pronounce import Pronounce
+from tasks import load_task
 from tasks.task import Task
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -65,7 +65,7 @@ def child(architecture: str, answer: Connection) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    answer.send(probed(architecture, Pronounce(limit=100)))
+    answer.send(probed(architecture, load_task(TaskConfig(limit=100))))
 
 
 def probed(architecture: str, task: Task) -> dict[str, str | None]:
@@ -90,8 +90,8 @@ def page(rows: dict[str, dict[str, str | None]]) -> str:
         "# Architectures",
         "",
         "Which architectures of transformers can be a teacher or a student here: each was built",
-        "small, for the task `pronounce`, and probed as every model is before it is trusted (see",
-        "`models/probe.py`). What fails is refused with the reason below, before anything trains.",
+        f"small, for the task `{TaskConfig().name}`, and probed as every model is before it is",
+        "trained (see `models/probe.py`). What fails is refused with the reason below.",
         "",
         f"Written by `python -m experiment.architectures` with transformers "
         f"{transformers.__version__}.",

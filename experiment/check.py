@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.files import differences, write_atomically
+from configs.files import differences, say, write_atomically
 from configs.schema import Config, LabError, nearest
 from experiment.environment import evaluation_sha256
 from experiment.experiment import verify_stage
@@ -228,7 +228,7 @@ def check_run(
         evaluate()
     result = read_result(run.folder)
     tier, lines = check(result, reference)
-    print("\n".join(lines))
+    say("\n".join(lines))
     try:
         write_atomically(run.folder / "check.html", render_check(result, reference, lines))
     except OSError as error:  # a read-only folder

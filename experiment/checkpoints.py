@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from configs.files import Shape, differences, flush_to_disk, require_shape
+from configs.files import Shape, differences, flush_to_disk, require_shape, say
 from configs.schema import LabError
 
 
@@ -88,7 +88,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     for file in sorted(folder.glob("step-*.safetensors"), reverse=True):
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest()[:16] != file.name.split(".")[1]:
-            print(f"checkpoint {file} is damaged (sha256 differs); resuming from the one before it")
+            say(f"checkpoint {file} is damaged (sha256 differs); resuming from the one before it")
             damaged = True
             # Renamed: it must not count as one of the two to keep, but may explain the damage.
             os.replace(file, file.with_name(f"damaged-{file.name}"))
@@ -97,5 +97,5 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         meta = json.loads(json.loads(content[8 : 8 + header])["__metadata__"]["lab"])
         return load_file(file), meta
     if damaged:
-        print(f"every checkpoint in {folder} is damaged; the stage starts again")
+        say(f"every checkpoint in {folder} is damaged; the stage starts again")
     return None

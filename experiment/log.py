@@ -9,10 +9,11 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 from torch import nn
 from tqdm import tqdm
 
-from configs.files import read_sealed, write_sealed
+from configs.files import printable, read_sealed, write_sealed
 from experiment.cost import Elapsed, Stopwatch
 from experiment.experiment import Experiment
 from experiment.run import Run
@@ -152,5 +153,6 @@ def print_summary(run: Run) -> None:
         f"next: python eval.py {run.folder}"
     )
     width = max(80, *(len(line) + 4 for line in text.splitlines()))  # commands stay on one line
-    panel = Panel(text, title=f"trained {run.folder}", box=box.ASCII, expand=False)
+    title = Text(f"trained {printable(run.folder)}")
+    panel = Panel(Text(printable(text)), title=title, box=box.ASCII, expand=False)
     Console(width=width).print(panel)

@@ -27,6 +27,7 @@ from configs.files import (
     read_text,
     read_yaml,
     require_shape,
+    say,
     sha256_of_json,
     write_atomically,
     write_json,
@@ -166,7 +167,7 @@ class Run:
         """Make stages again whose folder was deleted, as damaged ones should be."""
         stages = self.manifest["stages"]
         for stage in [stage for stage in stages if not (self.folder / stage).is_dir()]:
-            print(f"{self.folder / stage} is missing: it is made again")
+            say(f"{self.folder / stage} is missing: it is made again")
             del stages[stage]
             self.manifest["finished"] = None
 

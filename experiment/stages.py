@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from configs.files import say
 from configs.schema import Config, LabError
 from experiment.cost import Stopwatch
 from experiment.experiment import Experiment, open_experiment, verify_stage
@@ -64,7 +65,7 @@ def reuse_stage(experiment: Experiment, stage: str, made_from: str) -> bool:
         other = next((sibling for sibling in found if is_intact(sibling, stage)), None)
         if other is not None:
             run.copy_stage(stage, other)
-            print(f"{stage}: copied from {other.folder}, which made it from the same inputs")
+            say(f"{stage}: copied from {other.folder}, which made it from the same inputs")
     experiment.accelerator.wait_for_everyone()
     if not experiment.is_main:
         run.reload()
@@ -77,7 +78,7 @@ def is_intact(run: Run, stage: str) -> bool:
         verify_stage(run, stage)
         run.metrics()
     except LabError as error:
-        print(f"{stage}: not copied from another run: {error}")
+        say(f"{stage}: not copied from another run: {error}")
         return False
     return True
 

@@ -212,14 +212,15 @@ def comparison_in_words(verdict: dict, metric: Metric, claimed: bool) -> str:
     first, verb, second = verdict["claim"].split()
     scale, digits, seeds = metric.scale, metric.digits, seeds_behind(verdict)
     threshold = scale * verdict["threshold"]
-    low, high = (scale * bound for bound in verdict["ci95"])
+    numbers = (verdict["difference"], *verdict["ci95"])
+    difference, low, high = (round(scale * number, digits) + 0.0 for number in numbers)  # no -0.0
     if verb == "keeps":
         low, high = (100 * bound for bound in verdict["share_ci95"])
         return (
             f"{first} keeps {100 * verdict['share']:.1f} % of the {metric.heading} of {second} "
             f"[{low:.1f}, {high:.1f}] {seeds}, {100 * verdict['threshold']:g} % needed"
         )
-    difference, of = scale * verdict["difference"], f"{metric.difference_unit} of {metric.heading}"
+    of = f"{metric.difference_unit} of {metric.heading}"
     relation = f"{verb} {second} by" if verb == "beats" else f"{verb} {second} within"
     if claimed:
         text = f"{first} {relation} {difference:.{digits}f} {of}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -125,12 +126,29 @@ def build_language_model(
         # For rows of tens of tokens, plain matrix products beat fused attention kernels on a CPU;
         # the FLOPs of experts are counted only if they are computed one by one.
         config._experts_implementation = "eager"
+        require_memory(config)
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except LabError:
+        raise
     except Exception as error:  # every architecture has its own rules
         raise LabError(
             f"model.architecture {settings.architecture!r} cannot be built with these sizes "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); change model.settings"
         ) from None
+
+
+def require_memory(config: Any) -> None:
+    """LabError for a model that this machine cannot train: with its gradients and both moments of
+    AdamW it takes four times its weights."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    inner = max(getattr(config, name, 0) or 0 for name in INNER)
+    parameters = config.vocab_size * width + layers * width * (2 * width + 2 * inner)
+    needed, present = 16 * parameters, psutil.virtual_memory().total
+    if needed > present:
+        raise LabError(
+            f"model: at least {parameters / 1e9:.0f} billion parameters need {needed / 2**30:,.0f} "
+            f"GiB to train, this machine has {present / 2**30:.0f}; choose smaller sizes"
+        )
 
 
 # What architectures call the width of the MLP, and other sizes that follow from those of `Model`.

@@ -8,7 +8,9 @@ tokenizer it uses.
 import hashlib
 import multiprocessing
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +31,7 @@ ASKS = "\nThink step by step. End with #### and the number."
 # the 3 of 10-3 is not -3
 NUMBER = re.compile(r"(?<![\d)])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
 DATE = datetime(2025, 1, 1)
+CHAT_SECONDS = 5.0
 VALIDATION = 5  # % of the training problems
 
 
@@ -63,6 +66,19 @@ def final_number(text: str) -> float | None:
     numbers = NUMBER.findall(after.strip().partition("\n")[0].partition("####")[0])
     numbers = numbers if marked else NUMBER.findall(text)
     return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def ends_in_time(work: Callable[[], Any]) -> bool:
+    """Whether work ends within CHAT_SECONDS; errors are left for the next call to raise."""
+
+    def quietly() -> None:
+        with suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(CHAT_SECONDS)
+    return not thread.is_alive()
 
 
 def with_fixed_date(template: str) -> str:
@@ -143,6 +159,11 @@ class Gsm8k(Task):
             raise LabError(
                 f"task.tokenizer {self.settings.tokenizer!r} has no EOS token: an answer could not "
                 "end; set eos_token in its tokenizer_config.json"
+            )
+        if not ends_in_time(lambda: self.prompt("How many?")):
+            raise LabError(
+                f"task.tokenizer {self.settings.tokenizer!r}: its chat template takes longer than "
+                f"{CHAT_SECONDS} s; remove it, or use another tokenizer"
             )
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token

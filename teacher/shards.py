@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from configs.files import Shape, read_sealed, sha256_of_file, write_sealed
+from configs.files import Shape, read_sealed, say, sha256_of_file, write_sealed
 from configs.schema import LabError
 from models.language import Forward
 from models.rows import Batch, Chunks, Rows
@@ -62,7 +62,7 @@ def find_shard(folder: Path, number: int, binding: dict[str, Any]) -> Path | Non
     for file in sorted(folder.glob(f"shard-{number:05d}.*")):
         if not file.is_symlink() and file.name == shard_name(number, sha256_of_file(file), binding):
             return file
-        print(f"{file} is damaged or belongs to other outputs; set aside, and made again")
+        say(f"{file} is damaged or belongs to other outputs; set aside, and made again")
         os.replace(file, file.with_name(f"damaged-{file.name}"))
     return None
 

@@ -43,6 +43,19 @@ def train_tiny(runs: Path, *overrides: str) -> int:
     return train.main([TINY, *overrides, "--runs", str(runs)])
 
 
+def without_times(result: dict) -> dict:
+    """eval.json without values that depend on a clock or on the machine's load."""
+    timed = {"seconds", "joules", "money", "peak_memory_mb", "latency_ms", "answers_per_second"}
+    timed |= {"environment", "seal"}  # the seal is a hash of all of it
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if k not in timed}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    return strip(result)
+
+
 @contextmanager
 def edited(file: Path) -> Iterator[dict]:
     """The content of a sealed file, to be changed as if the run had written it so."""

@@ -13,20 +13,15 @@ import pytest
 
 import eval as judge
 from experiment.run import Run
-from tests.helpers import PART, ROOT, TINY, edited, tensor_hashes, train_tiny
-
-
-def without_times(result: dict) -> dict:
-    """eval.json without values that depend on a clock or on the machine's load."""
-    timed = {"seconds", "joules", "money", "peak_memory_mb", "latency_ms", "answers_per_second"}
-    timed |= {"environment", "seal"}  # the seal is a hash of all of it
-
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in timed}
-        return [strip(v) for v in value] if isinstance(value, list) else value
-
-    return strip(result)
+from tests.helpers import (
+    PART,
+    ROOT,
+    TINY,
+    edited,
+    tensor_hashes,
+    train_tiny,
+    without_times,
+)
 
 
 def kill_at_random(command: list[str], kills: int, draw: random.Random, longest: float) -> int:

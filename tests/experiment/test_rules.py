@@ -30,6 +30,14 @@ from tests.helpers import train_tiny
         (["task={limit: &a 3, name: *a}"], "aliases"),
         (["task=!!python/object:os.system {}"], "not plain YAML"),
         (["task={limit: 300, limit: 600}"], "the key 'limit' is given twice"),
+        (["threads=1001"], "threads: found 1001"),
+        (["seeds=" + str(list(range(1001)))], "seeds: found"),
+        (["seeds=[4294967296]"], "seeds.0: found 4294967296"),
+        (["students.model.num_hidden_layers=1001"], "num_hidden_layers: found 1001"),
+        (
+            ["teacher.model.hidden_size=100000", "teacher.model.num_hidden_layers=1000"],
+            "billion parameters need",
+        ),
         (["task=" + "a" * 1_000_001], "1,000,001 characters, expected at most 1,000,000"),
         (["verdicts=[{claim: distiled beats baseline}]"], "did you mean 'distilled'?"),
         (

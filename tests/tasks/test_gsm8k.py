@@ -406,3 +406,12 @@ def test_an_end_mark_that_a_tokenizer_appends_does_not_end_the_prompt(folder):
     )
     assert task.tokenizer("marbles")["input_ids"][-1] == task.tokenizer.eos_token_id
     assert task.prompt("How many?")[-1] != task.tokenizer.eos_token_id
+
+
+def test_a_chat_template_that_does_not_end_is_rejected(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "small", tmp_path / "small")
+    loops = "{% for a in range(9999) %}{% for b in range(99) %}{% endfor %}{% endfor %}"
+    (tmp_path / "small" / "chat_template.jinja").write_text(loops, "utf-8")
+    monkeypatch.setattr("tasks.gsm8k.CHAT_SECONDS", 0.01)
+    with pytest.raises(LabError, match=r"its chat template takes longer than 0\.01 s"):
+        Gsm8k(tokenizer=str(tmp_path / "small"), folder=str(folder))

@@ -1,0 +1,49 @@
+"""What reaches the terminal."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import eval as judge
+from configs.files import printable
+from configs.schema import LabError
+from experiment.command import run_command
+from tests.helpers import ROOT
+
+ESCAPES = "\x1b[31m\x1b]0;title\x07\u202e\x9b2J\r"
+
+
+def test_control_characters_are_shown_as_escapes():
+    shown = printable(f"a{ESCAPES}b\u00e9\n")
+    assert shown == "a\\x1b[31m\\x1b]0;title\\x07\\u202e\\x9b2J\\rb\u00e9\n"
+
+
+def test_an_error_is_one_line_without_control_characters(capsys):
+    def fail():
+        raise LabError(f"bad {ESCAPES}\nsecond line")
+
+    assert run_command(fail, "") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert not set(error) & set("\x1b\x07\x9b\r\u202e")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows forbids these names")
+def test_neither_markup_nor_escapes_of_a_path_reach_the_terminal(copy, capsys):
+    place = copy.rename(copy.parent / "[bold]\x1b[31m")
+    assert judge.main([str(place)]) == 0
+    output = capsys.readouterr().out
+    assert "[bold]\\x1b[31m" in output
+    assert "\x1b" not in output
+
+
+def test_a_terminal_without_a_letter_shows_its_code(copy):
+    """The answers of a task may hold any letter."""
+    command = [sys.executable, str(ROOT / "eval.py"), str(copy), "--ask", "na\u00efve\u4e2d"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
