@@ -1,0 +1,245 @@
+"""Plant a few hundred generated single-point changes and print the share that the tests notice.
+
+    make mutants-wide              # 300 changes, about an hour on 2 cores
+    python -m tests.mutants_wide --count 40 --only measure
+
+The changes are those of cosmic-ray, and two more: a keyword argument or a statement removed. Each
+is planted in a copy of the project, in which the tests nearest to its module run until one fails.
+"""
+
+import argparse
+import ast
+import hashlib
+import io
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+import numpy  # noqa: F401  imported once, before each change forks
+import pytest
+import scipy.stats  # noqa: F401
+import statsmodels.stats.multitest  # noqa: F401
+import torch
+import transformers  # noqa: F401
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 240  # for the tests of one change; one that takes longer is noticed
+RUNNING = ["tests/test_figures.py", "tests/test_settings.py", "tests/test_train.py", "tests/test_eval.py"]
+# The modules that decide results: the tests that run, nearest first.
+MODULES = {
+    "models/rows.py": ["tests/models", "tests/student", *RUNNING],
+    "models/generate.py": ["tests/models", "tests/teacher", *RUNNING],
+    "models/language.py": ["tests/models", *RUNNING],
+    "tasks/pronounce.py": ["tests/tasks/test_pronounce.py", "tests/tasks/test_graded.py", *RUNNING],
+    "tasks/reason.py": ["tests/tasks/test_reason.py", "tests/tasks/test_graded.py"],
+    "tasks/gsm8k.py": ["tests/tasks/test_gsm8k.py", "tests/tasks/test_graded.py"],
+    "tasks/digits.py": ["tests/tasks/test_digits.py", "tests/tasks/test_graded.py"],
+    "tasks/text.py": ["tests/tasks/test_text.py", "tests/tasks/test_graded.py"],
+    "teacher/signal.py": ["tests/student/test_objectives.py", "tests/teacher", *RUNNING],
+    "teacher/access.py": ["tests/teacher", "tests/student", *RUNNING],
+    "teacher/source.py": ["tests/teacher", *RUNNING],
+    "teacher/outputs.py": ["tests/teacher", *RUNNING],
+    "teacher/shards.py": ["tests/teacher", *RUNNING],
+    "measure/metrics.py": ["tests/measure", *RUNNING],
+    "measure/fidelity.py": ["tests/measure", *RUNNING],
+    "measure/statistics.py": ["tests/measure", *RUNNING],
+    "measure/verdicts.py": ["tests/measure", *RUNNING],
+    "measure/evaluate.py": ["tests/measure", *RUNNING, "tests/tasks/test_reason.py"],
+    "measure/reasoning.py": ["tests/measure", "tests/tasks/test_reason.py"],
+    "measure/laws.py": ["tests/measure"],
+    "measure/report/tables.py": ["tests/measure", *RUNNING],
+    "student/objectives.py": ["tests/student", *RUNNING],
+    "student/hidden.py": ["tests/student", *RUNNING],
+    "student/loss.py": ["tests/student", "tests/test_train.py", *RUNNING],
+    "student/chunked.py": ["tests/student"],
+    "student/training_set.py": ["tests/student", *RUNNING],
+    "student/on_policy.py": ["tests/student", *RUNNING],
+    "student/recipe.py": ["tests/student", *RUNNING],
+    "experiment/cost.py": ["tests/experiment/test_cost.py", "tests/experiment/test_budget.py", *RUNNING],
+    "experiment/budget.py": ["tests/experiment/test_budget.py", *RUNNING],
+    "experiment/plan.py": ["tests/experiment/test_plan.py", *RUNNING, "tests/experiment/test_rules.py"],
+    "experiment/experiment.py": [*RUNNING, "tests/experiment"],
+    "experiment/result.py": [*RUNNING, "tests/measure"],
+    "experiment/reference.py": ["tests/experiment/test_check.py", *RUNNING],
+    "experiment/check.py": ["tests/experiment/test_check.py", "tests/experiment/test_binding.py"],
+    "experiment/checkpoints.py": ["tests/test_train.py", "tests/experiment"],
+    "experiment/training_state.py": ["tests/test_train.py", *RUNNING, "tests/experiment"],
+    "train.py": ["tests/test_train.py", *RUNNING, "tests/experiment"],
+    "eval.py": [*RUNNING, "tests/experiment"],
+}  # fmt: skip
+BINARY = ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul", "Mod_Add", "Pow_Mul")
+COMPARISONS = ("Eq_NotEq", "NotEq_Eq", "Lt_GtE", "Lt_LtE", "LtE_Lt", "LtE_Gt", "Gt_GtE", "Gt_LtE",
+    "GtE_Gt", "GtE_Lt", "Is_IsNot", "IsNot_Is")  # fmt: skip
+OPERATORS = (
+    *(f"core/ReplaceBinaryOperator_{name}" for name in BINARY),
+    *(f"core/ReplaceComparisonOperator_{name}" for name in COMPARISONS),
+    "core/ReplaceUnaryOperator_Delete_USub", "core/ReplaceUnaryOperator_Delete_Not",
+    "core/AddNot", "core/ReplaceTrueWithFalse", "core/ReplaceFalseWithTrue",
+    "core/ReplaceAndWithOr", "core/ReplaceOrWithAnd", "core/NumberReplacer",
+    "core/ZeroIterationForLoop",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """A module with one change."""
+
+    module: str
+    what: str
+    code: str
+
+    @property
+    def place(self) -> str:
+        """The first line that differs."""
+        before = (ROOT / self.module).read_text("utf-8").splitlines()
+        pairs = zip(before, self.code.splitlines(), strict=False)
+        number, new = next((i, b) for i, (a, b) in enumerate(pairs, start=1) if a != b)
+        return f"{self.module}:{number}: {self.what}: {new.strip()}"
+
+
+def changes_of(module: str) -> Iterator[Change]:
+    """Every change of a module, outside docstrings and imports."""
+    code = (ROOT / module).read_text("utf-8")
+    for name in OPERATORS:
+        short = name.removeprefix("core/").removeprefix("Replace").removesuffix("Replacer")
+        for occurrence in range(10_000):
+            changed = mutate_code(code, get_operator(name)(), occurrence)
+            if changed is None:
+                break
+            yield Change(module, short, changed)
+    lines = code.splitlines(keepends=True)
+    offsets = [0]
+    for line in lines:
+        offsets.append(offsets[-1] + len(line.encode()))
+    source = code.encode()
+
+    def span(node: ast.expr | ast.stmt | ast.keyword) -> tuple[int, int]:
+        start = offsets[node.lineno - 1] + node.col_offset
+        return start, offsets[node.end_lineno - 1] + node.end_col_offset
+
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                start, stop = span(keyword)
+                rest = source[stop:].lstrip()
+                stop = len(source) - len(rest[1:]) if rest.startswith(b",") else stop
+                changed = (source[:start] + source[stop:]).decode()
+                yield Change(module, f"without {keyword.arg}=", changed)
+        is_statement = isinstance(node, ast.AugAssign | ast.Expr)
+        if is_statement and not isinstance(getattr(node, "value", None), ast.Constant):
+            start, stop = span(node)
+            yield Change(module, "without a statement", (source[:start] + b"pass" + source[stop:]).decode())
+
+
+def chosen(count: int, only: str) -> list[Change]:
+    """A sample of all changes, the same every time; as many of each module as it has."""
+    found: dict[str, list[Change]] = {}
+    for module in MODULES:
+        if module.startswith(only):
+            distinct = {c.code: c for c in changes_of(module) if parses(c.code)}
+            found[module] = sorted(distinct.values(), key=lambda c: digest(c.what + c.code))
+    total = sum(map(len, found.values()))
+    picked = [c for cs in found.values() for c in cs[: max(2, round(count * len(cs) / total))]]
+    return random.Random(0).sample(picked, len(picked))
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parses(code: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(code)
+    except SyntaxError:
+        return False
+    return True
+
+
+def copy_of_project(place: Path) -> Path:
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    for name in names.splitlines():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, place / name)
+    return place
+
+
+def run_tests(folder: Path, tests: list[str]) -> None:
+    """In a forked process: exit code 0 if all pass."""
+    os.chdir(folder)
+    sys.dont_write_bytecode = True
+    sys.path[:] = [str(folder), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    for name in [n for n in sys.modules if n.split(".")[0] == "tests"]:
+        del sys.modules[name]
+    torch.set_num_threads(1)
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+    present = [test for test in dict.fromkeys(tests) if (folder / test).exists()]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        code = pytest.main([*arguments, "--deselect", "tests/test_mutants.py", *present])
+    os._exit(int(code))
+
+
+def noticed(change: Change, folder: Path) -> tuple[bool, float]:
+    """Whether a test fails, and after how many seconds."""
+    file, started = folder / change.module, time.perf_counter()
+    before = file.read_text("utf-8")
+    file.write_text(change.code, "utf-8")
+    tests = MODULES[change.module]
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests))
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    file.write_text(before, "utf-8")
+    return process.exitcode != 0, time.perf_counter() - started
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--only", default="", help="modules whose path begins with this")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    changes = chosen(options.count, options.only)
+    folders: Queue[Path] = Queue()
+    scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"mutants-{os.getpid()}"
+    for number in range(options.workers):
+        folders.put(copy_of_project(scratch / str(number)))
+    results: dict[Change, bool] = {}
+
+    def judge(change: Change) -> None:
+        folder = folders.get()
+        results[change], seconds = noticed(change, folder)
+        folders.put(folder)
+        mark = "noticed " if results[change] else "SURVIVED"
+        print(f"{len(results):>4}/{len(changes)} {mark} {seconds:4.0f} s  {change.place}", flush=True)
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(judge, changes))
+    shutil.rmtree(scratch)
+    print()
+    for module in MODULES:
+        found = [seen for change, seen in results.items() if change.module == module]
+        if found:
+            print(f"{module:<28} {sum(found):>3} of {len(found):>3}")
+    print(f"{'all':<28} {sum(results.values()):>3} of {len(results):>3} changes noticed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
