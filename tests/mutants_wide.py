@@ -37,7 +37,12 @@ from cosmic_ray.plugins import get_operator
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 240  # for the tests of one change; one that takes longer is noticed
-RUNNING = ["tests/test_figures.py", "tests/test_settings.py", "tests/test_train.py", "tests/test_eval.py"]
+RUNNING = [
+    "tests/test_figures.py",
+    "tests/test_settings.py",
+    "tests/test_train.py",
+    "tests/test_eval.py",
+]
 # The modules that decide results: the tests that run, nearest first.
 MODULES = {
     "models/rows.py": ["tests/models", "tests/student", *RUNNING],
@@ -141,7 +146,9 @@ def changes_of(module: str) -> Iterator[Change]:
         is_statement = isinstance(node, ast.AugAssign | ast.Expr)
         if is_statement and not isinstance(getattr(node, "value", None), ast.Constant):
             start, stop = span(node)
-            yield Change(module, "without a statement", (source[:start] + b"pass" + source[stop:]).decode())
+            yield Change(
+                module, "without a statement", (source[:start] + b"pass" + source[stop:]).decode()
+            )
 
 
 def chosen(count: int, only: str) -> list[Change]:
@@ -227,7 +234,9 @@ def main() -> int:
         results[change], seconds = noticed(change, folder)
         folders.put(folder)
         mark = "noticed " if results[change] else "SURVIVED"
-        print(f"{len(results):>4}/{len(changes)} {mark} {seconds:4.0f} s  {change.place}", flush=True)
+        print(
+            f"{len(results):>4}/{len(changes)} {mark} {seconds:4.0f} s  {change.place}", flush=True
+        )
 
     with ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(judge, changes))
