@@ -7,6 +7,7 @@ matrix products), for teacher and student alike.
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,13 @@ class CountedForward:
         else:
             result = self.model(input_ids, **options)
         self.flops += self.per_row[shape] * rows
+        return result
+
+    def charge(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(*arguments), such as what is computed from the model's states."""
+        with FlopCounterMode(display=False) as counter:
+            result = function(*arguments)
+        self.flops += counter.get_total_flops()
         return result
 
 

@@ -41,6 +41,7 @@ from student.recipe import (
     hidden_loss_of,
     learns_from_rewards,
     objective_of,
+    projects,
     uses_relations,
 )
 from student.training_set import TrainingSet, lowest_ids, smoothed_labels, without_reasoning
@@ -108,7 +109,8 @@ def new_student(
         model = take_layers(model, load_model(source), recipe.student.initial_layers)
     if not hidden_loss_of(recipe):
         return model
-    return WithProjections(model, training_set.hidden_width, seed, uses_relations(recipe))
+    width = training_set.hidden_width if projects(recipe) else 0
+    return WithProjections(model, width, seed, uses_relations(recipe))
 
 
 def loss_of(experiment: Experiment, recipe: Recipe, training: Training) -> Loss:

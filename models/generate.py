@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from models.language import Forward, device_of
+from models.language import Forward, charged, device_of
 from models.rows import Rows
 from models.states import states_of, states_options
 
@@ -133,7 +133,8 @@ def generate(
         logits = output.logits if output.logits.ndim == 2 else output.logits[:, -1]
         logits = logits[:, :vocabulary].cpu()
         if keep_layers:
-            states, new_maps = (t.cpu() for t in states_of(output, keep_layers, keep_relations))
+            found = charged(forward, states_of, output, keep_layers, keep_relations)
+            states, new_maps = (tensor.cpu() for tensor in found)
             if hidden is None:
                 hidden = states.new_empty((rows, width - 1, *states.shape[2:]))
                 maps = states.new_zeros((rows, width - 1, new_maps.shape[2], width - 1))

@@ -238,6 +238,12 @@ def device_of(forward: Forward) -> torch.device:
     return getattr(forward, "device", torch.device("cpu"))
 
 
+def charged(forward: Forward, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), its FLOPs charged to a model if that is counted."""
+    charge = getattr(forward, "charge", None)
+    return charge(function, *arguments) if charge else function(*arguments)
+
+
 # -- saved models ----------------------------------------------------------------------------------
 
 

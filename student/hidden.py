@@ -17,12 +17,12 @@ from models.states import states_of, states_options
 
 @dataclass
 class StudentOutput:
-    """A forward pass of a student that learns from hidden states: logits [B, L, V], projected
-    [B, L, layers, W], attention [B, L, layers, L] (the mean of the heads) and, if they are
-    matched, value relations of the same shape. Indexed by positions [B, L], each is [P, ...]."""
+    """A forward pass of a student that learns from hidden states: logits [B, L, V], attention
+    [B, L, layers, L] (the mean of the heads) and, if they are matched, projected [B, L, layers, W]
+    and value relations of the shape of attention. Indexed by positions [B, L], each is [P, ...]."""
 
     logits: Tensor
-    projected: Tensor
+    projected: Tensor | None
     attention: Tensor
     relations: Tensor | None = None
 
@@ -32,15 +32,17 @@ class StudentOutput:
 
 
 class WithProjections(nn.Module):
-    """A student whose states after each of its layers are projected to the teacher's width W."""
+    """A student whose states after each of its layers are projected to the teacher's width W; with
+    W = 0, whose attention alone is read."""
 
     def __init__(self, student: nn.Module, width: int, seed: int, relations: bool = False) -> None:
         super().__init__()
         self.student, self.relations = student, relations
+        self.layers = range(1, student.config.num_hidden_layers + 1)
         inner = student.config.hidden_size
         generator = np.random.Generator(np.random.PCG64([seed, width]))
         self.projections = nn.ModuleList()
-        for _ in range(student.config.num_hidden_layers):
+        for _ in self.layers if width else ():
             projection = nn.Linear(inner, width, dtype=student.dtype)
             weight = generator.standard_normal((width, inner)) / inner**0.5
             with torch.no_grad():
@@ -58,7 +60,7 @@ class WithProjections(nn.Module):
         return self.student.config
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> StudentOutput:
-        layers = range(1, len(self.projections) + 1)
+        layers = self.layers
         options = {"use_cache": use_cache} | states_options(layers, self.relations)
         output = self.student(input_ids, **options)
         states, maps = states_of(output, layers, self.relations)
@@ -66,7 +68,7 @@ class WithProjections(nn.Module):
         attention, relations = maps[:, :, : len(layers)], maps[:, :, len(layers) :]
         return StudentOutput(
             output.logits,
-            torch.stack(projected, dim=2),
+            torch.stack(projected, dim=2) if projected else None,
             attention,
             relations if self.relations else None,
         )

@@ -195,13 +195,14 @@ class Objective:
     states or relations, (StudentOutput at P positions, HiddenSignal) -> [P]. needs: what the
     teacher must reveal (see teacher/access.py), or "reward". order: the power of T that the
     function is multiplied by; 0 if it takes no temperature. parameters: of the recipe's
-    `divergence` section.
+    `divergence` section. projects: whether it compares the student's states through projections.
     """
 
     function: Callable[..., Tensor]
     needs: str
     order: int = 0
     parameters: tuple[str, ...] = ()
+    projects: bool = False
 
     @property
     def over_states(self) -> bool:
@@ -223,7 +224,7 @@ OBJECTIVES: dict[str, Objective] = {
     "adaptive_kl": Objective(adaptive_kl, "outcomes", order=2),
     "total_variation": Objective(total_variation, "outcomes", order=1),
     "uld": Objective(uld, "distribution", order=1),
-    "hidden_mse": Objective(hidden_mse, "states"),
+    "hidden_mse": Objective(hidden_mse, "states", projects=True),
     "attention_kl": Objective(attention_kl, "states"),
     "value_relation_kl": Objective(value_relation_kl, "relations"),
 }

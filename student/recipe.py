@@ -83,6 +83,11 @@ def uses_relations(recipe: Recipe) -> bool:
     return any(OBJECTIVES[name].needs == "relations" for name in recipe.objective)
 
 
+def projects(recipe: Recipe) -> bool:
+    """Whether a recipe matches hidden states, through projections."""
+    return any(OBJECTIVES[name].projects for name in recipe.objective)
+
+
 def learns_from_rewards(recipe: Recipe) -> bool:
     """Whether a recipe learns from right/wrong rewards, without text and without a teacher."""
     return any(OBJECTIVES[name].needs == "reward" for name in recipe.objective)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.schema import LabError
 from models.generate import answers_of, generate, rows_at_once
-from models.language import Forward, device_of, logits_at
+from models.language import Forward, charged, device_of, logits_at
 from models.rows import Rows, collate, row_id
 from models.states import states_of, states_options
 from tasks.task import Task
@@ -63,7 +63,8 @@ class LocalModel:
             log_probs = finite(torch.log_softmax(logits, -1))
             log_probs = log_probs.split(batch.counted.sum(1).tolist())
             if layers:
-                states, maps = (t.cpu() for t in states_of(output, layers, self.relations))
+                found = charged(self.forward, states_of, output, layers, self.relations)
+                states, maps = (tensor.cpu() for tensor in found)
             for place, i in enumerate(indices):
                 n = rows.lengths[i] - 1
                 yield TeacherRow(
