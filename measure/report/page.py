@@ -270,7 +270,7 @@ def dark_knowledge(reference: TeacherReference) -> list[dict[str, Any]]:
     shown = []
     for i in np.argsort(uncertainty, kind="stable")[::-1][:UNCERTAIN]:
         logits, _, _ = completion_logits(reference.teacher, task, rows, np.array([i]))
-        top = torch.softmax(logits, dim=-1).topk(5, dim=-1)
+        top = torch.softmax(logits, dim=-1).topk(min(5, task.vocabulary), dim=-1)
         positions = [
             {
                 "target": task.token_name(target),

@@ -1,5 +1,6 @@
 """The measures, against hand values; the verdicts, against simulated runs."""
 
+import math
 import re
 from unittest.mock import patch
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from measure.statistics import Estimate
 from measure.verdicts import verdict_line as line_of
@@ -218,3 +220,51 @@ def test_more_claims_never_make_one_of_them_more_certain(models):
 
 
 # -- the committed results and the README ----------------------------------------------------------
+
+
+def test_the_correction_is_holms_recomputed_by_hand():
+    """The smallest p times the number of claims, the next times one less, never decreasing."""
+    chances = [(0.62, 0.5), (0.6, 0.5), (0.55, 0.5), (0.5, 0.5)]
+    comparisons = [
+        compared(
+            "a beats b",
+            "sequence_agreement",
+            0.0,
+            coin(np.random.default_rng(i), 5, 300, first),
+            coin(np.random.default_rng(10 + i), 5, 300, second),
+        )
+        for i, (first, second) in enumerate(chances)
+    ]
+    values = [c.p_value for c in comparisons]
+    corrected, largest = {}, 0.0
+    for place, i in enumerate(sorted(range(4), key=lambda i: values[i])):
+        largest = max(largest, min(1.0, (4 - place) * values[i]))
+        corrected[i] = largest
+    found = [one["p_holm"] for one in verdicts(comparisons)]
+    assert found == pytest.approx([corrected[i] for i in range(4)])
+    assert found[0] > 3 * values[0]
+
+
+def test_a_p_value_is_that_of_a_t_test_about_the_margin():
+    """With many rows the noise is that between seeds: the p of a paired t test, shifted by the
+    margin; 1 where the difference equals the margin."""
+    first, second = (
+        coin(np.random.default_rng(i), 6, 20_000, c, 0.05) for i, c in enumerate((0.6, 0.5))
+    )
+    differences = first.per_seed - second.per_seed
+    for margin in (0.0, 0.05, -0.03):
+        comparison = compared("a beats b", "sequence_agreement", margin, first, second)
+        by_hand = stats.ttest_1samp(differences, margin).pvalue
+        assert math.log(comparison.p_value) == pytest.approx(math.log(by_hand), rel=0.35)
+    exact = compared("a beats b", "sequence_agreement", float(differences.mean()), first, second)
+    assert exact.p_value == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_an_equivalence_needs_both_sides(direction):
+    """A difference far below the margin, on either side, is no match."""
+    chances = (0.6, 0.4)[::direction]
+    models = (coin(np.random.default_rng(i), 5, 2000, c) for i, c in enumerate(chances))
+    found = verdict("a matches b", "sequence_agreement", 0.05, *models)
+    assert found["result"] == "does not match"
+    assert found["p_holm"] > 0.9
