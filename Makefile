@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo reproduce test mutants test-all benchmark lint clean
+.PHONY: demo reproduce test mutants mutants-wide test-all benchmark lint clean
 
 demo: $(VENV)/.installed
 	$(RUN) train.py configs/quickstart.yaml
@@ -25,6 +25,11 @@ test: $(VENV)/.installed-test
 # The known bugs of distillation code, planted one by one: the tests must go red.
 mutants: $(VENV)/.installed-test
 	$(RUN) -m pytest -n 2 -m slow tests/test_mutants.py
+
+# A few hundred generated changes: the share that the tests notice, by module. About an hour.
+mutants-wide: $(VENV)/.installed-test
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[mutants]"
+	$(RUN) -m tests.mutants_wide
 
 test-all: $(VENV)/.installed-test
 	$(RUN) -m pytest

@@ -37,12 +37,8 @@ from cosmic_ray.plugins import get_operator
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 240  # for the tests of one change; one that takes longer is noticed
-RUNNING = [
-    "tests/test_figures.py",
-    "tests/test_settings.py",
-    "tests/test_train.py",
-    "tests/test_eval.py",
-]
+RUNNING = ["tests/test_hand_made_run.py", "tests/test_train.py", "tests/test_settings.py"]
+COST = ["tests/experiment/test_budget.py", "tests/experiment/test_recount.py"]
 # The modules that decide results: the tests that run, nearest first.
 MODULES = {
     "models/rows.py": ["tests/models", "tests/student", *RUNNING],

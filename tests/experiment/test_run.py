@@ -78,7 +78,12 @@ def test_two_runs_in_one_folder_are_rejected(copy, capsys):
     ("limit", "stage", "overrides"),
     [
         (20_000, "teacher", ()),  # enough for the manifest, too little for a model
-        (20_000, "teacher", ("workers=2", "controls=[baseline,second_teacher]", "verdicts=[]")),
+        pytest.param(
+            20_000,
+            "teacher",
+            ("workers=2", "controls=[baseline,second_teacher]", "verdicts=[]"),
+            marks=pytest.mark.slow,
+        ),
         (100_000, "outputs/data-logits", ()),  # enough for models
     ],
 )
