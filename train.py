@@ -32,6 +32,7 @@ from experiment.experiment import (
     new_model,
     new_student,
     open_experiment,
+    pretrained_of,
     source_of,
     splits_of,
     teacher_made_from,
@@ -126,8 +127,11 @@ def begin_run(experiment: Experiment, folder: Path) -> Experiment:
     accelerator.wait_for_everyone()
     if not experiment.is_main:
         experiment.run.reload()
+    manifest = experiment.run.manifest
     data = {"data": data_of(experiment), "splits": splits_of(experiment)}
-    if any(experiment.run.manifest.setdefault(key, data[key]) != data[key] for key in data):
+    if "pretrained" not in manifest:
+        manifest["pretrained"] = pretrained_of(experiment)
+    if any(manifest.setdefault(key, found) != found for key, found in data.items()):
         raise LabError(
             f"{folder} was started on other rows or with another tokenizer; train again under "
             "another name=..."

@@ -29,6 +29,7 @@ from models.language import (
     load_tokenizer,
     sha256_of_files,
     sha256_of_model,
+    sha256_of_tensors,
     take_layers,
 )
 from models.rows import Rows, batch_order
@@ -93,7 +94,15 @@ def new_model(experiment: Experiment, settings: Model, seed: int) -> nn.Module:
     """An untrained model for the task, in the precision of the config; or a pretrained one."""
     precision = getattr(torch, experiment.config.precision)
     if settings.pretrained:
-        return load_pretrained(settings.pretrained).to(precision)
+        model = load_pretrained(settings.pretrained)
+        recorded = experiment.run.manifest.get("pretrained", {}).get(settings.pretrained)
+        if recorded and sha256_of_tensors(model.state_dict()) != recorded:
+            raise LabError(
+                f"model.pretrained {settings.pretrained!r} has other weights than when "
+                f"{experiment.run.folder} was started; restore them, or train again under another "
+                "name=..."
+            )
+        return model.to(precision)
     return initialise(build_model(settings, experiment.task).to(precision), seed)
 
 
@@ -200,6 +209,14 @@ def splits_of(experiment: Experiment) -> dict[str, str]:
     others = {split: experiment.task.rows(split) for split in experiment.task.evaluation_splits}
     rows = {"validation": experiment.validation, **others}
     return {split: found.digest() for split, found in rows.items()}
+
+
+def pretrained_of(experiment: Experiment) -> dict[str, str]:
+    """{name: hash of the weights} of the pretrained models that a run starts from."""
+    config = experiment.config
+    models = [config.teacher.model, *map(config.model_of, experiment.plan.recipes.values())]
+    names = {model.pretrained for model in models if model.pretrained}
+    return {name: sha256_of_tensors(load_pretrained(name).state_dict()) for name in sorted(names)}
 
 
 def require_same_rows(run: Run, rows: dict[str, Rows]) -> None:

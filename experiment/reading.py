@@ -44,7 +44,7 @@ def check_config(settings: dict, source: str) -> Config:
         message = explain(error.errors()[0])  # which may quote line breaks from the file
         raise LabError(f"{source}: {' '.join(message.splitlines())}") from None
     for objection in objections(config):
-        raise LabError(f"{source}: {objection}")
+        raise LabError(f"{source}: {' '.join(objection.splitlines())}")
     return config
 
 

@@ -62,6 +62,7 @@ class Manifest(Shape):
     earlier_environments: list[dict[str, Any]] | None = None
     data: dict[str, str] | None = None
     splits: dict[str, str] | None = None
+    pretrained: dict[str, str] | None = None
     stages: dict[Annotated[str, Field(pattern=STAGE)], StageEntry]
     heldout_reads: int = 0
 

@@ -293,15 +293,25 @@ def load_model(folder: Path) -> nn.Module:
             options |= {"use_safetensors": True, "attn_implementation": "eager"}
             model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise LabError(
-            f"{folder} cannot be loaded ({type(error).__name__}: {reason}); {TRAIN_AGAIN}"
-        ) from None
+        raise cannot_read(folder, error) from None
     require_all_weights(report, f"{folder}", TRAIN_AGAIN)
     ends = end_marks(model)
     if ends and ends != [end := load_tokenizer(folder).eos_token_id]:
         add_up_end_marks(model, end, ends)
     return model.eval()
+
+
+def cannot_read(place: Path, error: Exception) -> LabError:
+    """What to do about a model that cannot be read. Too little memory is no damage."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or "allocat" in reason or "memory" in reason.lower():
+        return LabError(
+            f"{place} cannot be read for lack of memory ({reason[:200]}); it need not be damaged: "
+            "free some memory and run the same command again"
+        )
+    return LabError(
+        f"{place} cannot be read ({type(error).__name__}: {reason[:200]}); {TRAIN_AGAIN}"
+    )
 
 
 def end_marks(model: nn.Module) -> list[int]:
@@ -418,7 +428,7 @@ def sha256_of_model(folder: Path) -> str:
     except FileNotFoundError:
         raise LabError(f"no {file}; run train.py on the config again") from None
     except Exception as error:
-        raise LabError(f"{file} is damaged ({error}); {TRAIN_AGAIN}") from None
+        raise cannot_read(file, error) from None
 
 
 def sha256_of_files(folder: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,6 +20,8 @@ from experiment.run import Run
 from tests.helpers import METHODS, ROOT, TINY, train_tiny
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("same", derandomize=True, database=None)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

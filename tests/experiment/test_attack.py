@@ -190,8 +190,8 @@ def selfchecked(run: Path) -> tuple[int, str, str, object]:
     return *done, re.sub(r"\(\d+ s\)", "", done[1])
 
 
-COMMANDS = (trained, evaluated, validated, asked, checked, selfchecked)
-COUNTS = [9, pytest.param(86, marks=pytest.mark.slow)]  # times seven tests
+COMMANDS = (trained, evaluated, asked, checked, selfchecked)
+COUNTS = [10, pytest.param(86, marks=pytest.mark.slow)]  # times seven tests, six of them fast
 
 
 def attack(command: Callable, run: Path, other: Path, place: Path, count: int) -> None:
@@ -227,7 +227,11 @@ def attack(command: Callable, run: Path, other: Path, place: Path, count: int) -
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "command",
+    [*COMMANDS, pytest.param(validated, marks=pytest.mark.slow)],
+    ids=lambda c: c.__name__,
+)
 def test_a_finished_run(command, count, finished, other, tmp_path, monkeypatch):
     results = tmp_path / "results"
     results.mkdir()

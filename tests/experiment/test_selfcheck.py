@@ -106,3 +106,18 @@ def test_a_student_with_dropout_raises_no_false_alarm(tmp_path, capsys):
     code, output = findings(tmp_path / "tiny", capsys)
     assert code == 0, output
     assert "[--]   plain: first loss: it has dropout" in output
+
+
+def test_a_weak_student_raises_no_false_alarm(tiny_run, tmp_path, capsys):
+    """Lower, but within the noise of few rows: that cannot be decided."""
+    copy = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+    with edited(copy / "eval.json") as result:
+        for name, mean in (("distilled", 0.06), ("baseline", 0.06), ("low_data", 0.06)):
+            entry = {**result["students"], **result["controls"]}[name]
+            metric = {"mean": mean, "ci95": [mean - 0.05, mean + 0.05], "per_seed": [mean, mean]}
+            entry["fidelity"]["sequence_agreement"] = metric
+        weak = {"mean": 0.02, "ci95": [0.0, 0.04], "per_seed": [0.02, 0.02]}
+        result["controls"]["shuffled"]["fidelity"]["sequence_agreement"] = weak
+    code, output = findings(copy, capsys)
+    assert code == 0, output
+    assert "lower, but the intervals overlap; more held-out rows would decide it" in output
