@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -189,7 +190,18 @@ def run_tests(folder: Path, tests: list[str]) -> None:
     for name in [n for n in sys.modules if n.split(".")[0] == "tests"]:
         del sys.modules[name]
     torch.set_num_threads(1)
-    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+    arguments = [
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-m",
+        "not slow",
+        "-W",
+        "ignore::pytest.PytestAssertRewriteWarning",
+    ]  # the parent has imported plugins
     present = [test for test in dict.fromkeys(tests) if (folder / test).exists()]
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         code = pytest.main([*arguments, "--deselect", "tests/test_mutants.py", *present])
@@ -209,6 +221,8 @@ def noticed(change: Change, folder: Path) -> tuple[bool, float]:
         process.kill()
         process.join()
     file.write_text(before, "utf-8")
+    if process.exitcode not in (0, 1, -signal.SIGKILL):  # 1: a test failed; SIGKILL: no end
+        raise SystemExit(f"{change.place}: the tests could not run (exit code {process.exitcode})")
     return process.exitcode != 0, time.perf_counter() - started
 
 

@@ -84,7 +84,8 @@ def test_two_runs_in_one_folder_are_rejected(copy, capsys):
             ("workers=2", "controls=[baseline,second_teacher]", "verdicts=[]"),
             marks=pytest.mark.slow,
         ),
-        (100_000, "outputs/data-logits", ()),  # enough for models
+        # enough for models
+        pytest.param(100_000, "outputs/data-logits", (), marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_is_one_line_from_the_real_script(limit, stage, overrides, tmp_path):
