@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 
 from safetensors import SafetensorError
 
@@ -12,7 +13,8 @@ from configs.schema import LabError
 def run_command(command: Callable[[], int], when_stopped: str) -> int:
     """The exit code of `command`; 2 for a problem that the user can fix, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # where a terminal lacks a letter
+        if isinstance(stream, TextIOWrapper):  # in a notebook it is something else
+            stream.reconfigure(errors="backslashreplace")  # where a terminal lacks a letter
     try:
         return command()
     except LabError as error:

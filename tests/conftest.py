@@ -20,6 +20,7 @@ from experiment.run import Run
 from tests.helpers import METHODS, ROOT, TINY, train_tiny
 
 torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # a test need not survive a power cut
 hypothesis.settings.register_profile("same", derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
 

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 
@@ -28,6 +30,14 @@ def test_an_error_is_one_line_without_control_characters(capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert not set(error) & set("\x1b\x07\x9b\r\u202e")
+
+
+def test_a_command_runs_where_output_is_no_terminal(capsys):
+    """In a notebook, say."""
+    stream = StringIO()
+    with redirect_stdout(stream):
+        assert run_command(lambda: print("done") or 0, "") == 0
+    assert stream.getvalue() == "done\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows forbids these names")

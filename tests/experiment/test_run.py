@@ -74,18 +74,14 @@ def test_two_runs_in_one_folder_are_rejected(copy, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of a file")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "stage", "overrides"),
     [
         (20_000, "teacher", ()),  # enough for the manifest, too little for a model
-        pytest.param(
-            20_000,
-            "teacher",
-            ("workers=2", "controls=[baseline,second_teacher]", "verdicts=[]"),
-            marks=pytest.mark.slow,
-        ),
+        (20_000, "teacher", ("workers=2", "controls=[baseline,second_teacher]", "verdicts=[]")),
         # enough for models
-        pytest.param(100_000, "outputs/data-logits", (), marks=pytest.mark.slow),
+        (100_000, "outputs/data-logits", ()),
     ],
 )
 def test_a_full_disk_is_one_line_from_the_real_script(limit, stage, overrides, tmp_path):

@@ -194,7 +194,7 @@ def test_a_claim_lost_to_the_correction_is_reported_as_such():
 
 
 @given(estimates(seeds=3), estimates(seeds=3))
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=4)
 def test_a_reversed_comparison_is_its_mirror_image(first, second):
     there, back = (
         verdict("a beats b", "sequence_agreement", 0.0, *models)
@@ -211,7 +211,7 @@ def test_a_reversed_comparison_is_its_mirror_image(first, second):
 
 
 @given(st.lists(estimates(seeds=2), min_size=2, max_size=5))
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=4)
 def test_more_claims_never_make_one_of_them_more_certain(models):
     claims = [compared("a beats b", "ece", 0.0, models[0], model) for model in models[1:]]
     together = verdicts(claims)

@@ -58,7 +58,7 @@ def run(tmp_path_factory):
     runs = tmp_path_factory.mktemp("reason")
     assert train.main([TINY, "--runs", str(runs)]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure.reasoning, "PROBLEMS", 8)  # models this small rarely end an answer
+        patch.setattr(measure.reasoning, "PROBLEMS", 4)  # models this small rarely end an answer
         assert judge.main([str(runs / "reason-tiny")]) == 0
     return Run.finished(runs / "reason-tiny")
 
