@@ -9,7 +9,6 @@ is planted in a copy of the project, in which the tests nearest to its module ru
 
 import argparse
 import ast
-import hashlib
 import io
 import multiprocessing
 import os
@@ -20,10 +19,11 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Queue
 
@@ -33,6 +33,7 @@ import scipy.stats  # noqa: F401
 import statsmodels.stats.multitest  # noqa: F401
 import torch
 import transformers  # noqa: F401
+from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 
@@ -123,16 +124,16 @@ class Change:
         return f"{self.module}:{number}: {self.what}: {new.strip()}"
 
 
-def changes_of(module: str) -> Iterator[Change]:
-    """Every change of a module, outside docstrings and imports."""
+def changes_of(module: str) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Every change of a module, outside docstrings and imports: what it is, and the new code."""
     code = (ROOT / module).read_text("utf-8")
+    nodes = list(ast_nodes(get_ast(code)))
     for name in OPERATORS:
         short = name.removeprefix("core/").removeprefix("Replace").removesuffix("Replacer")
-        for occurrence in range(10_000):
-            changed = mutate_code(code, get_operator(name)(), occurrence)
-            if changed is None:
-                break
-            yield Change(module, short, changed)
+        operator = get_operator(name)()
+        count = sum(len(list(operator.mutation_positions(node))) for node in nodes)
+        for occurrence in range(count):
+            yield short, partial(mutate_code, code, operator, occurrence)
     lines = code.splitlines(keepends=True)
     offsets = [0]
     for line in lines:
@@ -149,30 +150,27 @@ def changes_of(module: str) -> Iterator[Change]:
                 start, stop = span(keyword)
                 rest = source[stop:].lstrip()
                 stop = len(source) - len(rest[1:]) if rest.startswith(b",") else stop
-                changed = (source[:start] + source[stop:]).decode()
-                yield Change(module, f"without {keyword.arg}=", changed)
+                yield f"without {keyword.arg}=", (source[:start] + source[stop:]).decode
         is_statement = isinstance(node, ast.AugAssign | ast.Expr)
         if is_statement and not isinstance(getattr(node, "value", None), ast.Constant):
             start, stop = span(node)
-            yield Change(
-                module, "without a statement", (source[:start] + b"pass" + source[stop:]).decode()
-            )
+            yield "without a statement", (source[:start] + b"pass" + source[stop:]).decode
 
 
 def chosen(count: int, only: str) -> list[Change]:
     """A sample of all changes, the same every time; as many of each module as it has."""
-    found: dict[str, list[Change]] = {}
-    for module in MODULES:
-        if module.startswith(only):
-            distinct = {c.code: c for c in changes_of(module) if parses(c.code)}
-            found[module] = sorted(distinct.values(), key=lambda c: digest(c.what + c.code))
+    found = {name: list(changes_of(name)) for name in MODULES if name.startswith(only)}
     total = sum(map(len, found.values()))
-    picked = [c for cs in found.values() for c in cs[: max(2, round(count * len(cs) / total))]]
+    picked = []
+    for module, changes in found.items():
+        draw, distinct = random.Random(module), {}
+        for what, code in draw.sample(changes, len(changes)):
+            if len(distinct) == max(2, round(count * len(changes) / total)):
+                break
+            if (new := code()) and parses(new):
+                distinct[new] = Change(module, what, new)
+        picked += distinct.values()
     return random.Random(0).sample(picked, len(picked))
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parses(code: str) -> bool:
@@ -203,9 +201,9 @@ def run_tests(folder: Path, tests: list[str]) -> None:
     torch.set_num_threads(1)
     # The parent has imported plugins, which the rewriting of assertions warns about.
     imported = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", *imported, "-m", "not slow"]
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        code = pytest.main(["-x", "-q", *plugins, *imported, "-m", "not slow", *tests])
+        code = pytest.main([*options, *tests])
     os._exit(int(code))
 
 
