@@ -49,22 +49,21 @@ ON_POLICY = "tests/student/test_on_policy.py"
 RESUME = "tests/experiment/test_resume.py"
 CHECKPOINTS = "tests/experiment/test_checkpoints.py"
 STAGES = "tests/experiment/test_stages.py"
-BINDING = "tests/experiment/test_binding.py"
 PRONOUNCE = "tests/tasks/test_pronounce.py"
 # The modules that decide results: the tests that run, nearest first.
 MODULES = {
     "models/rows.py": ["tests/models/test_rows.py", SET, OBJECTIVES, HAND_MADE, TRAIN, OUTPUTS],
     "models/generate.py": ["tests/models/test_end_marks.py", OUTPUTS, PRONOUNCE, ON_POLICY],
-    "models/language.py": ["tests/models", TRAIN, SETTINGS],
-    "tasks/pronounce.py": [PRONOUNCE, GRADED, HAND_MADE, SETTINGS],
+    "models/language.py": ["tests/models", TRAIN],
+    "tasks/pronounce.py": [PRONOUNCE, GRADED, TRAIN],
     "tasks/reason.py": [GRADED, "tests/tasks/test_reason.py"],
     "tasks/gsm8k.py": [GRADED, "tests/tasks/test_gsm8k.py"],
     "tasks/digits.py": [GRADED, "tests/tasks/test_digits.py"],
     "tasks/text.py": [GRADED, "tests/tasks/test_text.py"],
     "teacher/signal.py": [OBJECTIVES, "tests/teacher", HAND_MADE],
     "teacher/access.py": ["tests/teacher", OBJECTIVES, TRAIN],
-    "teacher/source.py": ["tests/teacher", OBJECTIVES, TRAIN, RECOUNT],
-    "teacher/outputs.py": ["tests/teacher", TRAIN, RECOUNT],
+    "teacher/source.py": ["tests/teacher", OBJECTIVES, TRAIN],
+    "teacher/outputs.py": ["tests/teacher", TRAIN],
     "teacher/shards.py": ["tests/teacher", TRAIN],
     "measure/metrics.py": ["tests/measure/test_fidelity.py", HAND_MADE],
     "measure/fidelity.py": ["tests/measure/test_fidelity.py", HAND_MADE],
@@ -78,18 +77,18 @@ MODULES = {
     "student/hidden.py": ["tests/student/test_hidden.py", RECOUNT],
     "student/loss.py": [OBJECTIVES, "tests/student/test_hidden.py", TRAIN, SETTINGS],
     "student/chunked.py": ["tests/student/test_chunked.py"],
-    "student/training_set.py": [SET, TRAIN, SETTINGS],
+    "student/training_set.py": [SET, TRAIN, OBJECTIVES],
     "student/on_policy.py": [ON_POLICY, RECOUNT],
     "student/recipe.py": [OBJECTIVES, "tests/experiment/test_rules.py", SETTINGS],
     "experiment/cost.py": ["tests/experiment/test_cost.py", RECOUNT, HAND_MADE],
     "experiment/budget.py": ["tests/experiment/test_budget.py", RECOUNT],
     "experiment/plan.py": ["tests/experiment/test_rules.py", TRAIN, SETTINGS],
-    "experiment/experiment.py": [HAND_MADE, TRAIN, STAGES, BINDING],
+    "experiment/experiment.py": [HAND_MADE, TRAIN, STAGES],
     "experiment/result.py": [HAND_MADE, "tests/measure/report", "tests/experiment/test_check.py"],
     "experiment/reference.py": ["tests/experiment/test_check.py", HAND_MADE],
     "experiment/check.py": ["tests/experiment/test_check.py"],
-    "experiment/checkpoints.py": [CHECKPOINTS, TRAIN, RESUME],
-    "experiment/training_state.py": [TRAIN, CHECKPOINTS, SETTINGS, RESUME],
+    "experiment/checkpoints.py": [CHECKPOINTS, TRAIN],
+    "experiment/training_state.py": [TRAIN, CHECKPOINTS, RESUME],
     "train.py": [TRAIN, SETTINGS, RECOUNT],
     "eval.py": [HAND_MADE, "tests/test_eval.py", "tests/experiment/test_reading.py"],
 }  # fmt: skip
