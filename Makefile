@@ -26,7 +26,7 @@ test: $(VENV)/.installed-test
 mutants: $(VENV)/.installed-test
 	$(RUN) -m pytest -n 2 -m slow tests/test_mutants.py
 
-# A few hundred generated changes: the share that the tests notice, by module. About an hour.
+# A few hundred generated changes: the share that the tests notice, by module.
 mutants-wide: $(VENV)/.installed-test
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[mutants]"
 	$(RUN) -m tests.mutants_wide

@@ -1,10 +1,12 @@
 """Plant a few hundred generated single-point changes and print the share that the tests notice.
 
-    make mutants-wide              # 200 changes, about an hour on 2 cores
+    make mutants-wide              # 200 changes
     python -m tests.mutants_wide --count 40 --only measure
 
 The changes are those of cosmic-ray, and two more: a keyword argument or a statement removed. Each
-is planted in a copy of the project, in which the tests nearest to its module run until one fails.
+is planted in a copy of the project, in which the tests nearest to its module run until one fails;
+the whole suite may notice more. A change with which nothing can be imported says nothing about the
+tests and is left out of the share.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Queue
+from tempfile import TemporaryDirectory
 
 import numpy  # noqa: F401  imported once, before each change forks
 import pytest
@@ -225,14 +228,17 @@ def exit_code(folder: Path, tests: list[str], limit: float | None) -> tuple[int,
         time.sleep(0.1)
 
 
-def noticed(change: Change, folder: Path, limit: float) -> tuple[bool, float]:
-    """Whether a test fails or does not end in time, and after how many seconds."""
+def noticed(change: Change, folder: Path, limit: float) -> tuple[bool | None, float]:
+    """Whether a test fails or does not end in time, None if the tests cannot be collected; and
+    after how many seconds."""
     file = folder / change.module
     before = file.read_text("utf-8")
     file.write_text(change.code, "utf-8")
     code, seconds = exit_code(folder, MODULES[change.module], limit)
     file.write_text(before, "utf-8")
-    if code not in (0, 1, 2, -signal.SIGKILL):  # 1: a test failed; 2: the module does not import
+    if code in (2, 4):  # an error in collecting the tests, or in importing their conftest
+        return None, seconds
+    if code not in (0, 1, -signal.SIGKILL):  # 1: a test failed; SIGKILL: no end
         raise SystemExit(f"{change.place}: the tests could not run (exit code {code})")
     return code != 0, seconds
 
@@ -245,10 +251,7 @@ def main() -> int:
     options = parser.parse_args()
     changes = chosen(options.count, options.only)
     folders: Queue[Path] = Queue()
-    scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"mutants-{os.getpid()}"
-    for number in range(options.workers):
-        folders.put(copy_of_project(scratch / str(number)))
-    results: dict[Change, bool] = {}
+    results: dict[Change, bool | None] = {}
     unchanged: dict[str, float] = {}  # seconds of each selection's tests
 
     def measure(tests: str) -> None:
@@ -264,21 +267,27 @@ def main() -> int:
         limit = 60 + 3 * sum(unchanged[tests] for tests in MODULES[change.module])
         results[change], seconds = noticed(change, folder, limit)
         folders.put(folder)
-        mark = "noticed " if results[change] else "SURVIVED"
+        mark = {True: "noticed ", False: "SURVIVED", None: "left out"}[results[change]]
         count = f"{len(results):>4}/{len(changes)}"
         print(f"{count} {mark} {seconds:4.0f} s  {change.place}", flush=True)
 
-    with ThreadPoolExecutor(options.workers) as pool:
-        modules = {change.module for change in changes}
-        list(pool.map(measure, sorted({tests for name in modules for tests in MODULES[name]})))
-        list(pool.map(judge, changes))
-    shutil.rmtree(scratch)
+    selections = sorted({tests for change in changes for tests in MODULES[change.module]})
+    with TemporaryDirectory() as scratch, ThreadPoolExecutor(options.workers) as pool:
+        for number in range(options.workers):
+            folders.put(copy_of_project(Path(scratch) / str(number)))
+        try:
+            list(pool.map(measure, selections))
+            list(pool.map(judge, changes))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    judged = {change: seen for change, seen in results.items() if seen is not None}
     print()
     for module in MODULES:
-        found = [seen for change, seen in results.items() if change.module == module]
+        found = [seen for change, seen in judged.items() if change.module == module]
         if found:
             print(f"{module:<28} {sum(found):>3} of {len(found):>3}")
-    print(f"{'all':<28} {sum(results.values()):>3} of {len(results):>3} changes noticed")
+    print(f"{'all':<28} {sum(judged.values()):>3} of {len(judged):>3} changes noticed")
     return 0
 
 
