@@ -124,20 +124,22 @@ def comparison(claim: Verdict, task: Task, estimates: Estimates) -> Comparison:
     )
     sign = metrics_of(task)[claim.metric].sign
     return Comparison(
-        claim.claim, claim.metric, sign, claim.threshold, first[claim.metric], second[claim.metric]
-    )
+        claim.claim, claim.metric, sign, claim.threshold, first[claim.metric], second[claim.metric],
+        claim.split,
+    )  # fmt: skip
 
 
 def map_of_traces(config: Config, task: Task, estimates: Estimates) -> list[dict[str, Any]]:
-    """Where traces pay: a verdict for every pair of students and number of steps, all corrected
-    together."""
+    """Where traces pay: a verdict for every pair of students and number of steps, an exploration
+    whose cells are all corrected together."""
     cells = [
         (split, steps, Verdict(claim=claim, metric=task.accuracy_at(steps), split=split))
         for name, other in pairs_of_traces(config.recipes)
         for claim in [f"{name} beats {other}"]
         for split, steps in steps_by_split(task, estimates["teacher"])
     ]
-    decided = verdicts([comparison(claim, task, estimates) for _, _, claim in cells])
+    compared = [comparison(claim, task, estimates) for _, _, claim in cells]
+    decided = verdicts(compared, family=lambda _: "map")
     return [
         {**verdict, "split": split, "steps": steps}
         for verdict, (split, steps, _) in zip(decided, cells, strict=True)

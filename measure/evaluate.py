@@ -140,7 +140,7 @@ class TeacherReference:
         units = self.task.units(self.rows.ids[np.arange(len(self.rows))])
 
         def stacked(columns: list[np.ndarray]) -> np.ndarray:
-            """[rows, ...] of every seed -> [seeds, units, ...]: intervals resample units."""
+            """[rows, ...] of every seed -> [seeds, units, ...]: intervals are over units."""
             if units is None:
                 return np.stack(columns)
             sums = np.zeros((len(columns), units.max() + 1, *columns[0].shape[1:]))
@@ -160,7 +160,7 @@ class TeacherReference:
                 values = [np.stack([s.columns[top], s.columns[bottom]], axis=-1) for s in seeds]
             else:
                 continue
-            found[name] = Estimate(stacked(values), metric.statistic or ratio)
+            found[name] = Estimate.of(stacked(values), metric.statistic or ratio)
         return found
 
 

@@ -14,7 +14,7 @@ from measure.fidelity import (
     nll_gap,
     top1_agreement,
 )
-from measure.statistics import expected_calibration_error
+from measure.statistics import calibrated_error, expected_calibration_error
 from tasks import TASKS
 from tasks.task import Metric, Task
 
@@ -34,6 +34,9 @@ METRICS: dict[str, Metric] = {
     ),
     "nll_gap": Metric("NLL gap", "nats", True, positions=nll_gap, needs_teacher=True),
     "ece": Metric("ECE", "%", True, positions=calibration, statistic=expected_calibration_error),
+    "ece_if_calibrated": Metric(
+        "ECE if calibrated", "%", True, positions=calibration, statistic=calibrated_error
+    ),
 }
 
 # Metrics that figures, laws and the self-check read.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from statsmodels.stats.proportion import proportion_confint
+from scipy import stats
 
 from configs.schema import Recipe
 from models.generate import answers_of
@@ -78,11 +78,11 @@ def curve_point(
     amount: int, accuracy: float, tokens: float, flops: float, problems: int
 ) -> dict[str, Any]:
     """The interval is over problems only (Wilson 1927)."""
-    right = round(accuracy * problems)
+    right = stats.binomtest(round(accuracy * problems), problems)
     return {
         "amount": amount,
         "accuracy": accuracy,
-        "ci95": list(map(float, proportion_confint(right, problems, method="wilson"))),
+        "ci95": list(map(float, right.proportion_ci(method="wilson"))),
         "tokens_per_problem": tokens / problems,
         "flops_per_problem": flops / problems,
     }

@@ -1,18 +1,24 @@
-"""Estimates with intervals over seeds and rows.
+"""Estimates over seeds and rows: standard errors, intervals and p-values.
 
-An estimate is kept as columns [seeds, rows, C] and a function of the column sums [..., C] -> [...],
-for instance wrong answers and answers, and their ratio.
+All seeds of a model are evaluated on the same rows. The variance of a mean over n seeds is
+therefore V/n + W: V, between seeds, averages out with more seeds; W, of the rows that all seeds
+share, does not.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
+from typing import Union
 
 import numpy as np
-from scipy import stats
+from scipy import special
+from scipy.optimize import brentq
 
-RESAMPLES = 2000
+LEVEL = 0.05  # of every test; intervals cover 1 - LEVEL
+POWER = 0.8
+LEAST_GAP = 4.0  # standard errors; a ratio to a smaller gap has no useful interval
+LEAST_P = 1e-30  # smaller p-values are given as this
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
@@ -27,89 +33,198 @@ def expected_calibration_error(sums: np.ndarray) -> np.ndarray:
     return np.abs(confidence - hits).sum(-1) / np.maximum(count.sum(-1), 1e-12)
 
 
-@lru_cache(maxsize=4)
-def row_weights(rows: int) -> np.ndarray:
-    """[RESAMPLES, rows]: how often each row is drawn in each resample."""
-    generator = np.random.Generator(np.random.PCG64(rows))
-    drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
-    return drawn.astype(np.uint8)  # a row is never drawn 256 times
-
-
-def widening(seeds: int) -> float:
-    """The factor by which the bootstrap over a few seeds is too narrow: it divides by n, not n - 1,
-    and its tails are normal, not Student's. Hesterberg 2015, arXiv 1411.5279, section 4."""
-    if seeds == 1:
-        return 1.0
-    return math.sqrt(seeds / (seeds - 1)) * stats.t.ppf(0.975, seeds - 1) / stats.norm.ppf(0.975)
+def calibrated_error(sums: np.ndarray) -> np.ndarray:
+    """The ECE that a perfectly calibrated model with these confidences would have by chance: hits
+    in a bin are then binomial, with mean absolute deviation sqrt(2/pi) times the standard one.
+    Columns as for `expected_calibration_error`."""
+    count, confidence, _ = np.split(sums, 3, axis=-1)
+    chance = np.clip(confidence / np.maximum(count, 1e-12), 0, 1)
+    deviation = np.sqrt(2 / np.pi * np.maximum(count, 0) * chance * (1 - chance))
+    return deviation.sum(-1) / np.maximum(count.sum(-1), 1e-12)
 
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """columns [seeds, rows, C] and the statistic of their sums over rows."""
+    """A statistic of each seed [n], and how it depends on each row [n, R].
 
-    columns: np.ndarray
-    statistic: Callable[[np.ndarray], np.ndarray] = ratio
+    influence: the first-order effect of a row on its seed's value; a row's sums over seeds are of
+    mean 0 and their sum of squares is the variance (infinitesimal jackknife, Efron and Tibshirani
+    1993, section 22.3).
+    """
 
-    @cached_property
-    def per_seed(self) -> np.ndarray:
-        return self.statistic(self.columns.sum(axis=1))
+    per_seed: np.ndarray
+    influence: np.ndarray
+
+    @classmethod
+    def of(
+        cls, columns: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray] = ratio
+    ) -> "Estimate":
+        """columns [n, R, C]; the statistic maps sums over rows [..., C] to values [...]."""
+        sums = columns.sum(axis=1)
+        step = 1e-6 * np.maximum(np.abs(sums).max(axis=1), 1e-6)[:, None]
+        nudges = step[:, None] * np.eye(sums.shape[1])  # [n, C, C]
+        around = statistic(sums[:, None] + nudges) - statistic(sums[:, None] - nudges)
+        centred = columns - columns.mean(axis=1, keepdims=True)
+        return cls(statistic(sums), np.einsum("nrc,nc->nr", centred, around / (2 * step)))
+
+    @property
+    def seeds(self) -> int:
+        return len(self.per_seed)
 
     @property
     def mean(self) -> float:
         return float(self.per_seed.mean())
 
-    @cached_property
-    def over_rows(self) -> np.ndarray:
-        """[RESAMPLES, seeds] bootstrap values over rows only."""
-        seeds, rows, _ = self.columns.shape
-        values = np.empty((RESAMPLES, seeds))
-        for draws in np.array_split(np.arange(RESAMPLES), 8):
-            weights = row_weights(rows)[draws].astype(np.float64)
-            for seed in range(seeds):
-                values[draws, seed] = self.statistic(weights @ self.columns[seed])
-        return values
+    def __sub__(self, other: Union["Estimate", float]) -> "Estimate":
+        """The paired difference, by seed and by row. A model with a single seed, such as the
+        teacher, is paired with each seed of the other; otherwise seeds that only one has are left
+        out."""
+        if not isinstance(other, Estimate):
+            return Estimate(self.per_seed - other, self.influence)
+        first, second = paired(self, other)
+        return Estimate(first.per_seed - second.per_seed, first.influence - second.influence)
+
+    def __mul__(self, factor: float) -> "Estimate":
+        return Estimate(factor * self.per_seed, factor * self.influence)
+
+    def __truediv__(self, other: "Estimate") -> "Estimate":
+        """The ratio of the means, to first order in the deviations of both (delta method)."""
+        first, second = paired(self, other)
+        found = first.mean / second.mean
+        change = first - second * found
+        return Estimate(found + change.per_seed / second.mean, change.influence / second.mean)
 
     @cached_property
-    def resamples(self) -> np.ndarray:
-        """[RESAMPLES] bootstrap values of the mean: hierarchical, over seeds and over rows.
+    def variances(self) -> tuple[float, float]:
+        """(V, W): between seeds, per seed; and of the rows that all seeds share.
 
-        Rows and seeds are crossed: all seeds share one draw of rows. The draws depend only on the
-        numbers of rows and seeds, so differences of two estimates are paired by row, and by seed
-        if both have equally many. The part due to seeds is widened for their small number.
+        The squared influences of the mean contain W and, once per seed, what rows do to that seed
+        alone; the latter is part of V, and is subtracted from W.
         """
-        seeds = len(self.per_seed)
-        chosen = np.random.Generator(np.random.PCG64(seeds)).integers(
-            seeds, size=(RESAMPLES, seeds)
-        )
-        over_rows = self.over_rows.mean(axis=1)
-        over_both = np.take_along_axis(self.over_rows, chosen, axis=1).mean(axis=1)
-        return over_rows + widening(seeds) * (over_both - over_rows)
+        seeds, rows = self.influence.shape
+        common = self.influence.mean(axis=0)
+        scale = rows / max(rows - 1, 1)
+        over_rows = scale * float((common**2).sum())
+        if seeds == 1:
+            return 0.0, over_rows
+        single = scale * float(((self.influence - common) ** 2).sum()) / (seeds - 1)
+        return float(self.per_seed.var(ddof=1)), max(0.0, over_rows - single / seeds)
 
-    def times(self, share: float) -> "Estimate":
-        """This ratio, multiplied by `share`."""
-        return Estimate(self.columns * np.array([share, 1.0]))
+    def standard_error(self, seeds: int | None = None) -> float:
+        """Of the mean over these seeds, or over another number of them."""
+        between, rows = self.variances
+        return math.sqrt(between / (seeds or self.seeds) + rows)
+
+    def weighted(self, quantile: Callable[[float], float], seeds: int | None = None) -> float:
+        """A quantile, given for the degrees of freedom of seeds and of rows, weighted by their
+        variances (Cochran and Cox 1957, section 4.14). Satterthwaite's degrees of freedom covered
+        less than 95 % for few seeds."""
+        seeds = seeds or self.seeds
+        between, rows = self.variances
+        of_rows = quantile(max(self.influence.shape[1] - 1, 1))
+        if seeds == 1 or between == 0:
+            return float(of_rows)
+        total = between / seeds + rows
+        return float((between / seeds * quantile(seeds - 1) + rows * of_rows) / total)
+
+    def critical(self, level: float, seeds: int | None = None) -> float:
+        """How many standard errors a difference must exceed at this two-sided level."""
+        return self.weighted(lambda freedom: -special.stdtrit(freedom, level / 2), seeds)
+
+    @property
+    def interval(self) -> list[float]:
+        """The 95 % interval of the mean."""
+        half = self.critical(LEVEL) * self.standard_error()
+        return [self.mean - half, self.mean + half]
+
+    def p_value(self, value: float = 0.0) -> float:
+        """Two-sided, of the hypothesis that the mean is `value`: the level whose interval would
+        just reach it."""
+        distance, error = abs(self.mean - value), self.standard_error()
+        if error <= 1e-12 * max(abs(self.mean), abs(value), 1e-12):  # all rows and seeds agree
+            return float(distance <= 1e-12)
+        if self.critical(LEAST_P) < distance / error:
+            return LEAST_P
+        exponent = brentq(
+            lambda e: self.critical(math.exp(e)) - distance / error, math.log(LEAST_P), 0.0
+        )
+        return math.exp(exponent)
+
+    def detectable(self, level: float) -> float:
+        """The difference that these seeds would find with power 0.8."""
+        return self.needed(level, self.seeds)
+
+    def needed(self, level: float, seeds: int) -> float:
+        """The difference that this number of seeds would find with power 0.8."""
+
+        def noncentrality(freedom: float) -> float:
+            critical = -special.stdtrit(freedom, level / 2)
+            return float(special.nctdtrinc(freedom, 1 - POWER, critical))
+
+        return self.weighted(noncentrality, seeds) * self.standard_error(seeds)
+
+    def seeds_needed(self, distance: float, level: float) -> int | None:
+        """How many seeds would find a difference of this size with power 0.8; None where no number
+        does, or where one seed cannot tell."""
+        most = 10_000
+        if self.seeds == 1 or self.needed(level, most) > distance:
+            return None
+        low, high = 1, most
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.needed(level, middle) <= distance else (middle, high)
+        return high
 
     def summary(self) -> dict:
         """{"mean", "ci95", "per_seed"}"""
-        return {
-            "mean": self.mean,
-            "ci95": interval(self.resamples),
-            "per_seed": self.per_seed.tolist(),
-        }
+        return {"mean": self.mean, "ci95": self.interval, "per_seed": self.per_seed.tolist()}
 
 
-def interval(resamples: np.ndarray) -> list[float]:
-    """The 95 % percentile interval."""
-    return [float(bound) for bound in np.percentile(resamples, [2.5, 97.5])]
+def paired(first: Estimate, second: Estimate) -> tuple[Estimate, Estimate]:
+    """Both with the seeds that both have, in their order."""
+    several = [one.seeds for one in (first, second) if one.seeds > 1]
+    seeds = min(several, default=1)
+    kept = [Estimate(one.per_seed[:seeds], one.influence[:seeds]) for one in (first, second)]
+    return tuple(
+        Estimate(np.repeat(e.per_seed, seeds), np.repeat(e.influence, seeds, axis=0))
+        if e.seeds < seeds
+        else e
+        for e in kept
+    )
 
 
 def share_of_gap(sign: int, low: Estimate, student: Estimate, high: Estimate) -> dict:
     """The fraction of the gap from `low` to `high` that the student closes. sign: 1 if higher is
-    better, else -1. None where the gap is not significantly above 0, so there is none to close.
+    better, else -1. None unless the gap is 4 standard errors above 0: there is none to close, or
+    the fraction could be anything.
     """
-    gap = low.mean - high.mean
-    gaps = low.resamples - high.resamples
-    if -sign * gap <= 0 or (-sign * gaps <= 0).any():
-        return {"share": None, "ci95": None, "gap": gap}
-    resampled = (low.resamples - student.resamples) / gaps
-    return {"share": (low.mean - student.mean) / gap, "ci95": interval(resampled), "gap": gap}
+    gap = low - high
+    if -sign * gap.mean <= LEAST_GAP * gap.standard_error():
+        return {"share": None, "ci95": None, "gap": gap.mean}
+    share = (low - student) / gap
+    return {"share": share.mean, "ci95": share.interval, "gap": gap.mean}
+
+
+@cache
+def corrected_for(p: float, comparisons: int) -> float:
+    """The p-value of one of several comparisons with one reference, corrected for all of them:
+    the chance that the largest of equally correlated deviations is as large (Dunnett 1955).
+
+    Differences from one reference have correlation 1/2 where all models vary alike. Other degrees
+    of freedom than those of a normal distribution are in p already.
+    """
+    if comparisons == 1:
+        return p
+    nodes, weights = np.polynomial.hermite_e.hermegauss(128)
+    z, share = -special.ndtri(p / 2), math.sqrt(0.5)
+    tails = special.ndtr(nodes - z / share) + special.ndtr(-nodes - z / share)
+    largest = -np.expm1(comparisons * np.log1p(-np.minimum(tails, 1 - 1e-16)))
+    return float(np.clip(weights @ largest / weights.sum(), p, 1.0))
+
+
+@cache
+def level_of_one(comparisons: int) -> float:
+    """The level of one comparison that is LEVEL for all of them."""
+    if comparisons == 1:
+        return LEVEL
+    return float(brentq(lambda p: corrected_for(p, comparisons) - LEVEL, 1e-12, LEVEL))

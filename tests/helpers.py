@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +129,18 @@ KNOWN = metrics_of(Pronounce) | metrics_of(Reason)
 def coin(generator, seeds, rows, chance, spread=0.0):
     chances = chance + spread * generator.standard_normal((seeds, 1))
     hits = generator.random((seeds, rows)) < chances
-    return Estimate(np.stack([hits, np.ones_like(hits)], axis=-1).astype(float))
+    return Estimate.of(np.stack([hits, np.ones_like(hits)], axis=-1).astype(float))
+
+
+def drawn(generator, seeds, rows, level, between=0.0, common=0.0, row=None):
+    """A model of which rows and seeds vary as in real runs: by 0.3 per row, of which the variance
+    `common` is shared by all seeds, and by `between` per seed; one seed has no luck of its own.
+    row: what models that are compared share of each row."""
+    shared = math.sqrt(common) * 0.3 * generator.standard_normal((1, rows))
+    noise = math.sqrt(1 - common) * 0.3 * generator.standard_normal((seeds, rows))
+    luck = between * generator.standard_normal((seeds, 1)) if seeds > 1 else 0.0
+    values = level + luck + shared + noise + (0.0 if row is None else row)
+    return Estimate(values.mean(axis=1), (values - values.mean(axis=1, keepdims=True)) / rows)
 
 
 def compared(claim, metric, threshold, first, second):
@@ -141,7 +153,7 @@ def estimates(draw, seeds=None):
     seeds = seeds or draw(st.integers(1, 4))
     rows = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=12, max_size=12)
     columns = draw(st.lists(rows, min_size=seeds, max_size=seeds))
-    return Estimate(np.array(columns, dtype=float))
+    return Estimate.of(np.array(columns, dtype=float))
 
 
 def verdict(*comparison):

@@ -32,7 +32,6 @@ from tempfile import TemporaryDirectory
 import numpy  # noqa: F401  imported once, before each change forks
 import pytest
 import scipy.stats  # noqa: F401
-import statsmodels.stats.multitest  # noqa: F401
 import torch
 import transformers  # noqa: F401
 from cosmic_ray.ast import ast_nodes, get_ast

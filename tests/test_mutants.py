@@ -209,9 +209,9 @@ MUTANTS = {
     ),
     "one seed that passes for several": (
         "measure/verdicts.py",
-        'if verdict["seeds"] == 1:',
-        'if verdict["seeds"] == 0:',
-        "measure/test_verdicts.py::test_a_verdict_line_states_the_result",
+        "result = decided if difference.seeds > 1 else ONE_RUN",
+        "result = decided",
+        "measure/test_verdicts.py::test_one_seed_is_never_a_verdict",
     ),
     "a validation loss that changes with what was trained": (
         "experiment/log.py",

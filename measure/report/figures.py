@@ -12,10 +12,10 @@ from measure.fidelity import ECE_BINS
 from measure.laws import Law, students_differing_in
 from measure.metrics import CALIBRATION, DIVERGENCE, metrics_in
 from measure.report.tables import (
-    SHORT_RESULT,
     by_split,
     fidelity_shown,
     heading,
+    in_a_cell,
     models_in,
     task_of,
     value_in,
@@ -298,9 +298,9 @@ def where_traces_pay(result: dict[str, Any]) -> str:
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.45 * len(claims)))
     axes.imshow(gains, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
     for (row, column), gain in np.ndenumerate(gains):
-        outcome = SHORT_RESULT[cells[claims[row], steps[column]]["result"]].replace("beats", "")
+        unsure = "?" if in_a_cell(cells[claims[row], steps[column]]) == "?" else ""
         colour = "white" if abs(gain) > 60 else "black"
-        text = f"{gain:+.0f} {outcome}".strip()
+        text = f"{gain:+.0f} {unsure}".strip()
         axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     labels = []
     for claim in claims:

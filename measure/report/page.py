@@ -202,9 +202,9 @@ def reasoning_figures(result: dict[str, Any], colours: dict[str, str]) -> Figure
             where_traces_pay(result),
             "By how many points of right answers a student trained on traces is ahead (blue; red: "
             "behind) of one trained only on answers, with the same size (thousands of parameters), "
-            "number of problems and FLOPs (in % of the teacher's). no: does not beat; ?: "
-            "inconclusive; otherwise beats, all cells corrected together. Chains of one or two "
-            "steps also occur inside training traces, but not in answers without traces.",
+            "number of problems and FLOPs (in % of the teacher's). ?: not distinguished, all "
+            "cells corrected together. Chains of one or two steps also occur inside training "
+            "traces, but not in answers without traces.",
         )
     return found
 

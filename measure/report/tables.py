@@ -10,11 +10,10 @@ from rich.table import Table
 
 from measure.laws import Law
 from measure.metrics import AGREEMENT, DIVERGENCE, metrics_in
-from measure.verdicts import verdict_line
+from measure.verdicts import NOT_DISTINGUISHED, verdict_line
 from tasks import TASKS
 from tasks.task import Metric, Task
 
-SHORT_RESULT = {"beats": "beats", "does not beat": "no", "inconclusive": "?"}  # in a table cell
 BLOCK = re.compile(r"(<!-- results/(\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Columns = dict[str, Metric]
@@ -128,9 +127,13 @@ def more_cells(result: dict[str, Any], name: str) -> list[str]:
             cells.append("-")
             continue
         scale, digits = metrics[metric].scale, metrics[metric].digits
-        outcome = SHORT_RESULT[verdict["result"]]
-        cells.append(f"{scale * verdict['difference']:+.{digits}f} {outcome}")
+        cells.append(f"{scale * verdict['difference']:+.{digits}f} {in_a_cell(verdict)}")
     return cells
+
+
+def in_a_cell(verdict: dict[str, Any]) -> str:
+    result = verdict["here"] or verdict["result"]
+    return "?" if result == NOT_DISTINGUISHED else result
 
 
 def comparison_summary(result: dict[str, Any]) -> str:
@@ -140,11 +143,10 @@ def comparison_summary(result: dict[str, Any]) -> str:
     results = [verdict["result"] for verdict in result["verdicts"]]
     counts = [f"{results.count(kind)} {kind}" for kind in dict.fromkeys(results)]
     seeds = min(verdict["seeds"] for verdict in result["verdicts"])
-    over = f"over {seeds} seeds" if seeds > 1 else "over 1 seed (the intervals are over rows alone)"
+    over = f"over {seeds} seeds" if seeds > 1 else "in one run, over rows alone"
     return (
-        f"{len(results)} comparisons {over}: {', '.join(counts)} (in the table: beats, no, ?; "
-        "beats: significant after Holm's correction for all of them; no: the 95 % interval is not "
-        "above 0)"
+        f"{len(results)} comparisons {over}: {', '.join(counts)} (in the table ?: not "
+        "distinguished at 5 % after Dunnett's correction for all methods compared with one model)"
     )
 
 
@@ -156,7 +158,7 @@ def facts_of(result: dict[str, Any]) -> list[str]:
     metrics = metrics_in(result)
     stated = [(v["claim"], v["metric"]) for v in result["config"].get("verdicts", [])]
     facts = [
-        verdict_line(verdict, metrics)
+        verdict_line(verdict, metrics, task_of(result).item_noun)
         for verdict in result["verdicts"]
         if (verdict["claim"], verdict["metric"]) in stated or not compared_in(result)
     ]
@@ -216,11 +218,15 @@ def where_traces_pay(cells: list[dict[str, Any]]) -> list[str]:
     lines = []
     for claim in dict.fromkeys(cell["claim"] for cell in cells):
         parts = []
-        for result in ("beats", "inconclusive", "does not beat"):
-            steps = [c["steps"] for c in cells if c["claim"] == claim and c["result"] == result]
-            if steps:
-                parts.append(f"{result} at {', '.join(map(str, steps))}")
-        lines.append(f"{claim} by number of steps ({len(cells)} claims): {'; '.join(parts)}")
+        found = {c["steps"]: c["here"] or c["result"] for c in cells if c["claim"] == claim}
+        for result in dict.fromkeys(found.values()):
+            steps = ", ".join(str(n) for n, one in found.items() if one == result)
+            parts.append(f"{result} at {steps}")
+        first, _, second = claim.split()
+        lines.append(
+            f"{first} against {second} by number of steps (exploratory, {len(cells)} cells): "
+            f"{'; '.join(parts)}"
+        )
     return lines
 
 
@@ -278,11 +284,17 @@ def with_tables(readme: str, results: Path) -> str:
 
     def block(match: re.Match) -> str:
         file = results / f"{match[2]}.json"
-        if not file.exists():
+        result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        if result is None or not is_current(result):
             return match[0]
-        return match[1] + markdown(json.loads(file.read_text(encoding="utf-8"))) + match[3]
+        return match[1] + markdown(result) + match[3]
 
     return BLOCK.sub(block, readme)
+
+
+def is_current(result: dict[str, Any]) -> bool:
+    """Whether this version decided the verdicts."""
+    return all("p_corrected" in verdict for verdict in result["verdicts"])
 
 
 def markdown(result: dict[str, Any]) -> str:

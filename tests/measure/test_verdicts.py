@@ -1,213 +1,109 @@
-"""The measures, against hand values; the verdicts, against simulated runs."""
+"""Verdicts, against hand values and simulated runs."""
 
 import math
 import re
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
-from measure.statistics import Estimate
+from measure.statistics import Estimate, corrected_for
+from measure.verdicts import decide, verdicts
 from measure.verdicts import verdict_line as line_of
-from measure.verdicts import verdicts
-from tests.helpers import KNOWN, coin, compared, estimates, verdict
+from tests.helpers import KNOWN, coin, compared, drawn, estimates, verdict
 
 
 def verdict_line(verdict):
-    return line_of(verdict, KNOWN)
+    return line_of(verdict, KNOWN, "words")
 
 
-def test_differences_are_paired_by_row_and_seed():
-    metric = coin(np.random.default_rng(0), 3, 1000, 0.4)
-    shifted = Estimate(metric.columns + np.array([0.1, 0.0]))
-    found = verdict("a beats b", "sequence_agreement", 0.0, shifted, metric)
-    assert found["difference"] == pytest.approx(0.1)
-    assert found["ci95"] == pytest.approx([0.1, 0.1])
-    assert found["result"] == "beats"
+def exactly(difference: float, error: float, seeds: int = 50):
+    """Two models whose paired difference has this mean and this standard error."""
+    wave = np.tile([1.0, -1.0], seeds // 2)
+    spread = wave * error * math.sqrt(seeds) / wave.std(ddof=1)
+    none = np.zeros((seeds, 20))
+    return Estimate(0.5 + difference + spread, none), Estimate(np.full(seeds, 0.5), none)
 
 
-def test_differences_are_paired_by_row_between_one_seed_and_several():
-    metric = coin(np.random.default_rng(0), 1, 1000, 0.4)
-    several = Estimate(np.repeat(metric.columns, 3, axis=0))
-    assert np.ptp(metric.resamples - several.resamples) < 1e-12
+# -- one rule --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("metric", "first", "second", "threshold", "result"),
+    ("claim", "metric", "difference", "threshold", "result"),
     [
-        ("sequence_agreement", 0.6, 0.4, 0.0, "beats"),
-        ("sequence_agreement", 0.6, 0.4, 0.3, "does not beat"),
-        ("sequence_agreement", 0.6, 0.4, 0.2, "inconclusive"),
-        ("word_error_rate", 0.6, 0.4, 0.0, "does not beat"),
-        ("word_error_rate", 0.4, 0.6, 0.0, "beats"),
+        ("a beats b", "sequence_agreement", 0.2, 0.0, "better"),
+        ("a beats b", "sequence_agreement", -0.2, 0.0, "worse"),
+        ("a beats b", "sequence_agreement", 0.015, 0.0, "not distinguished"),
+        ("a beats b", "sequence_agreement", -0.015, 0.0, "not distinguished"),
+        ("a beats b", "word_error_rate", 0.2, 0.0, "worse"),
+        ("a beats b", "word_error_rate", -0.2, 0.0, "better"),
+        ("a beats b", "sequence_agreement", 0.2, 0.15, "better"),
+        ("a beats b", "sequence_agreement", 0.2, 0.25, "too little"),
+        ("a beats b", "sequence_agreement", 0.2, 0.2, "not distinguished"),
+        ("a beats b", "sequence_agreement", -0.2, 0.3, "worse"),
+        ("a matches b", "sequence_agreement", 0.01, 0.05, "matches"),
+        ("a matches b", "sequence_agreement", -0.01, 0.05, "matches"),
+        ("a matches b", "sequence_agreement", 0.04, 0.05, "not distinguished"),
+        ("a matches b", "sequence_agreement", -0.04, 0.05, "not distinguished"),
+        ("a matches b", "sequence_agreement", 0.2, 0.05, "does not match"),
+        ("a matches b", "sequence_agreement", -0.2, 0.05, "does not match"),
+        ("a keeps b", "accuracy", 0.0, 0.9, "keeps"),
+        ("a keeps b", "accuracy", -0.2, 0.9, "does not keep"),
+        ("a keeps b", "accuracy", -0.05, 0.9, "not distinguished"),
     ],
 )
-def test_verdicts(metric, first, second, threshold, result):
-    generator = np.random.default_rng(0)
-    models = coin(generator, 5, 4000, first), coin(generator, 5, 4000, second)
-    assert verdict("a beats b", metric, threshold, *models)["result"] == result
-
-
-def simulated(generator, seeds, rows, truth, between_seeds, between_rows=0.3, against=None):
-    """Two models whose rows and seeds vary as in real runs; the first is better by `truth`. The
-    second may have another number of seeds; with one seed there is no variance between seeds."""
-    row = between_rows * generator.standard_normal((1, rows))
-    models = []
-    for better, count in ((truth, seeds), (0.0, against or seeds)):
-        luck = between_seeds if count > 1 else 0.0
-        level = better + luck * generator.standard_normal((count, 1))
-        noise = between_rows * generator.standard_normal((count, rows))
-        values = 0.5 + row + level + noise
-        models.append(Estimate(np.stack([values, np.ones_like(values)], axis=-1)))
-    return compared("a beats b", "sequence_agreement", 0.0, *models)
-
-
-def share_that_beats(truth, seeds, count, claims=1, between_seeds=0.01):
-    generator = np.random.default_rng(seeds)
-    beats = 0
-    with patch("gc.collect"):  # multipletests collects garbage at every call, for 0.1 s
-        for _ in range(count):
-            found = verdicts(
-                [simulated(generator, seeds, 150, truth, between_seeds) for _ in range(claims)]
-            )
-            beats += any(one["result"] == "beats" for one in found)
-    return beats / count
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
-def test_no_difference_is_called_one_in_at_most_5_percent_of_simulated_runs(seeds):
-    assert share_that_beats(0.0, seeds, count=1000) <= 0.05
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("seeds", "against"), [(1, 1), (5, 1)])
-def test_where_one_side_has_one_seed_the_claim_is_about_that_seed(seeds, against):
-    """The interval covers rows, and the seeds of a model that has several; the line states it."""
-    generator, beats = np.random.default_rng(seeds), 0
-    with patch("gc.collect"):
-        for _ in range(1000):
-            found = verdicts([simulated(generator, seeds, 150, 0.0, 0.01, against=against)])[0]
-            beats += found["result"] == "beats"
-    assert "over 1 seed" in verdict_line(found) or "against one" in verdict_line(found)
-    assert beats / 1000 <= 0.05
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
-def test_models_as_far_apart_as_the_margin_match_in_at_most_5_percent_of_simulated_runs(seeds):
-    generator, matches = np.random.default_rng(seeds), 0
-    with patch("gc.collect"):
-        for _ in range(500):
-            one = simulated(generator, seeds, 150, 0.03, 0.01)
-            equal = compared("a matches b", one.metric, 0.03, one.first, one.second)
-            matches += verdicts([equal])[0]["result"] == "matches"
-    assert matches / 500 <= 0.05
-
-
-@pytest.mark.slow
-def test_many_claims_without_a_difference_are_corrected():
-    assert share_that_beats(0.0, 5, count=250, claims=4) <= 0.05
-
-
-@pytest.mark.slow
-def test_a_difference_of_the_stated_size_is_found_in_at_least_80_percent():
-    generator = np.random.default_rng(0)
-    pilot = simulated(generator, 2000, 150, 0.05, 0.03)  # many seeds: the true size and deviation
-    needed = pilot.seeds_needed()
-    # Seeds: 2 x 0.03^2; rows of a seed: 2 x 0.3^2 / 150, which the rule counts once in the seeds'
-    # deviation and once over rows. d = 0.05 / 0.065 = 0.77, and a paired t-test wants 16 seeds.
-    assert needed == pytest.approx(16, abs=1)
-    assert share_that_beats(0.05, needed, count=500, between_seeds=0.03) >= 0.8
-
-
-def test_an_inconclusive_claim_gives_the_number_of_seeds_it_needs():
-    generator = np.random.default_rng(0)
-    found = verdicts([simulated(generator, 3, 400, 0.01, 0.02)])[0]
-    assert found["result"] == "inconclusive"
-    assert found["seeds_needed"] > 3
-    assert f"({found['seeds_needed']} seeds would show" in verdict_line(found)
-
-
-@pytest.mark.parametrize(
-    ("truth", "rows", "result"),
-    [(0.0, 4000, "matches"), (0.2, 4000, "does not match"), (0.0, 20, "inconclusive")],
-)
-def test_a_match_is_an_equivalence_test_with_a_margin_and_not_a_large_p(truth, rows, result):
-    generator = np.random.default_rng(0)
-    models = simulated(generator, 5, rows, truth, between_seeds=0.005)
-    claim = compared("a matches b", "sequence_agreement", 0.05, models.first, models.second)
-    found = verdicts([claim])[0]
+def test_the_rule(claim, metric, difference, threshold, result):
+    """With a standard error of 0.01."""
+    found = verdict(claim, metric, threshold, *exactly(difference, 0.01))
     assert found["result"] == result
-    assert "margin 5" in verdict_line(found)
+    assert found["here"] is None
 
 
-@pytest.mark.parametrize(
-    ("truth", "rows", "result"),
-    [(0.0, 4000, "keeps"), (-0.1, 4000, "does not keep"), (-0.02, 20, "inconclusive")],
-)
-def test_a_share_is_kept_if_the_model_beats_that_share_of_the_other(truth, rows, result):
-    generator = np.random.default_rng(0)
-    models = simulated(generator, 5, rows, truth, between_seeds=0.005)
-    claim = compared("a keeps b", "accuracy", 0.95, models.first, models.second)
-    found = verdicts([claim])[0]
-    assert found["result"] == result
-    assert found["share"] == pytest.approx(models.first.mean / models.second.mean)
-    assert found["share_ci95"][0] < found["share"] < found["share_ci95"][1]
-    assert found["difference"] == pytest.approx(models.first.mean - 0.95 * models.second.mean)
-    expected = f"a keeps {100 * found['share']:.1f} % of the right answers of b ["
-    opening = {"keeps": "", "inconclusive": "inconclusive: "}.get(result, "not supported: ")
-    assert verdict_line(found).startswith(opening + expected)
-    assert "95 % needed" in verdict_line(found)
+@pytest.mark.parametrize(("errors", "result"), [(1.9, "not distinguished"), (2.1, "better")])
+def test_the_limit_is_5_percent_of_a_two_sided_test(errors, result):
+    models = exactly(0.01 * errors, 0.01)
+    assert verdict("a beats b", "ece", 0.0, *models[::-1])["result"] == result
 
 
-def test_a_verdict_line_states_the_result():
-    models = (coin(np.random.default_rng(i), s, 4000, c) for i, s, c in ((0, 5, 0.6), (1, 5, 0.4)))
-    line = verdict_line(verdict("a beats b", "sequence_agreement", 0.0, *models))
+def test_one_seed_is_never_a_verdict():
+    models = [coin(np.random.default_rng(i), 1, 4000, c) for i, c in enumerate((0.6, 0.4))]
+    for claim, here in (("a beats b", "better"), ("a matches b", "does not match")):
+        found = verdict(claim, "sequence_agreement", 0.05, *models)
+        assert (found["result"], found["here"]) == ("one run", here)
+    line = verdict_line(found)
     assert re.fullmatch(
-        r"a beats b by (19|20)\.\d points of agreement with teacher \[1\d\.\d, 2\d\.\d\] over "
-        "5 seeds",
+        r"in this run: a is (19|20|21)\.\d points of agreement with teacher better than b on these "
+        r"words \[1\d\.\d, 2\d\.\d\]; one seed shows no more",
         line,
     )
-    one = coin(np.random.default_rng(0), 1, 400, 0.5)
-    assert "over 1 seed (the interval is over rows alone)" in verdict_line(
-        verdict("a beats b", "word_error_rate", 0.0, one, one)
-    )
 
 
-def test_a_claim_lost_to_the_correction_is_reported_as_such():
-    """Its interval lies above the threshold, so the line has to explain why it is inconclusive."""
-    models = [coin(np.random.default_rng(i), 5, 100, c) for i, c in ((0, 0.6), (1, 0.4))]
+def test_beside_one_run_stand_the_committed_ones():
+    models = [coin(np.random.default_rng(i), 1, 4000, c) for i, c in enumerate((0.5, 0.4))]
     found = verdict("a beats b", "sequence_agreement", 0.0, *models)
-    low = found["ci95"][0]
-    assert low > 0
-    unsure = {**found, "result": "inconclusive", "seeds_needed": 9}
-    line = "significant alone, not after correction for all claims; 9 seeds would show"
-    assert line in verdict_line(unsure)
-    assert line not in verdict_line({**unsure, "threshold": low + 0.01})
+    found |= {"committed": {"mean": 0.09, "spread": 0.021, "runs": 10, "ahead": 9}}
+    here = f"{100 * found['difference']:+.1f}"
+    expected = f"({here} here; +9.0 ± 2.1 over 10 committed runs, better in 9 of them)"
+    assert verdict_line(found).endswith(expected)
 
 
-# -- properties ------------------------------------------------------------------------------------
+# -- corrections -----------------------------------------------------------------------------------
 
 
-@given(estimates(seeds=3), estimates(seeds=3))
-@settings(deadline=None, max_examples=4)
-def test_a_reversed_comparison_is_its_mirror_image(first, second):
-    there, back = (
-        verdict("a beats b", "sequence_agreement", 0.0, *models)
-        for models in ((first, second), (second, first))
-    )
-    assert there["difference"] == pytest.approx(-back["difference"], abs=1e-12)
-    assert there["ci95"] == pytest.approx([-bound for bound in back["ci95"][::-1]], abs=1e-12)
-    assert there["p_permutation"] == pytest.approx(back["p_permutation"])
-    both = there["probability_of_improvement"] + back["probability_of_improvement"]
-    assert both == pytest.approx(1)
-    assert (there["result"], back["result"]) != ("beats", "beats")
-    lower = verdict("a beats b", "word_error_rate", 0.0, first, second)
-    assert lower["difference"] == pytest.approx(-there["difference"], abs=1e-12)
+def test_claims_about_one_reference_are_corrected_together_and_others_apart():
+    base = coin(np.random.default_rng(0), 5, 300, 0.5)
+    models = [coin(np.random.default_rng(i), 5, 300, 0.5) for i in range(1, 4)]
+    claims = [compared(f"{i} beats base", "ece", 0.0, m, base) for i, m in enumerate(models)]
+    claims.append(compared("a beats other", "ece", 0.0, models[0], models[1]))
+    claims.append(compared("a beats base", "accuracy", 0.0, models[0], base))
+    claims.append(compared("a matches base", "ece", 0.05, models[0], base))
+    found = verdicts(claims)
+    assert [one["comparisons"] for one in found] == [3, 3, 3, 1, 1, 1]
+    for one in found:
+        assert one["p_corrected"] == corrected_for(one["p_value"], one["comparisons"])
+    together = verdicts(claims, family=lambda _: "all")
+    assert {one["comparisons"] for one in together} == {6}
 
 
 @given(st.lists(estimates(seeds=2), min_size=2, max_size=5))
@@ -216,55 +112,159 @@ def test_more_claims_never_make_one_of_them_more_certain(models):
     claims = [compared("a beats b", "ece", 0.0, models[0], model) for model in models[1:]]
     together = verdicts(claims)
     for claim, found in zip(claims, together, strict=True):
-        assert verdicts([claim])[0]["p_holm"] <= found["p_holm"] <= 1
+        assert verdicts([claim])[0]["p_corrected"] <= found["p_corrected"] <= 1
 
 
-# -- the committed results and the README ----------------------------------------------------------
-
-
-def test_the_correction_is_holms_recomputed_by_hand():
-    """The smallest p times the number of claims, the next times one less, never decreasing."""
-    chances = [(0.62, 0.5), (0.6, 0.5), (0.55, 0.5), (0.5, 0.5)]
-    comparisons = [
-        compared(
-            "a beats b",
-            "sequence_agreement",
-            0.0,
-            coin(np.random.default_rng(i), 5, 300, first),
-            coin(np.random.default_rng(10 + i), 5, 300, second),
-        )
-        for i, (first, second) in enumerate(chances)
-    ]
-    values = [c.p_value for c in comparisons]
-    corrected, largest = {}, 0.0
-    for place, i in enumerate(sorted(range(4), key=lambda i: values[i])):
-        largest = max(largest, min(1.0, (4 - place) * values[i]))
-        corrected[i] = largest
-    found = [one["p_holm"] for one in verdicts(comparisons)]
-    assert found == pytest.approx([corrected[i] for i in range(4)])
-    assert found[0] > 3 * values[0]
-
-
-def test_a_p_value_is_that_of_a_t_test_about_the_margin():
-    """With many rows the noise is that between seeds: the p of a paired t test, shifted by the
-    margin; 1 where the difference equals the margin."""
-    first, second = (
-        coin(np.random.default_rng(i), 6, 20_000, c, 0.05) for i, c in enumerate((0.6, 0.5))
+@given(estimates(seeds=3), estimates(seeds=3))
+@settings(deadline=None, max_examples=10)
+def test_a_reversed_comparison_is_its_mirror_image(first, second):
+    there, back = (
+        verdict("a beats b", "sequence_agreement", 0.0, *models)
+        for models in ((first, second), (second, first))
     )
-    differences = first.per_seed - second.per_seed
-    for margin in (0.0, 0.05, -0.03):
-        comparison = compared("a beats b", "sequence_agreement", margin, first, second)
-        by_hand = stats.ttest_1samp(differences, margin).pvalue
-        assert math.log(comparison.p_value) == pytest.approx(math.log(by_hand), rel=0.35)
-    exact = compared("a beats b", "sequence_agreement", float(differences.mean()), first, second)
-    assert exact.p_value == pytest.approx(1, abs=1e-6)
+    assert there["difference"] == pytest.approx(-back["difference"], abs=1e-12)
+    assert there["ci95"] == pytest.approx([-bound for bound in back["ci95"][::-1]], abs=1e-12)
+    assert there["p_value"] == pytest.approx(back["p_value"])
+    mirrored = {"better": "worse", "worse": "better"}
+    assert back["result"] == mirrored.get(there["result"], there["result"])
+    lower = verdict("a beats b", "word_error_rate", 0.0, first, second)
+    assert lower["difference"] == pytest.approx(-there["difference"], abs=1e-12)
 
 
-@pytest.mark.parametrize("direction", [1, -1])
-def test_an_equivalence_needs_both_sides(direction):
-    """A difference far below the margin, on either side, is no match."""
-    chances = (0.6, 0.4)[::direction]
-    models = (coin(np.random.default_rng(i), 5, 2000, c) for i, c in enumerate(chances))
-    found = verdict("a matches b", "sequence_agreement", 0.05, *models)
-    assert found["result"] == "does not match"
-    assert found["p_holm"] > 0.9
+# -- how often it errs -----------------------------------------------------------------------------
+
+
+def simulated(generator, seeds, truth, between=0.02, rows=60):
+    """Two models on the same rows; the first is better by `truth`."""
+    row = 0.3 * generator.standard_normal(rows)
+    return [drawn(generator, seeds, rows, 0.5 + t, between, row=row) for t in (truth, 0.0)]
+
+
+def share_of(result, generator, runs, seeds, truth, threshold=0.0, verb="beats"):
+    """How often a claim of that verb has this result in simulated runs."""
+    found = 0
+    for _ in range(runs):
+        models = simulated(generator, seeds, truth)
+        found += decide(compared(f"a {verb} b", "accuracy", threshold, *models), 1) == result
+    return found / runs
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_equal_models_are_told_apart_in_at_most_5_percent_of_simulated_runs(seeds):
+    generator = np.random.default_rng(seeds)
+    same = share_of("not distinguished", generator, 1500, seeds, 0.0)
+    assert same >= 0.95 - 2 * math.sqrt(0.05 * 0.95 / 1500)
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+@pytest.mark.parametrize("truth", [0.1, -0.1])
+def test_models_as_far_apart_as_the_margin_match_in_at_most_5_percent(seeds, truth):
+    generator = np.random.default_rng(seeds)
+    assert share_of("matches", generator, 1000, seeds, truth, 0.1, "matches") <= 0.06
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_a_share_that_is_just_kept_is_decided_in_at_most_5_percent(seeds):
+    generator = np.random.default_rng(seeds)
+    undecided = share_of("not distinguished", generator, 1000, seeds, -0.05, 0.9, "keeps")
+    assert undecided >= 0.935
+
+
+def test_many_methods_without_a_difference_are_corrected():
+    generator, wrong, runs = np.random.default_rng(0), 0, 500
+    for _ in range(runs):
+        row = 0.3 * generator.standard_normal(60)
+        base, *others = (drawn(generator, 5, 60, 0.5, 0.02, row=row) for _ in range(9))
+        claims = [compared("a beats b", "accuracy", 0.0, one, base) for one in others]
+        wrong += any(decide(claim, len(claims)) != "not distinguished" for claim in claims)
+    assert wrong / runs <= 0.06
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_the_detectable_difference_is_found_in_8_of_10_simulated_runs(seeds):
+    generator = np.random.default_rng(seeds)
+    sizes = [
+        verdict("a beats b", "accuracy", 0.0, *simulated(generator, seeds, 0.0))["detectable"]
+        for _ in range(200)
+    ]
+    size = math.sqrt(np.mean(np.square(sizes)))  # variances are unbiased, deviations are not
+    power = share_of("better", generator, 800, seeds, size)
+    assert power == pytest.approx(0.8, abs=0.07)
+
+
+# -- how many seeds would decide -------------------------------------------------------------------
+
+
+def test_the_number_of_seeds_needed_by_hand():
+    """A paired t-test with an effect of 0.5 deviations needs 34 seeds for a power of 0.8."""
+    first, second = exactly(0.05, 0.1 / math.sqrt(10), seeds=10)
+    found = verdict("a beats b", "accuracy", 0.0, first, second)
+    assert found["result"] == "not distinguished"
+    assert found["seeds_needed"] == pytest.approx(34, abs=1)
+    assert f"({found['seeds_needed']} seeds would show a difference of this" in verdict_line(found)
+    corrected = verdicts([compared("a beats b", "accuracy", 0.0, first, second)] * 5)[0]
+    assert corrected["seeds_needed"] > 40
+
+
+def test_where_rows_are_too_few_no_number_of_seeds_decides():
+    generator = np.random.default_rng(2)
+    models = [drawn(generator, 4, 30, level, common=1.0) for level in (0.55, 0.5)]
+    found = verdict("a beats b", "accuracy", 0.0, *models)
+    assert (found["result"], found["seeds_needed"]) == ("not distinguished", None)
+    assert "(more rows would decide it, more seeds would not)" in verdict_line(found)
+
+
+def test_a_match_needs_seeds_for_the_nearer_margin():
+    models = exactly(0.03, 0.02, seeds=10)
+    match = verdict("a matches b", "accuracy", 0.05, *models)
+    beats = verdict("a beats b", "accuracy", 0.05, *models)
+    assert match["seeds_needed"] == beats["seeds_needed"] > 10
+
+
+# -- sentences -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("claim", "metric", "difference", "threshold", "line"),
+    [
+        ("a beats b", "accuracy", 0.2, 0.0,
+         "a is 20.0 points of right answers better than b [18.0, 22.0] over 50 seeds"),
+        ("a beats b", "word_error_rate", 0.2, 0.0,
+         "a is 20.0 points of word errors worse than b [18.0, 22.0] over 50 seeds"),
+        ("a beats b", "kl_teacher_student", -0.2, 0.0,
+         "a is 0.200 nats of KL to teacher better than b [0.180, 0.220] over 50 seeds"),
+        ("a beats b", "accuracy", 0.2, 0.3,
+         "a is 20.0 points of right answers better than b [18.0, 22.0] over 50 seeds, more than 30 "
+         "claimed"),
+        ("a beats b", "accuracy", -0.01, 0.0,
+         "not distinguished: a is 1.0 points of right answers worse than b [-1.0, 3.0] over 50 "
+         "seeds ("),
+        ("a matches b", "accuracy", 0.01, 0.05,
+         "a matches b within 1.0 points of right answers [-1.0, 3.0] over 50 seeds, margin 5"),
+        ("a matches b", "accuracy", 0.2, 0.05,
+         "a is 20.0 points of right answers better than b [18.0, 22.0] over 50 seeds, margin 5"),
+        ("a keeps b", "accuracy", 0.0, 0.9,
+         "a keeps 100.0 % of the right answers of b [96.0, 104.0] over 50 seeds, 90 % needed"),
+        ("a keeps b", "accuracy", -0.05, 0.9,
+         "not distinguished: a keeps 90.0 % of the right answers of b [86.0, 94.0] over 50 seeds, "
+         "90 % needed ("),
+    ],
+)  # fmt: skip
+def test_a_verdict_line_states_the_result(claim, metric, difference, threshold, line):
+    found = verdict_line(verdict(claim, metric, threshold, *exactly(difference, 0.01)))
+    assert found == line or (line.endswith("(") and found.startswith(line))
+
+
+def test_one_reference_is_said_to_be_one():
+    several, _ = exactly(0.2, 0.01)
+    one = Estimate(np.array([0.5]), np.zeros((1, 20)))
+    assert verdict_line(verdict("a beats b", "accuracy", 0.0, several, one)).endswith(
+        "over 50 seeds against one"
+    )
+
+
+def test_nothing_can_be_kept_of_nothing():
+    zero = Estimate(np.zeros(50), np.zeros((50, 20)))
+    found = verdict("a keeps b", "accuracy", 0.9, exactly(0.1, 0.01)[0], zero)
+    assert found["share"] is None
+    assert verdict_line(found).startswith("b has no right answers to keep")

@@ -462,7 +462,7 @@ def test_the_map_has_a_verdict_for_every_pair_and_number_of_steps(run):
     ]
     assert cell["difference"] == pytest.approx(entries[0]["mean"] - entries[1]["mean"])
     facts = facts_of(result)
-    assert sum(" by number of steps (24 claims): " in fact for fact in facts) == 3
+    assert sum(" by number of steps (exploratory, 24 cells): " in fact for fact in facts) == 3
     line = next(
         fact for fact in facts if fact.startswith("baseline: right answers % at 1, 2, ... ")
     )
@@ -470,7 +470,7 @@ def test_the_map_has_a_verdict_for_every_pair_and_number_of_steps(run):
     assert any("of the teacher's training FLOPs" in fact for fact in facts)
 
 
-def test_problems_with_the_same_first_step_are_resampled_together(task):
+def test_problems_with_the_same_first_step_vary_together(task):
     """Otherwise correlated problems would be counted as independent."""
     rows = task.rows("heldout")
     units = task.units(rows.ids)
@@ -481,7 +481,7 @@ def test_problems_with_the_same_first_step_are_resampled_together(task):
     evaluated = reference.evaluate(model)
     evaluated.columns["right"] = (units < units.max() / 2).astype(float)
     (clustered,) = (reference.metrics([evaluated])["quality"]["accuracy"],)
-    independent = Estimate(np.stack([evaluated.columns["right"], np.ones(len(rows))], -1)[None])
+    independent = Estimate.of(np.stack([evaluated.columns["right"], np.ones(len(rows))], -1)[None])
     assert clustered.mean == pytest.approx(independent.mean)
     width = {
         name: np.ptp(m.summary()["ci95"]) for name, m in (("c", clustered), ("a", independent))
