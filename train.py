@@ -2,6 +2,7 @@
 
     python train.py configs/quickstart.yaml                     # about 5 minutes on 2 cores
     python train.py configs/quickstart.yaml seeds=[0,1] name=two-seeds
+    python train.py configs/quickstart.yaml --tune              # choose learning rates
 
 Rerun the same command to resume. Evaluate the run with eval.py.
 """
@@ -57,6 +58,7 @@ from experiment.stages import (
     run_stages,
 )
 from experiment.training_state import TrainingState
+from experiment.tuning import tune
 from experiment.workers import keep_freed_memory
 from models.rows import Rows
 from student.hidden import student_of
@@ -74,9 +76,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--fresh", action="store_true", help="copy no teacher or outputs from other runs"
     )
+    parser.add_argument(
+        "--tune", action="store_true", help="try what the config's section tune names on the "
+        "validation split, and write the best into the config",
+    )  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
 
     def start() -> int:
+        if options.tune:
+            tune(options.config, options.overrides, options.runs, story)
+            return 0
         config = read_config(options.config, options.overrides)
         story(config, options.runs / config.name, options.fresh)
         return 0

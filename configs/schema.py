@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class LabError(Exception):
@@ -152,6 +152,7 @@ class ControlSettings(Section):
     label_fraction: float = Field(1.0, gt=0, le=1)  # access none: of the training rows
     shuffled: bool = False  # outputs of the wrong rows
     smoothed: bool = False  # uniform label smoothing with the teacher's mean entropy
+    gold: bool = False  # access none: the rows that the first recipe's teacher answers, at its cost
 
 
 class Recipe(Section):
@@ -230,7 +231,39 @@ class Cost(Section):
     watts_per_thread: float = Field(4.0, gt=0)  # estimate where no energy counter is readable
 
 
-CONTROLS = ("baseline", "low_data", "shuffled", "smoothed", "second_teacher")
+CONTROLS = ("baseline", "low_data", "shuffled", "gold", "smoothed", "second_teacher")
+
+
+class Tune(Section):
+    """What `train.py CONFIG --tune` tries. Every recipe and control gets the same number of tries:
+    all pairs of a learning rate and a number of transfer rows or, if it needs no outputs or has its
+    own transfer_rows, as many learning rates from the smallest to the largest."""
+
+    learning_rate: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, max_length=100)
+    transfer_rows: list[Count] = Field([], max_length=100)
+    seed: Seed  # of the students that are tried; never one that is judged
+
+    @property
+    def tries(self) -> int:
+        return len(self.learning_rate) * max(1, len(self.transfer_rows))
+
+
+class Try(Section):
+    learning_rate: float = Field(gt=0)
+    transfer_rows: Count | None = None
+    validation: dict[str, float]  # metrics on the validation split
+
+
+class Tuned(Section):
+    """What `train.py CONFIG --tune` found. The best try of each recipe and control is in force."""
+
+    metric: str  # by which a try was chosen
+    config: str  # sha256 of what was tuned
+    flops: float
+    seconds: float
+    joules: float
+    money: float
+    tries: dict[str, Annotated[list[Try], Field(min_length=1)]]  # by recipe or control, best first
 
 
 class Config(Section):
@@ -248,11 +281,38 @@ class Config(Section):
     controls: list[Literal[CONTROLS]] = ["baseline", "low_data", "shuffled"]
     verdicts: list[Verdict] = Field([], max_length=10_000)
     compare: Compare | None = None
+    tune: Tune | None = None
+    tuned: Tuned | None = None
     cost: Cost = Cost()
     # A checkpoint is due after either, and is written with the next log line.
     checkpoint_seconds: float = Field(30.0, ge=0)
     checkpoint_steps: int = Field(5_000, gt=0)
     log_every: int = Field(50, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def recipes_have_their_tuned_values(cls, settings: Any) -> Any:
+        """The best try fills in a recipe's learning rate and transfer rows, unless it has its own;
+        controls are filled in by the plan."""
+        try:
+            best = {name: tries[0] for name, tries in settings["tuned"]["tries"].items()}
+            recipes = {name: dict(recipe) for name, recipe in settings["recipes"].items()}
+            for name in best.keys() & recipes.keys():
+                places = ("student", "learning_rate"), ("outputs", "transfer_rows")
+                for section, key in places:
+                    value = best[name].get(key)
+                    values = {key: value} | dict(recipes[name].get(section) or {})
+                    if values[key] is None:
+                        values[key] = value
+                    if value is not None:
+                        recipes[name][section] = values
+            return {**settings, "recipes": recipes}
+        except (TypeError, KeyError, AttributeError, ValueError, IndexError):
+            return settings  # nothing was tuned, or validation says what is wrong
+
+    def best_try(self, name: str) -> Try | None:
+        """Of a recipe or control."""
+        return self.tuned.tries[name][0] if self.tuned and name in self.tuned.tries else None
 
     def claims(self) -> list[Verdict]:
         """All claims to test: the verdicts, then those of `compare` for every recipe with the full

@@ -332,7 +332,7 @@ def training_set_of(
 
 
 def asked_rows(experiment: Experiment, recipe: Recipe) -> Rows:
-    """The rows whose prompts a student answers itself."""
+    """The rows of the data whose prompts are answered for a recipe, or by its student."""
     return experiment.rows.take(OutputsRequest.of(recipe).indices(experiment.rows))
 
 
@@ -357,6 +357,8 @@ def stored_training_set(experiment: Experiment, recipe: Recipe, seed: int) -> Tr
     if control.smoothed:
         entropy = outputs_of(experiment, experiment.plan.softest).mean_entropy()
         return TrainingSet(rows, smoothed_labels(task.vocabulary, entropy))
+    if control.gold:
+        return TrainingSet(asked_rows(experiment, recipe))
     return TrainingSet(lowest_ids(rows, control.label_fraction))
 
 

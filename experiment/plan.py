@@ -22,13 +22,24 @@ class Plan:
     def recipes(self) -> dict[str, Recipe]:
         """The recipes of all students and of all controls that are students, by name. Controls
         are derived from the first recipe; a second teacher is not a student."""
-        first = next(iter(self.config.recipes.values()))
         controls = {
-            name: control_recipe(name, first)
+            name: self.tuned(name, control_recipe(name, self.first))
             for name in self.config.controls
             if name not in TEACHERS
         }
         return {**self.config.recipes, **controls}
+
+    @property
+    def first(self) -> Recipe:
+        return next(iter(self.config.recipes.values()))
+
+    def tuned(self, control: str, recipe: Recipe) -> Recipe:
+        """A control with its own tuned learning rate; its rows are those of the first recipe."""
+        best = self.config.best_try(control)
+        if best is None:
+            return recipe
+        student = recipe.student.model_copy(update={"learning_rate": best.learning_rate})
+        return recipe.model_copy(update={"student": student})
 
     @property
     def teachers(self) -> dict[str, int]:
@@ -88,7 +99,7 @@ class Plan:
         """The stages that a student of this recipe is charged for before it trains: its outputs
         (those with `charged: false` only if `uncharged`), and an assistant that teaches it or gives
         it its layers. The teacher itself is not charged."""
-        request = self.request(recipe)
+        request = self.request(self.first if recipe.control.gold else recipe)
         pays = recipe.outputs.charged or uncharged
         stages = [request.stage] if request and pays else []
         for name in recipe.teachers:

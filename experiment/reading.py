@@ -1,5 +1,6 @@
 """Read a config: YAML with overrides on top, checked, or rejected in one line."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from configs.schema import Config, LabError, Section, nearest
 from experiment.rules import objections
 
 
-def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read and check a YAML config, with `key.sub=value` overrides on top (values are YAML).
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), without: Sequence[str] = ()
+) -> Config:
+    """Read and check a YAML config, with `key.sub=value` overrides on top (values are YAML), and
+    without some of its sections.
 
     Raises LabError with one line that names the file, the key, what was found and what to do.
     """
@@ -33,7 +37,7 @@ def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             if not isinstance(place, dict):
                 raise LabError(f"override {override!r}: {parent!r} is a value, not a section")
         place[last] = read_yaml(value, f"override {override!r}")
-    return check_config(settings, str(path))
+    return check_config({k: v for k, v in settings.items() if k not in without}, str(path))
 
 
 def check_config(settings: dict, source: str) -> Config:

@@ -195,13 +195,21 @@ def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
         for count in ((1, 10, 100) if teacher["flops"] else ())
     }
     return {
-        "stages": [*run.ledger, evaluation],
+        "stages": [*cost_of_tuning(plan.config), *run.ledger, evaluation],
         "fraction_of_teacher": fractions[main],
         "fraction_of_teacher_by_student": fractions,
         "outputs_by_student": stored,
         "flops_per_student_with_teacher": amortised,
         "joules_source": teacher["joules_source"],
     }
+
+
+def cost_of_tuning(config: Config) -> list[dict[str, Any]]:
+    """The row of a stage, as recorded when the config was tuned."""
+    if config.tuned is None:
+        return []
+    spent = config.tuned.model_dump(include={"flops", "seconds", "joules", "money"})
+    return [{"stage": "tuning", **spent, "currency": config.cost.currency, "peak_memory_mb": 0}]
 
 
 def environments(run: Run) -> dict[str, Any]:

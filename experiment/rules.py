@@ -48,6 +48,7 @@ def objections(config: Config) -> Iterator[str]:
     for name, recipe in config.recipes.items():
         yield from (f"recipes.{name}.{p}" for p in check_recipe_in_config(config, recipe, task))
     yield from check_controls(config)
+    yield from check_tuning(config)
     yield from check_budget(config)
     yield from check_claims(config, task)
 
@@ -340,9 +341,48 @@ def check_controls(config: Config) -> Iterator[str]:
             "the control shuffled permutes stored outputs, but students of the first recipe write "
             "their own text; put another recipe first"
         )
+    if "gold" in config.controls and (
+        Plan(config).request(first) is None or first.outputs.prompts != "train"
+    ):
+        yield (
+            "the control gold trains on the data's answers for the rows that the first recipe's "
+            "teacher answers: the first recipe needs stored outputs with prompts train"
+        )
     extra = [name for name in config.controls if name in TEACHERS]
     if extra and config.teacher.epochs == 0:
         yield f"the control {extra[0]} is trained from another seed: remove it"
+
+
+def check_tuning(config: Config) -> Iterator[str]:
+    """Every recipe and control was tuned alike, on students that are not judged."""
+    if config.tune is None:
+        if config.tuned:
+            yield "tuned: there is no section tune; remove tuned"
+        return
+    if config.tune.seed in config.seeds:
+        yield (
+            f"tune.seed {config.tune.seed} is one of seeds, whose students are judged; choose "
+            "another"
+        )
+    for name, recipe in config.recipes.items():
+        best, rate = config.best_try(name), recipe.student.learning_rate
+        if rate is not None and (best is None or rate != best.learning_rate):
+            yield (
+                f"recipes.{name}.student.learning_rate {rate:g} is not what tune would choose; "
+                "remove it, or remove tune and tuned"
+            )
+    untuned = [n for n in Plan(config).recipes if config.tuned and n not in config.tuned.tries]
+    if untuned:
+        yield (
+            f"tuned: {', '.join(untuned)} was not tuned; tune again with train.py CONFIG --tune, "
+            "or remove tune and tuned"
+        )
+    counts = {len(tries) for tries in config.tuned.tries.values()} if config.tuned else set()
+    if counts - {config.tune.tries}:
+        yield (
+            f"tuned: found {', '.join(map(str, sorted(counts)))} tries, expected "
+            f"{config.tune.tries} of each; tune again with train.py CONFIG --tune"
+        )
 
 
 def check_budget(config: Config) -> Iterator[str]:

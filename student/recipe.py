@@ -105,6 +105,8 @@ def control_recipe(control: str, student: Recipe) -> Recipe:
     baseline  the teacher's training data, at the same total FLOPs: do outputs teach better?
     low_data  only 5 % of that data, same FLOPs: what is possible without the teacher?
     shuffled  the teacher's outputs for the wrong rows: must not help
+    gold      the data's answers for the rows that the teacher answers, at the same cost: does it
+              matter who answered?
     smoothed  the data, with label smoothing at the teacher's entropy: are soft labels enough?
     """
 
@@ -112,9 +114,11 @@ def control_recipe(control: str, student: Recipe) -> Recipe:
         return recipe.model_copy(update={"control": ControlSettings(**settings)})
 
     smoothed = FROM_TEXT.model_copy(update={"objective": {"forward_kl": 1.0}})
+    all_answers = student.outputs.model_copy(update={"traces": "all"})
     return {
         "baseline": FROM_TEXT,
         "low_data": changed(FROM_TEXT, label_fraction=0.05),
         "shuffled": changed(student, shuffled=True),
+        "gold": changed(FROM_TEXT.model_copy(update={"outputs": all_answers}), gold=True),
         "smoothed": changed(smoothed, smoothed=True),
     }[control]

@@ -17,7 +17,7 @@ import torch
 
 from measure.evaluate import Evaluation, TeacherReference, completion_logits
 from measure.laws import students_differing_in
-from measure.metrics import CALIBRATION
+from measure.metrics import CALIBRATION, metrics_in
 from measure.report.figures import (
     ACCESS_KEYS,
     accuracy_by_steps,
@@ -37,6 +37,7 @@ from measure.report.tables import (
     cells_of,
     columns_of,
     facts_of,
+    fixed,
     heading,
     models_in,
     more_cells,
@@ -100,7 +101,31 @@ def render_report(
         graded="wrong" in reference.evaluation.columns,
         copied=[a for a in answers if a["teacher"] == a[main] and not a["right"]][:EXAMPLES],
         uncertain=dark_knowledge(reference),
+        tuning=tuning_rows(result),
+        tuned_columns=[heading(metrics_in(result)[name]) for name in task.table],
     )
+
+
+def tuning_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per try, the best of each model first; metrics on the validation split."""
+    metrics, table = metrics_in(result), task_of(result).table
+    tuned = result["config"].get("tuned") or {"tries": {}}
+    return [
+        {
+            "model": name,
+            "best": number == 0,
+            "rate": f"{one['learning_rate']:g}",
+            "rows": f"{one['transfer_rows']:,}" if one["transfer_rows"] else "-",
+            "values": [
+                fixed(metrics[key].scale * one["validation"][key], metrics[key].digits)
+                if key in one["validation"]
+                else "-"
+                for key in table
+            ],
+        }
+        for name, tries in tuned["tries"].items()
+        for number, one in enumerate(tries)
+    ]
 
 
 def template(name: str) -> jinja2.Template:
