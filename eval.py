@@ -2,7 +2,7 @@
 
     python eval.py runs/quickstart                              # eval.json, report.html, a table
     python eval.py runs/quickstart --ask deepseek distillation  # what each model answers
-    python eval.py runs/quickstart --check                      # reproduced? exit code 0 or 1
+    python eval.py runs/quickstart --check                      # reproduced? exit code 0, 1 or 2
     python eval.py runs/quickstart --selfcheck                  # silent errors? exit code 0 or 1
     python eval.py --compare runs/a runs/b                      # what differs, and why
     python eval.py --environment                                # what a bug report needs
@@ -34,7 +34,7 @@ from experiment.experiment import (
     teacher_task,
 )
 from experiment.plan import Plan
-from experiment.reference import write_reference
+from experiment.reference import committed_differences, write_reference
 from experiment.result import (
     costs,
     decide,
@@ -137,12 +137,15 @@ def judge(run: Run, config: Config, split: str) -> None:
             "config": config.model_dump(mode="json"),
             "split": split,
             "seeds": config.seeds,
+            "heldout_reads": run.manifest.get("heldout_reads", 0),
             "teacher": entries["teacher"],
             "students": {name: entries[name] for name in config.recipes},
             "controls": {n: entries[n] for n in plan.evaluated if n not in config.recipes},
             "cost": costs(run, plan, {"stage": "evaluation", **watch.read(flops)}),
             "gaps": gaps(config, task, estimates, splits[0]),
-            "verdicts": decide(config, task, estimates, splits),
+            "verdicts": decide(
+                config, task, estimates, splits, committed_differences(config, RESULTS)
+            ),
             "environment": environments(run),
             "artifacts": artifacts_of(run),
             "rows": {name: split_rows.digest() for name, split_rows in rows.items()},

@@ -5,8 +5,9 @@ counts and processors. So a check first states which tier to expect, then which 
 
 A   bit-equal: every model and every outputs shard has the committed hash
 B   a float64 trace: every loss equal to 1e-9, on any CPU, thread count and operating system
-C   every metric inside the committed band
+C   every metric and every claim's difference inside the committed band, and the same verdicts
 D   different, or made from other rows or with another tokenizer
+?   other hashes, and no bands: this cannot be told
 """
 
 import math
@@ -25,6 +26,7 @@ from experiment.reference import MACHINE, other_configs, read_result
 from experiment.run import Run
 from measure.report.page import render_check
 from measure.report.tables import per_seed_values
+from measure.verdicts import claim_of
 
 TRACE_TOLERANCE = 1e-9
 # What changes the last bits of float32, in order of likelihood.
@@ -54,7 +56,7 @@ def expected_tier(environments: list[dict[str, Any]], precision: str) -> tuple[s
 
 
 def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[str]]:
-    """(tier, four lines) of a run's result against the committed result of the same config."""
+    """(tier, five lines) of a run's result against the committed result of the same config."""
     precision = reference["config"].get("precision", "float32")
     environments = [
         e
@@ -65,6 +67,7 @@ def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[
     hashes = reference["artifacts"]
     same = [key for key, value in hashes.items() if result["artifacts"].get(key) == value]
     inside, outside = inside_bands(result, reference)
+    changed = changed_verdicts(result, reference)
     diverged = trace_differences(result.get("trace") or {}, reference.get("trace") or {})
     equal_figures = per_seed_values(result) == per_seed_values(reference)
     data = all(key in same for key in ("rows", "tokenizer") if key in hashes)
@@ -73,8 +76,12 @@ def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[
         tier = "A"
     elif precision == "float64":
         tier = "B" if data and reference.get("trace") and not diverged else "D"
+    elif not data:
+        tier = "D"
+    elif not inside and not outside:
+        tier = "?"
     else:
-        tier = "C" if data and inside and not outside else "D"
+        tier = "D" if outside or changed else "C"
     first = next(
         (key for key in hashes if key not in same), None if equal_figures else "the metrics"
     )
@@ -82,6 +89,7 @@ def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[
         f"expected  tier {expected}: {why}",
         f"hashes    {len(same)} of {len(hashes)} equal" + (f", not {first}" if first else ""),
         trace_line(diverged, reference) if precision == "float64" else band_line(inside, outside),
+        verdict_line(changed, reference),
         f"tier      {tier}: {MEANINGS[tier]}"
         + (f", where {expected} was expected" if expected < tier < "D" else ""),
     ]
@@ -91,13 +99,15 @@ def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[
 MEANINGS = {
     "A": "equal bit for bit",
     "B": "every loss equal to 1e-9",
-    "C": "every metric inside the committed band",
+    "C": "every metric inside the committed band, and the same verdicts",
     "D": "DIFFERENT",
+    "?": "CANNOT TELL: the hashes differ, and no bands are committed to compare figures with",
 }
+EXIT_CODES = {"D": 1, "?": 2}
 
 
 def inside_bands(result: dict[str, Any], reference: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Metrics with every seed inside the band, and those outside, the worst first."""
+    """Metrics and differences with every seed inside the band, and those outside, worst first."""
     found = per_seed_values(result)
     misses = {}
     for key, band in (reference.get("bands") or {}).items():
@@ -108,10 +118,29 @@ def inside_bands(result: dict[str, Any], reference: dict[str, Any]) -> tuple[lis
     return [key for key in misses if misses[key] <= 0], outside
 
 
+def changed_verdicts(result: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+    """`claim: result there, result here` of each verdict that differs."""
+    here = {claim_of(verdict): verdict["result"] for verdict in result["verdicts"]}
+    there = {claim_of(verdict): verdict["result"] for verdict in reference["verdicts"]}
+    return [
+        f"{claim}: {there.get(claim, 'none')} there, {here.get(claim, 'none')} here"
+        for claim in dict.fromkeys([*there, *here])
+        if here.get(claim) != there.get(claim)
+    ]
+
+
+def verdict_line(changed: list[str], reference: dict[str, Any]) -> str:
+    count = len(reference["verdicts"])
+    if not changed:
+        return f"verdicts  {count} of {count} the same"
+    return f"verdicts  {len(changed)} of {count} changed, first {changed[0]}"
+
+
 def band_line(inside: list[str], outside: list[str]) -> str:
     if not inside and not outside:
         return "bands     none are committed for this config: only hashes can decide"
-    text = f"bands     {len(inside)} of {len(inside) + len(outside)} metrics inside"
+    count = len(inside) + len(outside)
+    text = f"bands     {len(inside)} of {count} metrics and differences inside"
     return text + (f", outside: {', '.join(outside[:3])}" if outside else "")
 
 
@@ -211,9 +240,9 @@ def artifacts_of(run: Run) -> dict[str, str]:
 def check_run(
     run: Run, config: Config, name: str, results: Path, evaluate: Callable[[], None]
 ) -> int:
-    """Compare a run with results/<name>.json and print the four lines of the check; 0 if it holds,
-    1 if it is different. Every model and shard is verified; a missing or outdated eval.json is
-    recomputed by `evaluate`."""
+    """Compare a run with results/<name>.json and print the lines of the check; 0 if it holds, 1 if
+    it is different, 2 if that cannot be told. Every model and shard is verified; a missing or
+    outdated eval.json is recomputed by `evaluate`."""
     file = results / f"{name}.json"
     if not file.exists():
         known = [found.stem for found in results.glob("*.json")]
@@ -233,7 +262,7 @@ def check_run(
         write_atomically(run.folder / "check.html", render_check(result, reference, lines))
     except OSError as error:  # a read-only folder
         print(f"check.html is not written: {error}", file=sys.stderr)
-    return 1 if tier == "D" else 0
+    return EXIT_CODES.get(tier, 0)
 
 
 def is_current(run: Run) -> bool:

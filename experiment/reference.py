@@ -1,10 +1,11 @@
 """References: the committed result of a config, and the bands in which a rerun must lie.
 
 The bands are two-sided normal tolerance intervals over the seeds of reference runs (Howe 1969,
-JASA 64, 610-620): with 95 % confidence they contain all m metrics of 95 % of all seeds at once, so
-each has a coverage of 1 - 5 % / m (Bonferroni). Reference runs decide whether a rerun is accepted,
-as in MLPerf's reference convergence points (Mattson et al. 2020, arXiv 1910.01500, section
-3.3). Every seed of a rerun must lie in the band, not only their mean.
+JASA 64, 610-620): with 95 % confidence they contain all m metrics, and the differences that claims
+are about, of 95 % of all seeds at once, so each has a coverage of 1 - 5 % / m (Bonferroni).
+Reference runs decide whether a rerun is accepted, as in MLPerf's reference convergence points
+(Mattson et al. 2020, arXiv 1910.01500, section 3.3). Every seed of a rerun must lie in the band,
+not only their mean.
 """
 
 import math
@@ -19,6 +20,7 @@ from configs.schema import Config, LabError
 from experiment.reading import check_config
 from experiment.run import Run
 from measure.report.tables import per_seed_values, with_tables
+from measure.verdicts import ONE_RUN, claim_of
 
 COVERAGE = CONFIDENCE = 0.95
 MIN_HALF_WIDTH = 0.001  # a metric at its limit (0 of 6,298 words) has no deviation
@@ -51,6 +53,17 @@ class Where(Shape):
 class Band(Shape):
     low: float
     high: float
+    values: list[float]
+
+
+class Decided(Shape):
+    """A verdict."""
+
+    claim: str
+    metric: str
+    split: str
+    result: str
+    per_seed: list[float]
 
 
 class Result(Shape):
@@ -65,6 +78,7 @@ class Result(Shape):
     environment: Where
     artifacts: dict[str, str]
     rows: dict[str, str] | None = None
+    verdicts: list[Decided]
     bands: dict[str, Band] | None = None
     trace: dict[str, list[float]] | None = None
 
@@ -77,38 +91,76 @@ def read_result(path: Path) -> dict[str, Any]:
     return read_json(path, Result)
 
 
-def tolerance_factor(n: int, coverage: float = COVERAGE) -> float:
-    """k such that mean +- k standard deviations of n values is the tolerance interval; 3.379 for
-    n = 10. Howe 1969, equation 3.2."""
-    spread = stats.chi2.ppf(1 - CONFIDENCE, n - 1)
-    z = stats.norm.ppf((1 + coverage) / 2)
-    return z * math.sqrt((n - 1) * (1 + 1 / n) / spread)
-
-
 def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The band of every metric over the seeds of several results of one config; None for fewer
-    than 10 of them."""
-    pooled: dict[str, list[float]] = {}
+    """The band of every metric, and of every claim's difference, over the seeds of several results
+    of one config. None for fewer than 10 seeds, or one teacher: a rerun on another machine has
+    another one."""
     students = [(r["config"]["teacher"]["seed"], seed) for r in results for seed in r["seeds"]]
     if len(set(students)) < len(students):
         raise LabError(
             "two of these runs hold the same student (teacher.seed and seed), which would make the "
             "bands too narrow; remove one"
         )
+    pooled: dict[str, dict[Any, list[float]]] = {}
     for result in results:
+        teacher = result["config"]["teacher"]
         for key, values in per_seed_values(result).items():
-            pooled.setdefault(key, []).extend(values)
-    if sum(len(result["seeds"]) for result in results) < 10:
+            of_teacher = pooled.setdefault(key, {}).setdefault(teacher["seed"], [])
+            of_teacher += values
+    if len(students) < 10 or len({seed for seed, _ in students}) < 2:
         return None
-    found = {}
-    for key, values in pooled.items():
-        if len(values) < 2:
-            continue  # one teacher has no deviation
-        mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-        factor = tolerance_factor(len(values), 1 - (1 - COVERAGE) / len(pooled))
-        reach = max(factor * deviation, MIN_HALF_WIDTH)
-        found[key] = {"values": values, "low": mean - reach, "high": mean + reach}
-    return found
+    coverage = 1 - (1 - COVERAGE) / len(pooled)
+    return {key: band(list(groups.values()), coverage) for key, groups in pooled.items()}
+
+
+def band(groups: list[list[float]], coverage: float) -> dict[str, Any]:
+    """The tolerance interval of a value that varies between teachers and between the students of
+    each; groups: the values of each teacher's students.
+
+    Howe 1969, equation 3.2, with an upper bound of the variance of a new value: that of the
+    teachers' means and a part of that within teachers (modified large-sample bound, Graybill and
+    Wang 1980). With one student per teacher it is the bound of one variance.
+    """
+    values = [value for group in groups for value in group]
+    means = np.array([np.mean(group) for group in groups])
+    size = len(groups) / sum(1 / len(group) for group in groups)  # harmonic mean
+    within_freedom = len(values) - len(groups)
+    squares = sum(len(group) * float(np.var(group)) for group in groups)
+    within = (1 - 1 / size) * squares / max(1, within_freedom)
+    parts = [(float(means.var(ddof=1)), len(groups) - 1), (within, within_freedom)]
+    variance = sum(part for part, _ in parts)
+    beyond = [
+        part * (freedom / stats.chi2.ppf(1 - CONFIDENCE, freedom) - 1)
+        for part, freedom in parts
+        if freedom
+    ]
+    of_mean = parts[0][0] / len(groups)
+    bound = (variance + math.hypot(*beyond)) * (1 + of_mean / max(variance, 1e-300))
+    reach = max(stats.norm.ppf((1 + coverage) / 2) * math.sqrt(bound), MIN_HALF_WIDTH)
+    middle = float(means.mean())
+    return {"values": values, "low": middle - reach, "high": middle + reach}
+
+
+def committed_differences(config: Config, folder: Path) -> dict[str, dict[str, float]]:
+    """{claim: mean, spread and number of its differences in the committed runs of this config, and
+    in how many the first model was better}."""
+    file = folder / f"{config.name}.json"
+    if not file.exists():
+        return {}
+    reference = read_result(file)
+    ignored = (*MACHINE, "seeds:", "teacher.seed:")
+    if not reference.get("bands") or other_configs(reference["config"], config, ignored):
+        return {}
+    return {key: in_committed_runs(found["values"]) for key, found in reference["bands"].items()}
+
+
+def in_committed_runs(differences: list[float]) -> dict[str, float]:
+    return {
+        "mean": float(np.mean(differences)),
+        "spread": float(np.std(differences, ddof=1)),
+        "runs": len(differences),
+        "ahead": int(np.sum(np.array(differences) > 0)),
+    }
 
 
 def other_configs(stored: dict[str, Any], config: Config, ignored: tuple[str, ...]) -> list[str]:
@@ -129,12 +181,19 @@ def write_reference(run: Run, config: Config, others: list[Path], folder: Path) 
         differing = other_configs(results[-1]["config"], config, ignored)
         if differing:
             raise LabError(f"{other} is a run of another config: {differing[0]}")
-    reference = {**results[0], "bands": bands(results)}
+    found = bands(results)
+    reference = {**results[0], "bands": found}
+    for verdict in reference["verdicts"] if found else []:
+        if verdict["result"] == ONE_RUN:
+            verdict["committed"] = in_committed_runs(found[claim_of(verdict)]["values"])
     where = results[0]["environment"]
     if where["dirty"] or where["trained"]["dirty"]:
         print("made with uncommitted code: others cannot check out the code of this result")
     if reference["bands"] is None:
-        print("fewer than 10 seeds: no bands written; name more runs with --bands")
+        print(
+            "no bands written: they need 10 seeds and more than one teacher; name more runs with "
+            "--bands"
+        )
     write_json(folder / f"{config.name}.json", reference)
     readme = folder.parent / "README.md"
     write_atomically(readme, with_tables(readme.read_text(encoding="utf-8"), folder))

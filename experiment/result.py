@@ -15,7 +15,7 @@ from measure.evaluate import Evaluation, TeacherReference, free_running, summari
 from measure.metrics import metrics_of
 from measure.reasoning import pairs_of_traces, reasoning, steps_by_split
 from measure.statistics import Estimate, share_of_gap
-from measure.verdicts import Comparison, verdicts
+from measure.verdicts import ONE_RUN, Comparison, claim_of, verdicts
 from models.language import Forward
 from models.rows import Rows
 from tasks.task import Task
@@ -110,10 +110,21 @@ def measure_speed(model: torch.nn.Module, task: Task, sample: Rows) -> dict[str,
     }
 
 
-def decide(config: Config, task: Task, estimates: Estimates, splits: list[str]) -> list[dict]:
-    """The verdicts on all claims of the config over these splits."""
+def decide(
+    config: Config,
+    task: Task,
+    estimates: Estimates,
+    splits: list[str],
+    committed: dict[str, dict[str, float]],
+) -> list[dict]:
+    """The verdicts on all claims of the config over these splits; one run is shown beside the
+    committed ones."""
     claims = [claim for claim in config.claims() if claim.split in splits]
-    return verdicts([comparison(claim, task, estimates) for claim in claims])
+    found = verdicts([comparison(claim, task, estimates) for claim in claims])
+    for verdict in found:
+        if verdict["result"] == ONE_RUN and claim_of(verdict) in committed:
+            verdict["committed"] = committed[claim_of(verdict)]
+    return found
 
 
 def comparison(claim: Verdict, task: Task, estimates: Estimates) -> Comparison:

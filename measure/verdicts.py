@@ -137,6 +137,12 @@ def decide(one: Comparison, comparisons: int) -> str:
     return "worse" if worse else "too little"
 
 
+def claim_of(verdict: dict[str, Any]) -> str:
+    """`states beats baseline: sequence_agreement`, with the split if it is not the main one."""
+    split = "" if verdict["split"] == "heldout" else f" ({verdict['split']})"
+    return f"{verdict['claim']}: {verdict['metric']}{split}"
+
+
 def verdict_line(verdict: dict, metrics: Mapping[str, Metric], items: str = "rows") -> str:
     """`hidden is 3.1 points of word errors better than baseline [2.2, 4.0] over 5 seeds`. What is
     not distinguished is said first; one run is said to be one. items: what the rows are."""

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from measure.laws import Law
 from measure.metrics import AGREEMENT, DIVERGENCE, metrics_in
-from measure.verdicts import NOT_DISTINGUISHED, verdict_line
+from measure.verdicts import NOT_DISTINGUISHED, claim_of, verdict_line
 from tasks import TASKS
 from tasks.task import Metric, Task
 
@@ -70,7 +70,8 @@ def fixed(value: float, digits: int) -> str:
 
 
 def per_seed_values(result: dict[str, Any]) -> dict[str, list[float]]:
-    """{"states sequence_agreement": one value per seed} of all models, splits and metrics."""
+    """{"states sequence_agreement": one value per seed} of all models, splits and metrics; and
+    {"states beats baseline: sequence_agreement": one difference per seed} of all claims."""
     found = {}
     for name, entry in models_in(result).items():
         for split, values in by_split(entry, result).items():
@@ -78,7 +79,7 @@ def per_seed_values(result: dict[str, Any]) -> dict[str, list[float]]:
                 for metric, value in values.get(group, {}).items():
                     key = f"{name} {metric}" + ("" if values is entry else f" ({split})")
                     found[key] = value["per_seed"]
-    return found
+    return found | {claim_of(v): v["per_seed"] for v in result["verdicts"] if "per_seed" in v}
 
 
 def by_split(entry: dict[str, Any], result: dict[str, Any]) -> dict[str, dict[str, Any]]:

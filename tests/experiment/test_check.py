@@ -1,19 +1,29 @@
 """The check of a rerun: what it expects, what it finds, and how it exits."""
 
 import json
+import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from scipy.stats import chi2, norm
 
 import eval as judge
 import experiment.check
+from configs.files import write_json
 from configs.schema import LabError
 from experiment.check import check, compare_runs, expected_tier
-from experiment.reference import bands, tolerance_factor, write_reference
+from experiment.reading import read_config
+from experiment.reference import (
+    band,
+    bands,
+    committed_differences,
+    write_reference,
+)
 from experiment.run import Run, read_lines
-from tests.helpers import ROOT, edit_log, edited
+from measure.verdicts import claim_of
+from tests.helpers import ROOT, TINY, edit_log, edited
 
 
 def environment(**changed):
@@ -24,7 +34,10 @@ def environment(**changed):
     return {**same, **changed}
 
 
-def result(agreement=0.6, losses=(3.0, 2.0), precision="float32", sha256="a", seed=0, **changed):
+def result(
+    agreement=0.6, losses=(3.0, 2.0), precision="float32", sha256="a", seed=0, verdict="one run",
+    difference=0.05, **changed,
+):  # fmt: skip
     metric = {"mean": agreement, "ci95": [0, 1], "per_seed": [agreement]}
     entry = {"quality": {}, "fidelity": {"sequence_agreement": metric}}
     return {
@@ -38,6 +51,15 @@ def result(agreement=0.6, losses=(3.0, 2.0), precision="float32", sha256="a", se
         "teacher": {"quality": {}, "fidelity": {}},
         "students": {"distilled": entry},
         "controls": {},
+        "verdicts": [
+            {
+                "claim": "distilled beats baseline",
+                "metric": "sequence_agreement",
+                "split": "heldout",
+                "result": verdict,
+                "per_seed": [difference],
+            }
+        ],
         "environment": {"trained": environment(**changed)},
         "artifacts": {"rows": "r", "teacher": sha256},
         "trace": {"teacher": list(losses)},
@@ -46,19 +68,24 @@ def result(agreement=0.6, losses=(3.0, 2.0), precision="float32", sha256="a", se
 
 def reference(**changed):
     values = np.random.default_rng(0).normal(0.6, 0.01, 10)
-    found = bands([result(agreement=value, seed=seed) for seed, value in enumerate(values)])
+    differences = np.random.default_rng(1).normal(0.05, 0.01, 10)
+    pairs = enumerate(zip(values, differences, strict=True))
+    found = bands([result(agreement=v, difference=d, seed=seed) for seed, (v, d) in pairs])
     return {**result(**changed), "bands": found}
 
 
-def test_tolerance_factors_are_those_of_the_tables():
-    """Howe 1969; 3.379 for 10 and 2.752 for 20 in NIST's handbook, 7.2.6.3, roughly."""
-    assert tolerance_factor(10) == pytest.approx(3.379, abs=0.03)
-    assert tolerance_factor(20) == pytest.approx(2.752, abs=0.02)
+@pytest.mark.parametrize(("values", "factor"), [(10, 3.379), (20, 2.752)])
+def test_tolerance_factors_are_those_of_the_tables(values, factor):
+    """Of NIST's handbook, 7.2.6.3."""
+    numbers = np.random.default_rng(0).normal(0, 1, values)
+    found = band([[number] for number in numbers], 0.95)
+    half = (found["high"] - found["low"]) / 2
+    assert half / numbers.std(ddof=1) == pytest.approx(factor, rel=0.01)
 
 
 def many(values, seed):
     """A result with as many metrics as values."""
-    found = result(seed=seed)
+    found = result(seed=seed) | {"verdicts": []}
     metric = found["students"]["distilled"]["fidelity"]["sequence_agreement"]
     found["students"]["distilled"]["fidelity"] = {
         f"metric{i}": {**metric, "per_seed": [float(value)]} for i, value in enumerate(values)
@@ -76,6 +103,41 @@ def test_bands_hold_all_metrics_of_95_percent_of_seeds_with_95_percent_confidenc
         seeds = generator.normal(0.5, 0.02, (1000, metrics))
         held.append(((low <= seeds) & (seeds <= high)).all(axis=1).mean() >= 0.95)
     assert np.mean(held) >= 0.9 if metrics > 1 else np.mean(held) == pytest.approx(0.95, abs=0.04)
+
+
+@pytest.mark.parametrize(("teachers", "students"), [(10, 1), (5, 2), (5, 8)])
+@pytest.mark.parametrize("between_teachers", [0.0, 0.02, 0.1])
+def test_bands_hold_students_of_other_teachers_too(teachers, students, between_teachers):
+    """The spread within a teacher is 0.02; a new run has a new teacher."""
+    generator = np.random.default_rng([teachers, students, round(100 * between_teachers)])
+    runs, held = 300, 0
+    for _ in range(runs):
+        teacher = between_teachers * generator.standard_normal((teachers, 1))
+        groups = teacher + 0.02 * generator.standard_normal((teachers, students))
+        found = band(groups.tolist(), 0.95)
+        spread = np.hypot(between_teachers, 0.02)
+        high, low = norm.cdf([found["high"] / spread, found["low"] / spread])
+        held += high - low >= 0.95
+    assert held / runs >= 0.92
+
+
+def test_a_band_by_hand():
+    """Two teachers of two students: 0.1 and 0.3, 0.5 and 0.7."""
+    found = band([[0.1, 0.3], [0.5, 0.7]], 0.95)
+    of_means, within = 0.08, 0.5 * (4 * 0.1**2) / 2  # (1 - 1/2) of the mean square within
+    beyond = of_means * (1 / chi2.ppf(0.05, 1) - 1), within * (2 / chi2.ppf(0.05, 2) - 1)
+    variance = of_means + within + math.hypot(*beyond)
+    variance *= 1 + of_means / 2 / (of_means + within)
+    assert found["values"] == [0.1, 0.3, 0.5, 0.7]
+    assert found["high"] == pytest.approx(0.4 + 1.959964 * variance**0.5)
+    assert found["low"] == pytest.approx(0.4 - 1.959964 * variance**0.5)
+
+
+def test_one_teacher_makes_no_bands():
+    results = [result(seed=0) | {"seeds": [seed]} for seed in range(12)]
+    assert bands(results) is None
+    results[-1]["config"]["teacher"]["seed"] = 1
+    assert bands(results) is not None
 
 
 def test_a_metric_at_its_limit_may_move_by_a_word_or_two():
@@ -130,13 +192,13 @@ def test_a_run_on_other_rows_is_different_whatever_its_figures():
 def test_a_tier_below_the_expected_one_is_reported():
     tier, lines = check(result(agreement=0.605, sha256="b"), reference())
     assert tier == "C"
-    assert lines[3].endswith("where A was expected")
+    assert lines[-1].endswith("where A was expected")
 
 
 def test_equal_hashes_are_tier_a_whatever_the_machine():
     tier, lines = check(result(threads=8), reference())
     assert tier == "A"
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert lines[0] == "expected  tier C: different threads"
     assert lines[1] == "hashes    2 of 2 equal"
 
@@ -146,11 +208,36 @@ def test_other_hashes_inside_the_band_are_tier_c_and_outside_d():
     assert (tier, lines[1]) == ("C", "hashes    1 of 2 equal, not teacher")
     tier, lines = check(result(agreement=0.7, sha256="b"), reference())
     assert tier == "D"
-    assert lines[2] == "bands     0 of 1 metrics inside, outside: distilled sequence_agreement"
+    inside = "bands     1 of 2 metrics and differences inside"
+    assert lines[2] == f"{inside}, outside: distilled sequence_agreement"
 
 
-def test_without_bands_other_hashes_are_different():
-    assert check(result(sha256="b"), {**reference(), "bands": None})[0] == "D"
+def test_a_claims_difference_must_lie_in_its_band_too():
+    tier, lines = check(result(difference=-0.1, sha256="b"), reference())
+    assert tier == "D"
+    assert lines[2].endswith("outside: distilled beats baseline: sequence_agreement")
+
+
+def test_a_changed_verdict_is_different_whatever_the_figures():
+    tier, lines = check(result(sha256="b", verdict="worse"), reference(verdict="better"))
+    assert tier == "D"
+    assert lines[3] == (
+        "verdicts  1 of 1 changed, first distilled beats baseline: sequence_agreement: better "
+        "there, worse here"
+    )
+    assert check(result(sha256="b"), reference())[1][3] == "verdicts  1 of 1 the same"
+    gone = result(sha256="b") | {"verdicts": []}
+    assert "one run there, none here" in check(gone, reference())[1][3]
+
+
+def test_without_bands_other_hashes_cannot_be_judged():
+    there = {**reference(), "bands": None}
+    assert check(result(sha256="b"), there)[0] == "?"
+    assert check(result(sha256="b", verdict="worse"), there)[0] == "?"
+    assert check(result(), there)[0] == "A"
+    other = result(sha256="b")
+    other["artifacts"]["rows"] = "others"
+    assert check(other, there)[0] == "D"
 
 
 def test_a_float64_trace_is_tier_b_to_1e_9():
@@ -207,9 +294,9 @@ def test_a_run_checks_against_what_it_wrote(committed, tiny_run, capsys):
     capsys.readouterr()
     assert judge.main([str(tiny_run), "--check"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert lines[0] == "expected  tier A: same code, torch, processor and threads"
-    assert lines[3] == "tier      A: equal bit for bit"
+    assert lines[-1] == "tier      A: equal bit for bit"
 
 
 def test_outputs_of_another_run_are_rejected(committed, tiny_run, tmp_path, capsys):
@@ -246,12 +333,33 @@ def test_a_read_only_run_is_checked(committed, tiny_run, monkeypatch, capsys):
     assert "check.html is not written" in printed.err
 
 
-def test_a_run_that_differs_exits_with_1(committed, tiny_run, capsys):
+@pytest.mark.parametrize(("artifact", "code"), [("teacher", 2), ("rows", 1)])
+def test_a_run_that_differs_exits_with_1_and_one_that_cannot_be_judged_with_2(
+    artifact, code, committed, tiny_run, capsys
+):
     changed = json.loads(committed.read_text("utf-8"))
-    changed["artifacts"]["teacher"] = "0" * 64
+    changed["artifacts"][artifact] = "0" * 64
     committed.write_text(json.dumps(changed), "utf-8")
-    assert judge.main([str(tiny_run), "--check"]) == 1
-    assert "not teacher" in capsys.readouterr().out
+    assert judge.main([str(tiny_run), "--check"]) == code
+    assert f"not {artifact}" in capsys.readouterr().out
+
+
+def test_one_run_is_shown_beside_the_committed_ones(committed, tiny_run, capsys):
+    """After bands are written, and only if the config is the same."""
+    stored = json.loads(committed.read_text("utf-8"))
+    claim = claim_of(stored["verdicts"][0])
+    stored["bands"] = {claim: {"low": -1, "high": 1, "values": [0.01, 0.02, -0.01]}}
+    config = read_config(TINY)
+    write_json(committed, stored)
+    mean, spread = pytest.approx(0.02 / 3), pytest.approx(0.0152753, rel=1e-5)
+    expected = {"mean": mean, "spread": spread, "runs": 3, "ahead": 2}
+    assert committed_differences(config, committed.parent)[claim] == expected
+    stored["config"]["teacher"]["seed"] = 7
+    write_json(committed, stored)
+    assert committed_differences(config, committed.parent)[claim] == expected
+    stored["config"]["students"]["budget"] = 0.5
+    write_json(committed, stored)
+    assert committed_differences(config, committed.parent) == {}
 
 
 def test_a_run_of_another_config_cannot_be_checked(committed, tiny_run, capsys):
