@@ -120,10 +120,20 @@ class Elapsed(Shape):
 
 
 class Stopwatch:
-    """The cost of one stage, plus `seconds` and `joules` of an earlier, interrupted part."""
+    """The cost of one stage, plus `seconds` and `joules` of an earlier, interrupted part.
 
-    def __init__(self, cost: Cost, threads: int, before: dict[str, Any] | None = None) -> None:
-        self.cost, self.threads = cost, threads
+    share: of the machine, where other stages run beside this one. It is charged that share of the
+    machine's price, and of the energy that a meter of the whole processor shows.
+    """
+
+    def __init__(
+        self,
+        cost: Cost,
+        threads: int,
+        share: float = 1.0,
+        before: dict[str, Any] | None = None,
+    ) -> None:
+        self.cost, self.threads, self.share = cost, threads, share
         self.before = before or {"seconds": 0.0, "joules": 0.0}
         self.started, self.energy = time.perf_counter(), read_energy()
 
@@ -139,7 +149,7 @@ class Stopwatch:
             "seconds": round(seconds, 3),
             "joules": round(self.before["joules"] + joules, 1),
             "joules_source": source,
-            "money": seconds / 3600 * self.cost.price_per_hour,
+            "money": self.share * seconds / 3600 * self.cost.price_per_hour,
             "currency": self.cost.currency,
             "peak_memory_mb": round(peak_memory() / 2**20),
         }
@@ -147,7 +157,7 @@ class Stopwatch:
     def joules(self, elapsed: float) -> tuple[float, str]:
         after = read_energy()
         if self.energy is not None and after is not None and after >= self.energy:
-            return after - self.energy, "RAPL, whole package"
+            return self.share * (after - self.energy), "measured, by share of threads"
         watts = self.cost.watts_per_thread * self.threads
         return watts * elapsed, f"estimate: {self.cost.watts_per_thread:g} W per thread"
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from configs.schema import Config, LabError, Model, Recipe, Training
+from experiment.cost import Stopwatch
 from experiment.plan import Plan
 from experiment.run import Run
 from models.language import (
@@ -69,6 +70,7 @@ class Experiment:
     rows: Rows  # the training split
     validation: Rows
     accelerator: "Accelerator | None" = None  # only for training
+    share: float = 1.0  # of the machine; the rest is that of other workers
 
     @cached_property
     def plan(self) -> Plan:
@@ -78,6 +80,10 @@ class Experiment:
     def is_main(self) -> bool:
         """Whether this is the process that writes."""
         return self.accelerator is None or self.accelerator.is_main_process
+
+    def stopwatch(self, before: dict[str, Any] | None = None) -> Stopwatch:
+        """Started; before: what an interrupted part of the stage has cost."""
+        return Stopwatch(self.config.cost, torch.get_num_threads(), self.share, before)
 
 
 def open_experiment(

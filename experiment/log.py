@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.files import printable, read_sealed, write_sealed
-from experiment.cost import Elapsed, Stopwatch
+from experiment.cost import Elapsed
 from experiment.experiment import Experiment
 from experiment.run import Run
 from models.language import logits_at
@@ -124,7 +124,7 @@ class OutputsLog:
         self.is_main, self.stage = experiment.is_main, stage
         self.file = experiment.run.checkpoints(stage) / "cost.json"
         before = read_sealed(self.file, Elapsed) if self.file.exists() else None
-        self.watch = Stopwatch(experiment.config.cost, torch.get_num_threads(), before)
+        self.watch = experiment.stopwatch(before)
         self.recorded = 0.0
         self.bar = tqdm(total=total, desc=stage, unit="row", ascii=True, leave=False, disable=None)
 

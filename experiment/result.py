@@ -195,7 +195,7 @@ def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
             / teacher[key]
             if teacher["steps"] > 0  # otherwise a pretrained teacher, of unknown cost
             else None
-            for key in ("flops", "seconds", "joules")
+            for key in ("flops", "seconds", "joules", "money")
         }
     main = next(iter(fractions))
     before = plan.prerequisites(plan.config.recipes[main], uncharged=True)

@@ -1,6 +1,7 @@
 """Stages: run them in this process or in workers, and record what they cost and made."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import nn
 
 from configs.files import say
 from configs.schema import Config, LabError
-from experiment.cost import Stopwatch
 from experiment.experiment import Experiment, open_experiment, verify_stage
 from experiment.run import Run
 from experiment.workers import side_by_side
@@ -85,7 +85,7 @@ def is_intact(run: Run, stage: str) -> bool:
 
 def register_pretrained(experiment: Experiment, stage: str, model: nn.Module) -> StageResult:
     """Register a pretrained teacher unchanged, at no cost."""
-    watch = Stopwatch(experiment.config.cost, torch.get_num_threads())
+    watch = experiment.stopwatch()
     folder, name = experiment.run.folder / stage, experiment.config.teacher.model.pretrained
     if experiment.is_main:
         card = model_card(stage, model, f"`{name}`, unchanged.", 0)
@@ -119,7 +119,9 @@ def open_worker(config: Config, folder: Path) -> None:
     """A worker opens the experiment once, for all the stages it runs."""
     global worker_experiment
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    worker_experiment = open_experiment(config, Run(folder).reload(), accelerator)
+    worker_experiment = replace(
+        open_experiment(config, Run(folder).reload(), accelerator), share=1 / config.workers
+    )
 
 
 def work(function: Callable[..., StageResult], stage: str, *arguments: Any) -> StageResult:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from configs.files import sha256_of_json, write_json
 from configs.schema import LabError
 from experiment.checkpoints import checkpoint, restore
-from experiment.cost import Stopwatch, TrainingFlops
+from experiment.cost import TrainingFlops
 from experiment.experiment import Experiment
 from experiment.log import TrainingLog
 from experiment.stages import StageResult, made_of, usage_of
@@ -56,7 +56,7 @@ class TrainingState:
         before = restore(self.checkpoints, model, optimizer, self.belongs_to) or {}
         self.step, self.flops = before.get("step", 0), before.get("flops", 0.0)
         cost = before.get("cost")
-        self.watch = Stopwatch(experiment.config.cost, torch.get_num_threads(), cost)
+        self.watch = experiment.stopwatch(cost)
         self.writing_seconds = (cost or {}).get("writing_seconds", 0.0)
         experiment.accelerator.wait_for_everyone()  # all processes read it before one writes again
         self.saved_at, self.saved_step = self.watch.elapsed(), self.step

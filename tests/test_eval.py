@@ -29,7 +29,7 @@ def test_a_finished_run_has_every_file_and_key(tiny_run):
         assert set(entry) >= {"params", "recipe", "quality", "fidelity", "cost", "long"}
         assert set(entry["fidelity"]) == {
             "kl_teacher_student", "kl_student_teacher", "top1_agreement", "sequence_agreement",
-            "agreement_on_teacher_errors", "nll_gap", "ece",
+            "agreement_on_teacher_errors", "nll_gap", "ece", "ece_if_calibrated",
         }  # fmt: skip
         for metric in [*entry["fidelity"].values(), *entry["quality"].values()]:
             assert set(metric) == {"mean", "ci95", "per_seed"}

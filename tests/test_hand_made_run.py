@@ -316,7 +316,7 @@ def costs_of(made, name: str) -> list[dict]:
     return [cost_of(numbered[made.plan.stage(name, seed)]) for seed in SEEDS]
 
 
-@pytest.mark.parametrize("key", ["flops", "seconds", "joules"])
+@pytest.mark.parametrize("key", ["flops", "seconds", "joules", "money"])
 def test_the_cost_of_a_student_includes_its_outputs(key, made):
     """The median student and the outputs, as a fraction of the teacher; controls need none."""
     fractions = made.result["cost"]["fraction_of_teacher_by_student"]
@@ -390,7 +390,21 @@ def test_the_sentences_state_the_same_numbers(made):
     nats = mean_of(made, "poor", "kl_teacher_student") - mean_of(made, "good", "kl_teacher_student")
     assert facts[3].startswith(f"good is {nats:.3f} nats of KL to teacher better than poor [")
     share = 100 * made.result["cost"]["fraction_of_teacher"]["flops"]
-    assert f"outputs + good = {share:.1f} % of the teacher's training FLOPs" in facts
+    shares = made.result["cost"]["fraction_of_teacher_by_student"]
+    assert len({round(found["flops"], 3) for found in shares.values()}) > 1
+    line = f"set to {share:.1f} % of the teacher's training FLOPs: outputs and good"
+    assert any(fact.startswith(line) for fact in facts)
+    measured = {
+        name: " / ".join(f"{100 * shares[name][key]:.0f}" for key in ("seconds", "joules", "money"))
+        for name in ("good", "poor")
+    }
+    start = "measured for outputs and one student, in % of the teacher's seconds / joules / money: "
+    (line,) = (fact for fact in facts if fact.startswith(start))
+    for name, values in measured.items():
+        assert f"{name} {values}" in line
+    total = made.result["cost"]["flops_per_student_with_teacher"]
+    expected = f"{100 * total['1']:.0f} % for 1, {100 * total['10']:.0f} % each for 10"
+    assert any(expected in fact for fact in facts)
     gap = made.result["gaps"]["good"]["low_data_to_teacher"]
     low, high = (100 * bound for bound in gap["ci95"])
     line = (

@@ -193,9 +193,34 @@ def gaps_and_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
     for name in result["students"]:
         share = result["cost"]["fraction_of_teacher_by_student"][name]["flops"]
         if share is not None and name not in left_out:
-            line = f"outputs + {{}} = {100 * share:.1f} % of the teacher's training FLOPs"
+            line = f"set to {100 * share:.1f} % of the teacher's training FLOPs: outputs and {{}}"
             students.setdefault(line, []).append(name)
-    return [line.format(list_of(names)) for line, names in students.items()]
+    lines = [line.format(list_of(names)) for line, names in students.items()]
+    return lines + measured_costs(result, left_out)
+
+
+def measured_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
+    """What was measured beside the FLOPs that the budget set, and the total with the teacher."""
+    cost = result["cost"]
+    shares = {n: f for n, f in cost["fraction_of_teacher_by_student"].items() if n not in left_out}
+    parts = [
+        f"{name} {' / '.join(f'{100 * share[key]:.0f}' for key in ('seconds', 'joules', 'money'))}"
+        for name, share in shares.items()
+        if share["flops"] is not None
+    ]
+    if not parts:
+        return []
+    main = next(iter(result["students"]))
+    totals = cost["flops_per_student_with_teacher"]
+    with_teacher = ", ".join(
+        f"{100 * share:.0f} % {'for' if count == '1' else 'each for'} {count}"
+        for count, share in totals.items()
+    )
+    return [
+        "measured for outputs and one student, in % of the teacher's seconds / joules / money: "
+        f"{', '.join(parts)} (joules: {cost['joules_source']})",
+        f"with the teacher's training charged, in FLOPs of it per student ({main}): {with_teacher}",
+    ]
 
 
 def list_of(names: list[str]) -> str:

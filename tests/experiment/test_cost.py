@@ -1,8 +1,15 @@
 """The cost ledger."""
 
+from itertools import count
+from unittest.mock import patch
+
 import pytest
 
-from experiment.cost import TrainingFlops
+from configs.schema import Cost
+from experiment import cost, stages
+from experiment.cost import Stopwatch, TrainingFlops
+from experiment.experiment import Experiment
+from experiment.run import Run
 from models.language import (
     build_model,
     parameter_count,
@@ -42,3 +49,36 @@ def test_flops_are_those_that_torch_counts_over_the_whole_step(lab):
     assert TrainingFlops(model).of_row(16) == pytest.approx(
         6 * 16 * parameter_count(model), rel=0.3
     )
+
+
+def test_workers_side_by_side_pay_for_the_machine_once():
+    """Two workers for an hour: each has half of its price and of what its meter shows."""
+    clock, meter = count(0, 3600), count(0, 1000)
+    with (
+        patch.object(cost.time, "perf_counter", lambda: float(next(clock))),
+        patch.object(cost, "read_energy", lambda: float(next(meter))),
+    ):
+        alone, *workers = (
+            Stopwatch(Cost(price_per_hour=0.4), 1, share).read(0.0) for share in (1.0, 0.5, 0.5)
+        )
+    assert alone["money"] == pytest.approx(0.4)
+    assert sum(worker["money"] for worker in workers) == pytest.approx(alone["money"])
+    assert alone["joules"] == sum(worker["joules"] for worker in workers) == 1000
+    assert alone["seconds"] == workers[0]["seconds"] == 3600
+
+
+def test_without_a_meter_a_worker_pays_for_its_threads():
+    with patch.object(cost, "read_energy", lambda: None):
+        watch = Stopwatch(Cost(watts_per_thread=5), threads=3, share=0.25)
+        assert watch.joules(10.0)[0] == 5 * 3 * 10
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stage_is_charged_its_share_of_the_machine(workers, lab):
+    config = lab.config.model_copy(update={"workers": workers})
+    opened = patch.object(stages, "open_experiment", lambda *_: lab)
+    with opened, patch.object(Run, "reload", lambda self: self):
+        stages.open_worker(config, lab.run.folder)
+    assert isinstance(stages.worker_experiment, Experiment)
+    assert stages.worker_experiment.stopwatch().share == 1 / workers
+    assert lab.stopwatch().share == 1
