@@ -8,6 +8,7 @@ accepts any.
 
 import hashlib
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ class Pronounce(Task):
     metrics = {
         "word_error_rate": Metric("word errors", "%", True, "wrong"),
         "phoneme_error_rate": Metric("phoneme errors", "%", True, "edits", "length"),
+        # Words at an edit distance of 2 and more from every training word.
+        "far_word_error_rate": Metric("errors on far words", "%", True, "wrong_far", "far"),
     }
     headline = "word_error_rate"
     table = (
@@ -128,6 +131,14 @@ class Pronounce(Task):
     @cached_property
     def by_id(self) -> dict[int, str]:
         return {self.id_of(word): word for word in self.words}
+
+    @cached_property
+    def near_words(self) -> set[str]:
+        """The evaluation words that are one letter inserted, deleted or replaced from a training
+        word."""
+        training = set(self.by_split["train"])
+        tested = (word for name in SPLITS if name != "train" for word in self.by_split[name])
+        return {word for word in tested if not training.isdisjoint(one_edit_away(word))}
 
     def id_of(self, word: str) -> int:
         return row_id(f"pronounce {word}")
@@ -195,7 +206,8 @@ class Pronounce(Task):
         return " ".join(words[: words.index("</s>")] if "</s>" in words else words)
 
     def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
-        """Per row: wrong (0/1), edits to the nearest listed pronunciation, and its length."""
+        """Per row: wrong (0/1), edits to the nearest listed pronunciation, and its length; far from the
+        training words (0/1), and wrong there."""
         wrong = np.zeros(len(ids))
         edits = np.zeros(len(ids))
         length = np.zeros(len(ids))
@@ -205,4 +217,25 @@ class Pronounce(Task):
             distances = [Levenshtein.distance(phonemes, reference) for reference in listed]
             best = int(np.argmin(distances))
             wrong[i], edits[i], length[i] = distances[best] > 0, distances[best], len(listed[best])
-        return {"wrong": wrong, "edits": edits, "length": length}
+        words = (self.by_id[int(word_id)] for word_id in ids)
+        far = np.array([word not in self.near_words for word in words], float)
+        return {
+            "wrong": wrong,
+            "edits": edits,
+            "length": length,
+            "far": far,
+            "wrong_far": wrong * far,
+        }
+
+
+def one_edit_away(word: str) -> Iterator[str]:
+    """The word itself, and every word one letter inserted, deleted or replaced from it."""
+    yield word
+    for i in range(len(word) + 1):
+        before, after = word[:i], word[i:]
+        for letter in LETTERS:
+            yield before + letter + after
+            if after:
+                yield before + letter + after[1:]
+        if after:
+            yield before + after[1:]
