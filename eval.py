@@ -44,6 +44,7 @@ from experiment.result import (
     map_of_traces,
     measure_speed,
     reasoning_of,
+    savings_of,
     writes_reasoning,
 )
 from experiment.run import SCHEMA, Run
@@ -150,7 +151,11 @@ def judge(run: Run, config: Config, split: str) -> None:
             "artifacts": artifacts_of(run),
             "rows": {name: split_rows.digest() for name, split_rows in rows.items()},
         }
-        result |= {"laws": scaling_laws(result), "map": map_of_traces(config, task, estimates)}
+        result |= {
+            "laws": scaling_laws(result),
+            "map": map_of_traces(config, task, estimates),
+            "savings": savings_of(result, task, estimates, splits[0]),
+        }
         publish(result, run, task, references[splits[0]], evaluations, splits[0])
 
 

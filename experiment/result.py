@@ -14,6 +14,7 @@ from experiment.run import Run
 from measure.evaluate import Evaluation, TeacherReference, free_running, summaries
 from measure.metrics import metrics_of
 from measure.reasoning import pairs_of_traces, reasoning, steps_by_split
+from measure.savings import savings
 from measure.statistics import Estimate, share_of_gap
 from measure.verdicts import ONE_RUN, Comparison, claim_of, verdicts
 from models.language import Forward
@@ -58,6 +59,7 @@ def entry(
         "params": run.manifest["stages"][stages[0]]["params"],
         "sha256": [run.manifest["stages"][stage]["sha256"] for stage in stages],
         "steps": [row["steps"] for row in ledger],
+        "rows": ledger[0].get("rows"),
         "recipe": recipe.model_dump(mode="json") if recipe else None,
         **by_split[first],
         **{split: by_split[split] for split in others},
@@ -172,6 +174,21 @@ def gaps(config: Config, task: Task, estimates: Estimates, split: str) -> dict[s
         }
         for name in config.recipes
     }
+
+
+def savings_of(
+    result: dict[str, Any], task: Task, estimates: Estimates, split: str
+) -> dict[str, Any] | None:
+    """What students of several budgets cost for the same quality and for the same fidelity."""
+    metrics = metrics_of(task)
+    fidelity = next((name for name in task.table if metrics[name].needs_teacher), None)
+    shown = dict.fromkeys(name for name in (task.headline, fidelity) if name)
+    signs = {name: metrics[name].sign for name in shown}
+    values = {
+        name: found[split]["quality"] | found[split]["fidelity"]
+        for name, found in estimates.items()
+    }
+    return savings(result, values, signs)
 
 
 def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def students_differing_in(result: dict[str, Any], keys: tuple[str, ...]) -> list
             continue  # scheduled, or without stored outputs: no single x
         if DIVERGENCE not in entry["fidelity"]:
             continue  # trained on answers without reasoning
-        rest = without_keys(entry["recipe"], keys)
+        rest = without_keys(entry["recipe"], (*keys, "student.learning_rate"))
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(name)
     return max(groups.values(), key=len, default=[])
 

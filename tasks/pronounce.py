@@ -206,8 +206,8 @@ class Pronounce(Task):
         return " ".join(words[: words.index("</s>")] if "</s>" in words else words)
 
     def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
-        """Per row: wrong (0/1), edits to the nearest listed pronunciation, and its length; far from the
-        training words (0/1), and wrong there."""
+        """Per row: wrong (0/1), edits to the nearest listed pronunciation, and its length; far from
+        the training words (0/1), and wrong there."""
         wrong = np.zeros(len(ids))
         edits = np.zeros(len(ids))
         length = np.zeros(len(ids))

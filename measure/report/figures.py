@@ -99,6 +99,25 @@ def fidelity_against_cost(result: dict[str, Any], colours: dict[str, str], key: 
     return picture(figure)
 
 
+def quality_against_cost(result: dict[str, Any], name: str) -> str:
+    """A curve for each kind of student over its budgets, with intervals; the teacher, dashed."""
+    metric, costs = metrics_in(result)[name], result["cost"]["fraction_of_teacher_by_student"]
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for kind, students in result["savings"]["curves"].items():
+        values = [value_in(result["students"][student], name) for student in students]
+        middle = np.array([metric.scale * value["mean"] for value in values])
+        ends = metric.scale * np.array([value["ci95"] for value in values])
+        x = [100 * costs[student]["flops"] for student in students]
+        axes.errorbar(x, middle, np.abs(ends - middle[:, None]).T, fmt="o-", ms=4, capsize=2,
+            label=kind)  # fmt: skip
+    teacher = value_in(result["teacher"], name)
+    if teacher and not metric.needs_teacher:
+        axes.axhline(metric.scale * teacher["mean"], color="#888", ls="--", lw=1, label="teacher")
+    axes.set(xscale="log", xlabel="% of the teacher's training FLOPs", ylabel=heading(metric))
+    axes.legend(**BESIDE)
+    return picture(figure)
+
+
 def pareto_front(points: list[tuple[float, float]], sign: int) -> list[tuple[float, float]]:
     """The points (cost, fidelity) that no point of at most the same cost exceeds, by cost. sign: -1
     if lower is better."""

@@ -26,6 +26,7 @@ from measure.report.figures import (
     fidelity_by_temperature,
     first_wrong_steps,
     learning_curves,
+    quality_against_cost,
     reliability,
     scaling,
     strips,
@@ -43,6 +44,7 @@ from measure.report.tables import (
     more_cells,
     more_headings,
     per_seed_values,
+    savings_tables,
     task_of,
 )
 from models.rows import Rows
@@ -101,6 +103,7 @@ def render_report(
         graded="wrong" in reference.evaluation.columns,
         copied=[a for a in answers if a["teacher"] == a[main] and not a["right"]][:EXAMPLES],
         uncertain=dark_knowledge(reference),
+        savings=savings_tables(result),
         tuning=tuning_rows(result),
         tuned_columns=[heading(metrics_in(result)[name]) for name in task.table],
     )
@@ -172,6 +175,12 @@ def figures_of(
             "Students whose recipes differ only in temperature.",
         )
     found |= law_figures(result, colours)
+    saved = result.get("savings")
+    for name in saved["needs"] if saved else ():
+        found[f"Savings: {metrics_in(result)[name].heading}"] = (
+            quality_against_cost(result, name),
+            "Students of each kind at several budgets; cost with outputs, tuned at each budget.",
+        )
     if "reasoning" in result["teacher"]:
         found |= reasoning_figures(result, colours)
     if all(CALIBRATION in evaluation.columns for evaluation in first.values()):

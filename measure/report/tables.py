@@ -172,6 +172,10 @@ def facts_of(result: dict[str, Any]) -> list[str]:
     facts += [law_line(result, name, study) for name, study in laws.items()]
     main = next(iter(result["students"]))
     studied = {name for study in laws.values() for name in study["x"]} - {main}
+    saved = result.get("savings")
+    if saved:
+        studied |= {name for curve in saved["curves"].values() for name in curve}
+        facts.append(rows_line(saved))
     return facts + gaps_and_costs(result, studied)
 
 
@@ -288,7 +292,50 @@ def law_line(result: dict[str, Any], name: str, study: dict[str, Any]) -> str:
     return f"{law}{minimum}; of those tried, {best} is closest to the teacher"
 
 
+def rows_line(saved: dict[str, Any]) -> str:
+    """What each curve read of the data and of the teacher, at its budgets."""
+    parts = []
+    for curve, students in saved["curves"].items():
+        labels, answers = ([saved[key][name] for name in students] for key in ("labels", "answers"))
+        kind, counts = ("answers of the teacher", answers) if any(answers) else ("labels", labels)
+        shown = [f"{count:,}" for count in dict.fromkeys([min(counts), max(counts)])]
+        parts.append(f"{curve} {' to '.join(shown)} {kind}")
+    return f"different rows that students read: {'; '.join(parts)}"
+
+
 # -- tables ----------------------------------------------------------------------------------------
+
+Savings = list[tuple[str, list[str], list[list[str]]]]  # (title, headings, rows)
+
+
+def savings_tables(result: dict[str, Any]) -> Savings:
+    """For each metric: what each curve costs at the quality of each student of the reference, as a
+    ratio to that student's FLOPs and seconds."""
+    saved, metrics = result.get("savings"), metrics_in(result)
+    if not saved:
+        return []
+    found = []
+    for name, targets in saved["needs"].items():
+        metric, reference = metrics[name], saved["reference"]
+        title = f"Cost at the same {metric.heading}, as a ratio to {reference}'s"
+        kinds = [curve for curve in saved["curves"] if curve != reference]
+        headings = ["", heading(metric), *(f"{kind}: FLOPs (seconds)" for kind in kinds)]
+        rows = []
+        for student, needs in targets.items():
+            value = value_in(result["students"][student], name)["mean"]
+            cells = [savings_cell(needs[kind]) for kind in kinds]
+            rows.append([student, fixed(metric.scale * value, metric.digits), *cells])
+        found.append((title, headings, rows))
+    return found
+
+
+def savings_cell(need: dict[str, Any] | str) -> str:
+    """`0.45 [0.41, 0.50] (0.62)`, or what is not known within the budgets that were tried."""
+    if isinstance(need, str):
+        known = {"less": "below the least tried", "more": "above the most tried"}
+        return known.get(need, need)
+    low, high = need["flops"]["ci95"]
+    return f"{need['flops']['ratio']:.2f} [{low:.2f}, {high:.2f}] ({need['seconds']['ratio']:.2f})"
 
 
 def console_table(result: dict[str, Any]) -> Table:
@@ -332,6 +379,9 @@ def markdown(result: dict[str, Any]) -> str:
         size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
         cells = [*cells_of(entry, columns, interval=False), *more_cells(result, name)]
         lines.append(f"| {' | '.join([name, *size, *cells])} |")
+    for title, headings, rows in savings_tables(result):
+        lines += ["", f"{title}:", "", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
     stages = result["cost"]["stages"]
     where = result["environment"]["trained"]
     facts = [

@@ -1,0 +1,155 @@
+"""Savings: which fraction of the baseline's cost another student needs."""
+
+import math
+
+import numpy as np
+import pytest
+
+from measure.report.tables import savings_tables
+from measure.savings import COSTS, curves_in, savings
+from measure.statistics import Estimate
+from tests.helpers import drawn
+
+BUDGETS = (0.25, 0.5, 1.0)
+
+
+def students():
+    """Three curves of three budgets, and a student of no curve."""
+    recipe = {"access": "none", "temperature": 1.0, "outputs": {"transfer_rows": None}}
+    made = {}
+    for kind in ("baseline", "text", "logits"):
+        for budget in BUDGETS:
+            entry = {**recipe, "access": "none" if kind == "baseline" else kind}
+            entry["student"] = {"budget_fraction": budget, "learning_rate": 0.01 / budget}
+            made[f"{kind}_{round(100 * budget)}"] = {"recipe": entry, "steps": [10], "rows": 90}
+    other = {**recipe, "temperature": 2.0, "student": {"budget_fraction": 1, "learning_rate": 0.1}}
+    return made | {"other": {"recipe": other, "steps": [10], "rows": 90}}
+
+
+def result():
+    """Cost is 8 % of the teacher's FLOPs per unit of budget, and twice that of its seconds."""
+    made = students()
+    costs = {
+        name: {
+            "flops": 0.08 * entry["recipe"]["student"]["budget_fraction"],
+            "seconds": 0.16 * entry["recipe"]["student"]["budget_fraction"] ** 2,
+            "money": 0.1,
+        }
+        for name, entry in made.items()
+    }
+    stored = {name: {"rows": 50} for name in made if name.startswith(("text", "logits"))}
+    return {
+        "students": made,
+        "config": {
+            "students": {"training": {"batch_rows": 4}},
+            "task": {"name": "pronounce"},
+        },
+        "cost": {"fraction_of_teacher_by_student": costs, "outputs_by_student": stored},
+    }
+
+
+def exactly(value):
+    return Estimate(np.full(3, value), np.zeros((3, 5)))
+
+
+def errors(**curves):
+    """{student: {"word_error_rate": estimate}} from a value for each budget of each curve."""
+    return {
+        f"{kind}_{round(100 * budget)}": {"word_error_rate": exactly(value)}
+        for kind, values in curves.items()
+        for budget, value in zip(BUDGETS, values, strict=True)
+    }
+
+
+def test_curves_are_students_that_differ_only_in_budget_and_in_what_was_tuned():
+    found = curves_in(result())
+    assert found == {
+        kind: {f"{kind}_25": 0.25, f"{kind}_50": 0.5, f"{kind}_100": 1.0}
+        for kind in ("baseline", "text", "logits")
+    }
+
+
+def test_the_cost_at_the_same_quality_is_interpolated_between_two_budgets():
+    """text reaches 0.5 in the middle (of logarithms) of its last two budgets."""
+    estimates = errors(baseline=(0.7, 0.5, 0.35), text=(0.8, 0.6, 0.4), logits=(0.3, 0.25, 0.2))
+    found = savings(result(), estimates, {"word_error_rate": -1})
+    needs = found["needs"]["word_error_rate"]
+    at_half = needs["baseline_50"]["text"]
+    assert at_half["flops"]["ratio"] == pytest.approx(math.sqrt(0.5 * 1.0) / 0.5)
+    assert at_half["seconds"]["ratio"] == pytest.approx(math.sqrt(0.25 * 1.0) / 0.25)
+    assert at_half["flops"]["ci95"] == pytest.approx([at_half["flops"]["ratio"]] * 2)
+    assert needs["baseline_25"]["text"]["flops"]["ratio"] == pytest.approx(2**0.5)
+    assert needs["baseline_100"]["text"] == "more"
+    assert {needs[name]["logits"] for name in needs} == {"less"}
+    assert set(at_half) == set(COSTS)
+
+
+def test_the_direction_of_the_metric_counts():
+    estimates = errors(baseline=(0.3, 0.5, 0.65), text=(0.2, 0.4, 0.6), logits=(0.7, 0.75, 0.8))
+    needs = savings(result(), estimates, {"word_error_rate": 1})["needs"]["word_error_rate"]
+    assert needs["baseline_50"]["text"]["flops"]["ratio"] == pytest.approx(math.sqrt(0.5) / 0.5)
+    assert needs["baseline_100"]["text"] == "more"
+    assert needs["baseline_25"]["logits"] == "less"
+
+
+@pytest.mark.parametrize(
+    ("last", "known"), [((0.47, 0.49, 0.48), True), ((0.47, 0.52, 0.5), False)]
+)
+def test_budgets_that_differ_too_little_are_not_interpolated(last, known):
+    estimates = errors(baseline=(0.7, 0.5, 0.35), text=(0.8, 0.6, 0.4), logits=(0.8, 0.52, 0.4))
+    estimates["logits_100"] = {"word_error_rate": Estimate(np.array(last), np.zeros((3, 5)))}
+    needs = savings(result(), estimates, {"word_error_rate": -1})["needs"]["word_error_rate"]
+    assert (needs["baseline_50"]["logits"] != "unclear") == known
+
+
+def test_the_interval_covers_the_true_ratio_in_95_of_100_simulated_studies():
+    generator, covered, runs = np.random.default_rng(0), 0, 400
+    for _ in range(runs):
+        row = 0.3 * generator.standard_normal(300)
+        levels = {"baseline": (0.7, 0.5, 0.3), "text": (0.8, 0.6, 0.4), "logits": (0.7, 0.5, 0.3)}
+        estimates = {
+            f"{kind}_{round(100 * budget)}": {
+                "word_error_rate": drawn(generator, 5, 300, value, 0.01, row=row)
+            }
+            for kind, values in levels.items()
+            for budget, value in zip(BUDGETS, values, strict=True)
+        }
+        needs = savings(result(), estimates, {"word_error_rate": -1})["needs"]
+        low, high = needs["word_error_rate"]["baseline_50"]["text"]["flops"]["ci95"]
+        covered += low <= 2**0.5 <= high
+    assert 0.92 <= covered / runs <= 0.99
+
+
+def test_labels_are_counted_as_different_rows():
+    estimates = errors(baseline=(0.7, 0.5, 0.35), text=(0.8, 0.6, 0.4), logits=(0.3, 0.25, 0.2))
+    found = savings(result(), estimates, {"word_error_rate": -1})
+    assert found["labels"]["baseline_25"] == 40
+    assert found["labels"]["text_25"] == 0
+    assert found["answers"]["text_25"] == 50
+    more = result()
+    more["students"]["baseline_25"]["steps"] = [1000]
+    assert savings(more, estimates, {"word_error_rate": -1})["labels"]["baseline_25"] == 90
+
+
+def test_there_are_no_savings_without_a_reference_that_no_teacher_taught():
+    taught = result()
+    for name in [name for name in taught["students"] if name.startswith("baseline")]:
+        del taught["students"][name]
+    assert savings(taught, {}, {"word_error_rate": -1}) is None
+    assert savings({**taught, "students": {}}, {}, {"word_error_rate": -1}) is None
+
+
+def test_the_table_shows_ratios_with_intervals():
+    shown, estimates = (
+        result(),
+        errors(baseline=(0.7, 0.5, 0.35), text=(0.8, 0.6, 0.4), logits=(0.3, 0.25, 0.2)),
+    )
+    for name, entry in shown["students"].items():
+        value = estimates.get(name, {"word_error_rate": exactly(0.9)})["word_error_rate"].summary()
+        entry |= {"quality": {"word_error_rate": value}, "fidelity": {}}
+    shown["savings"] = savings(shown, estimates, {"word_error_rate": -1})
+    ((title, headings, rows),) = savings_tables(shown)
+    assert title == "Cost at the same word errors, as a ratio to baseline's"
+    assert headings[1:] == ["word errors %", "text: FLOPs (seconds)", "logits: FLOPs (seconds)"]
+    assert rows[1] == ["baseline_50", "50.0", "1.41 [1.41, 1.41] (2.00)", "below the least tried"]
+    assert rows[2][2] == "above the most tried"
