@@ -46,8 +46,9 @@ def steps_within_budget(
 def flops_left(experiment: Experiment, recipe: Recipe) -> float:
     """What is left of a student's budget after its prerequisites: outputs and an assistant."""
     config, run = experiment.config, experiment.run
-    budget = 1e12 * (config.students.tflops or 0.0)
-    if config.students.budget:
+    if config.students.tflops:
+        budget = 1e12 * config.students.tflops
+    else:
         budget = config.students.budget * run.cost_of("teacher")["flops"]
     prepaid = sum(run.cost_of(stage)["flops"] for stage in experiment.plan.prerequisites(recipe))
     return recipe.student.budget_fraction * budget - prepaid

@@ -223,7 +223,7 @@ def finish_outputs(folder: Path, rows: int) -> OutputsSummary:
         shards[file.name], size = sha256_of_file(file), size + file.stat().st_size
         flops += float(table.schema.metadata[b"flops"])
         tokens += int(table.schema.metadata[b"tokens"])
-        ids.append(table["id"].to_numpy())
+        ids.append(table["id"].to_numpy().copy())  # a view would keep the shard mapped
     extra = {file.name for file in folder.glob("shard-*")} - shards.keys()
     if extra or sum(map(len, ids)) > rows:
         raise LabError(

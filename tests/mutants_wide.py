@@ -52,22 +52,27 @@ RESUME = "tests/experiment/test_resume.py"
 CHECKPOINTS = "tests/experiment/test_checkpoints.py"
 STAGES = "tests/experiment/test_stages.py"
 PRONOUNCE = "tests/tasks/test_pronounce.py"
+METRICS = "tests/measure/test_metrics.py"
+PLAN = "tests/experiment/test_plan.py"
+RESULT = "tests/experiment/test_result.py"
+REFERENCE = "tests/experiment/test_reference.py"
+CHUNKED = "tests/student/test_chunked.py"
 # The modules that decide results: the tests that run, nearest first.
 MODULES = {
     "models/rows.py": ["tests/models/test_rows.py", SET, OBJECTIVES, HAND_MADE, TRAIN, OUTPUTS],
     "models/generate.py": ["tests/models/test_end_marks.py", OUTPUTS, PRONOUNCE, ON_POLICY],
     "models/language.py": ["tests/models", TRAIN],
-    "tasks/pronounce.py": [PRONOUNCE, GRADED, TRAIN],
-    "tasks/reason.py": [GRADED, "tests/tasks/test_reason.py"],
-    "tasks/gsm8k.py": [GRADED, "tests/tasks/test_gsm8k.py"],
-    "tasks/digits.py": [GRADED, "tests/tasks/test_digits.py"],
-    "tasks/text.py": [GRADED, "tests/tasks/test_text.py"],
+    "tasks/pronounce.py": [REFERENCE, METRICS, PRONOUNCE, GRADED, TRAIN],
+    "tasks/reason.py": [METRICS, GRADED, "tests/tasks/test_reason.py"],
+    "tasks/gsm8k.py": [METRICS, GRADED, "tests/tasks/test_gsm8k.py"],
+    "tasks/digits.py": [REFERENCE, METRICS, GRADED, "tests/tasks/test_digits.py"],
+    "tasks/text.py": [METRICS, GRADED, "tests/tasks/test_text.py"],
     "teacher/signal.py": [OBJECTIVES, "tests/teacher", HAND_MADE],
     "teacher/access.py": ["tests/teacher", OBJECTIVES, TRAIN],
     "teacher/source.py": ["tests/teacher", OBJECTIVES, TRAIN],
     "teacher/outputs.py": ["tests/teacher", TRAIN],
     "teacher/shards.py": ["tests/teacher", TRAIN],
-    "measure/metrics.py": ["tests/measure/test_fidelity.py", HAND_MADE],
+    "measure/metrics.py": [METRICS, "tests/measure/test_fidelity.py", HAND_MADE],
     "measure/fidelity.py": ["tests/measure/test_fidelity.py", HAND_MADE],
     "measure/statistics.py": ["tests/measure", HAND_MADE],
     "measure/verdicts.py": ["tests/measure", HAND_MADE],
@@ -75,24 +80,29 @@ MODULES = {
     "measure/reasoning.py": ["tests/tasks/test_reason.py"],
     "measure/laws.py": ["tests/measure/test_laws.py"],
     "measure/report/tables.py": ["tests/measure/report", HAND_MADE],
-    "student/objectives.py": [OBJECTIVES, "tests/student/test_chunked.py", TRAIN],
+    "student/objectives.py": [OBJECTIVES, CHUNKED, TRAIN],
     "student/hidden.py": ["tests/student/test_hidden.py", RECOUNT],
-    "student/loss.py": [OBJECTIVES, "tests/student/test_hidden.py", TRAIN, SETTINGS],
-    "student/chunked.py": ["tests/student/test_chunked.py"],
+    "student/loss.py": [OBJECTIVES, CHUNKED, "tests/student/test_hidden.py", TRAIN, SETTINGS],
+    "student/chunked.py": [CHUNKED],
     "student/training_set.py": [SET, TRAIN, OBJECTIVES],
     "student/on_policy.py": [ON_POLICY, RECOUNT],
     "student/recipe.py": [OBJECTIVES, "tests/experiment/test_rules.py", SETTINGS],
     "experiment/cost.py": ["tests/experiment/test_cost.py", RECOUNT, HAND_MADE],
     "experiment/budget.py": ["tests/experiment/test_budget.py", RECOUNT],
-    "experiment/plan.py": ["tests/experiment/test_rules.py", TRAIN, SETTINGS],
-    "experiment/experiment.py": [HAND_MADE, TRAIN, STAGES],
-    "experiment/result.py": [HAND_MADE, "tests/measure/report", "tests/experiment/test_check.py"],
+    "experiment/plan.py": [PLAN, "tests/experiment/test_rules.py", TRAIN, SETTINGS],
+    "experiment/experiment.py": [HAND_MADE, TRAIN, STAGES, "tests/models/test_language.py"],
+    "experiment/result.py": [
+        RESULT, HAND_MADE, "tests/measure/report", "tests/experiment/test_check.py",
+    ],
     "experiment/reference.py": ["tests/experiment/test_check.py", HAND_MADE],
     "experiment/check.py": ["tests/experiment/test_check.py"],
-    "experiment/checkpoints.py": [CHECKPOINTS, TRAIN],
+    "experiment/checkpoints.py": [CHECKPOINTS, TRAIN, "tests/experiment/test_run.py"],
     "experiment/training_state.py": [TRAIN, CHECKPOINTS, RESUME],
-    "train.py": [TRAIN, SETTINGS, RECOUNT],
-    "eval.py": [HAND_MADE, "tests/test_eval.py", "tests/experiment/test_reading.py"],
+    "train.py": [TRAIN, "tests/experiment/test_processes.py", SETTINGS, RECOUNT],
+    "eval.py": [
+        HAND_MADE, "tests/test_eval.py", "tests/experiment/test_check.py",
+        "tests/experiment/test_reading.py",
+    ],
 }  # fmt: skip
 BINARY = ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul", "Mod_Add", "Pow_Mul")
 COMPARISONS = ("Eq_NotEq", "NotEq_Eq", "Lt_GtE", "Lt_LtE", "LtE_Lt", "LtE_Gt", "Gt_GtE", "Gt_LtE",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from configs.schema import LabError, Training
+from configs.schema import LabError, Recipe, Training
 from experiment import training_state
 from experiment.checkpoints import load_checkpoint
 from experiment.experiment import loss_of, open_experiment
@@ -182,6 +182,16 @@ def test_a_nonfinite_loss_or_gradient_stops_the_run_before_it_spoils_the_weights
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
+def test_a_student_that_writes_its_own_text_trains_until_its_flops_are_spent(lab, monkeypatch):
+    """However many steps were expected: their cost is known only afterwards."""
+    fit(lab, steps=1)
+    own = Recipe(access="logits", sequences="student", objective="reverse_kl")
+    for max_flops, steps in ((1.0, 1), (None, 3)):
+        monkeypatch.setattr(train, "steps_within_budget", lambda *_, most=max_flops: (3, most))
+        cost, _ = train.train_student(lab, f"students/own/seed-{steps}", "own", own, 0)
+        assert cost["steps"] == steps
+
+
 def test_warm_up_then_cosine():
     training = Training(learning_rate=1.0, warmup_fraction=0.1, final_fraction=0.1)
     rates = [train.learning_rate(training, step, 100) for step in range(100)]
@@ -198,3 +208,11 @@ def test_a_learning_rate_that_is_far_too_high_ends_in_one_line(tmp_path, capsys)
     assert error.startswith("error: teacher: ")
     assert "lower learning_rate" in error
     assert json.loads((tmp_path / "tiny/checkpoints/teacher/nonfinite.json").read_text())["rows"]
+
+
+def test_the_training_ends_with_where_things_are_and_the_next_command(tmp_path, capsys):
+    few = ("seeds=[0]", "controls=[baseline]", "verdicts=[]", "teacher.epochs=1")
+    assert train_tiny(tmp_path, *few, "recipes={plain: {access: logits}}") == 0
+    printed = capsys.readouterr().out
+    for line in ("cost       ", "next: python eval.py "):
+        assert f"{line}{tmp_path / 'tiny'}" in printed

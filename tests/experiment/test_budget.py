@@ -37,9 +37,6 @@ def test_every_method_costs_the_same_with_everything_that_it_needs(methods_run):
         # A student that writes starts no step that might overspend, here a tenth of the budget.
         least = 0.85 if recipe.writes_itself else 0.9
         assert least * budget < spent + before <= budget, name
-    assert plan.prerequisites(config.recipes["assisted"]) == [
-        "outputs/assistant-data-sampled-6", "students/assistant/seed-0", "outputs/data-logits",
-    ]  # fmt: skip
     result = json.loads((methods_run.folder / "eval.json").read_text("utf-8"))
     fractions = result["cost"]["fraction_of_teacher_by_student"]
     assert fractions["assisted"]["flops"] == pytest.approx(0.6, abs=0.03)

@@ -13,7 +13,7 @@ import eval as judge
 import experiment.check
 from configs.files import write_json
 from configs.schema import LabError
-from experiment.check import check, compare_runs, expected_tier
+from experiment.check import check, compare_runs, expected_tier, inside_bands
 from experiment.reading import read_config
 from experiment.reference import (
     band,
@@ -158,6 +158,12 @@ def test_equal_hashes_with_other_figures_are_not_tier_a():
     tier, lines = check(result(agreement=0.61), reference())
     assert tier != "A"
     assert lines[1].endswith("not the metrics")
+
+
+def test_a_metric_at_the_edge_of_its_band_is_inside():
+    band = {"distilled sequence_agreement": {"low": 0.25, "high": 0.75}}
+    for edge in (0.25, 0.75):
+        assert inside_bands(result(agreement=edge), {"bands": band}) == ([*band], [])
 
 
 def test_nine_seeds_make_no_band():
@@ -372,7 +378,9 @@ def test_a_run_of_another_config_cannot_be_checked(committed, tiny_run, capsys):
     assert "did you mean 'tiny'?" in capsys.readouterr().err
 
 
-def test_compare_names_the_causes_in_order_and_the_step_where_losses_part(tiny_run, tmp_path):
+def test_compare_names_the_causes_in_order_and_the_step_where_losses_part(
+    tiny_run, tmp_path, capsys
+):
     import shutil
 
     other = tmp_path / "other"
@@ -391,6 +399,8 @@ def test_compare_names_the_causes_in_order_and_the_step_where_losses_part(tiny_r
     assert report[4] == f"threads   threads: {a.manifest['environment']['threads']} there, 7 here"
     assert f"{third['stage']} by step {third['step']}" in report[-1]
     assert compare_runs(a, a)[-1] == "losses    equal"
+    assert judge.main(["--compare", str(tiny_run), str(other)]) == 0
+    assert capsys.readouterr().out.splitlines() == report
     edit_log(other, lambda lines: lines.__delitem__(slice(2, None)))
     assert " and nothing)" in compare_runs(a, Run.finished(other))[-1]
 

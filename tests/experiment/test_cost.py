@@ -37,14 +37,14 @@ def test_the_ledger_has_the_time_of_writing_and_the_bytes_per_token(methods_run)
 def test_flops_are_those_that_torch_counts_over_the_whole_step(lab):
     from torch.utils.flop_counter import FlopCounterMode
 
-    cost, _ = fit(lab, steps=3)
+    charged, _ = fit(lab, steps=3)
     model = build_model(lab.config.teacher.model, lab.task)
     order = batch_order(lab.rows.lengths, 32, 0)
     with FlopCounterMode(display=False) as counter:
         for step in range(3):
             ids = collate(lab.rows, order(step), 0).input_ids
             model(ids, use_cache=False).logits.sum().backward()
-    assert cost["flops"] == counter.get_total_flops()
+    assert charged["flops"] == counter.get_total_flops()
     # and differ from 6ND: toy models are mostly attention and vocabulary
     assert TrainingFlops(model).of_row(16) == pytest.approx(
         6 * 16 * parameter_count(model), rel=0.3
@@ -82,3 +82,11 @@ def test_a_stage_is_charged_its_share_of_the_machine(workers, lab):
     assert isinstance(stages.worker_experiment, Experiment)
     assert stages.worker_experiment.stopwatch().share == 1 / workers
     assert lab.stopwatch().share == 1
+
+
+def test_counting_leaves_no_gradient_in_the_model_that_is_trained(lab, monkeypatch):
+    """It would be added to that of the next step."""
+    monkeypatch.setattr(cost, "TRAINING_FLOPS", {})  # nothing was counted before
+    model = build_model(lab.config.teacher.model, lab.task)
+    assert TrainingFlops(model).of_row(16) > 0
+    assert all(parameter.grad is None for parameter in model.parameters())

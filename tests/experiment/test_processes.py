@@ -1,16 +1,20 @@
 """Several processes that train one model."""
 
+import dataclasses
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+import train
 from experiment.check import losses_of
 from experiment.run import Run
-from tests.helpers import ROOT
+from teacher import outputs
+from tests.helpers import ROOT, fit
 
 
 def kill_at_a_checkpoint(command: list[str], checkpoints: Path) -> None:
@@ -25,6 +29,33 @@ def kill_at_a_checkpoint(command: list[str], checkpoints: Path) -> None:
         process.kill()
     psutil.wait_procs(family, timeout=10)
     started.wait()
+
+
+def test_outputs_are_finished_when_all_processes_have_written_their_shards(lab, monkeypatch):
+    """Here the other process writes its own while this one waits."""
+    fit(lab, steps=1)
+    monkeypatch.setattr(outputs, "SHARD_ROWS", 100)
+    make_outputs, written = train.make_outputs, []
+
+    def here(*arguments):
+        make_outputs(*arguments)
+        written.append(arguments)
+
+    def others():
+        if len(written) == 1:
+            *arguments, process, processes = written[0]
+            assert (process, processes) == (0, 2)
+            make_outputs(*arguments, 1, processes)
+
+    monkeypatch.setattr(train, "make_outputs", here)
+    two = SimpleNamespace(
+        num_processes=2, process_index=0, is_main_process=True, wait_for_everyone=others,
+        device=lab.accelerator.device,
+    )  # fmt: skip
+    recipe = lab.config.recipes["distilled"]
+    stage = lab.plan.request(recipe).stage
+    train.produce_outputs(dataclasses.replace(lab, accelerator=two), stage, recipe, fresh=True)
+    assert lab.run.manifest["stages"][stage]["rows"] == len(lab.rows) > 200
 
 
 @pytest.mark.slow

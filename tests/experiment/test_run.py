@@ -6,10 +6,17 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 import eval as judge
+from configs.files import write_atomically
+from experiment.checkpoints import save_checkpoint
 from experiment.run import Run
+from models.classifier import MlpClassifier, MlpConfig
+from models.language import save_model
+from teacher.shards import Record, write_shard
 from tests.helpers import PART, ROOT, TINY, edited, tensor_hashes, train_tiny
 
 
@@ -102,6 +109,41 @@ def test_an_evaluation_that_cannot_be_written_keeps_the_previous_one(copy):
     assert error.startswith("error: ")
     assert "rerun the same command to resume" in error
     assert (copy / "eval.json").read_bytes() == before
+
+
+def a_small_file(folder):
+    write_atomically(folder / "name", "content")
+
+
+def a_checkpoint(folder):
+    save_checkpoint(folder, 1, {"w": torch.ones(3)}, {})
+
+
+def a_model(folder):
+    config = MlpConfig(pixels=4, hidden_size=2, num_hidden_layers=1, num_labels=2)
+    save_model(MlpClassifier(config), None, folder / "name", "a card")
+
+
+def a_shard(folder):
+    record = Record(1, np.array([1, 2], np.uint8), 1, {})
+    write_shard(folder, 0, {}, iter([record]), None)
+
+
+@pytest.mark.parametrize("write", [a_small_file, a_checkpoint, a_model, a_shard])
+def test_a_file_is_on_disk_before_it_gets_its_name(write, tmp_path, monkeypatch):
+    """After a power cut it might otherwise be empty under the name of a complete one."""
+    events, replace = [], os.replace
+
+    def named(*paths):
+        events.append("named")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append("flushed"))
+    monkeypatch.setattr(os, "replace", named)
+    write(tmp_path)
+    *before, last = events
+    assert last == "named"
+    assert before == ["flushed"] * sum(file.is_file() for file in tmp_path.rglob("*"))
 
 
 def test_a_run_folder_may_be_moved(copy, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from measure.fidelity import ECE_BINS, Expectations, calibration, sum_by_row
+from measure.fidelity import ECE_BINS, Expectations, calibration, entropy, nll, sum_by_row
 from measure.metrics import METRICS
 from measure.statistics import expected_calibration_error
 
@@ -21,6 +21,13 @@ def test_fidelity_hand_values():
     assert found["kl_teacher_student"].item() == pytest.approx(0.25 * np.log(2))
     assert found["nll_gap"].item() == pytest.approx(np.log(2))  # -ln .25 + ln .5
     assert found["top1_agreement"].item() == 0
+
+
+def test_entropy_and_likelihood_are_the_students_in_nats():
+    student = torch.tensor([[0.25, 0.25, 0.5], [1.0, 0.0, 0.0]])
+    at = Expectations(student.flip(1).log(), (student + 1e-12).log(), torch.tensor([0, 0]))
+    assert entropy(at).tolist() == pytest.approx([1.5 * np.log(2), 0], abs=1e-6)
+    assert nll(at).tolist() == pytest.approx([np.log(4), 0], abs=1e-6)
 
 
 def test_a_model_compared_with_itself_is_perfect(generator):

@@ -2,15 +2,25 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as judge
+from configs.schema import LabError, Model
 from experiment.plan import Plan
 from experiment.reading import read_config
-from models.language import Averaged, build_model, initialise, load_model, take_layers
+from models.language import (
+    Averaged,
+    build_model,
+    initialise,
+    load_model,
+    parameter_count,
+    take_layers,
+)
 from tasks.pronounce import Pronounce
 from tests.helpers import TINY, tensor_hashes
 
@@ -115,3 +125,20 @@ def test_a_student_may_start_from_layers_of_its_teacher():
     for name, tensor in ours.items():
         source = name.replace("layers.1.", "layers.2.")
         assert torch.equal(tensor, theirs[source]), name
+
+
+def test_a_model_is_refused_only_by_a_machine_that_cannot_hold_it(monkeypatch):
+    """The estimate from its sizes is just below the parameters of the leanest architecture, which
+    shares keys and values among heads and has no gate."""
+    task = Pronounce(limit=100)
+    shape = Model(
+        architecture="gpt_bigcode", hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
+        num_attention_heads=64,
+    )  # fmt: skip
+    needed = 16 * parameter_count(build_model(shape, task))
+    machine = SimpleNamespace(total=needed)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    build_model(shape, task)
+    machine.total = 0.95 * needed
+    with pytest.raises(LabError, match="billion parameters need"):
+        build_model(shape, task)

@@ -12,7 +12,10 @@ from configs.schema import Model
 from models.language import LinearHead, build_model, initialise
 from models.rows import collate
 from student import chunked, objectives
+from student.loss import Loss
 from student.objectives import cross_entropy
+from student.recipe import FROM_TEXT, objective_of
+from student.training_set import TrainingSet
 from tasks.pronounce import Pronounce
 from teacher.signal import Signal
 from tests.helpers import DIVERGENCES, ROOT
@@ -72,6 +75,25 @@ def test_a_model_in_chunks_is_the_model(architecture):
     whole = cross_entropy(model(batch.input_ids, use_cache=False).logits[batch.counted], signal)
     parts = chunked.losses_in_chunks(model, batch, cross_entropy, signal, 72)
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_a_loss_is_computed_in_chunks_where_the_vocabulary_is_large(monkeypatch):
+    """And has the same value."""
+    task = Pronounce(limit=200)
+    shape = Model(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = initialise(build_model(shape, task), 0)
+    data, some = TrainingSet(task.rows("train"), order=None), np.arange(20)
+    loss = Loss(objective_of(FROM_TEXT), None, 0, 72, 0.0)
+    calls, losses_in_chunks = [], chunked.losses_in_chunks
+    monkeypatch.setattr(
+        chunked, "losses_in_chunks", lambda *given: calls.append(1) or losses_in_chunks(*given)
+    )
+    found = []
+    for large, called in ((73, 0), (72, 1)):
+        monkeypatch.setattr(chunked, "LARGE_VOCABULARY", large)
+        found.append(loss(model, data, some, loss.normalizer(data.rows, some)))
+        assert len(calls) == called
+    torch.testing.assert_close(*found)
 
 
 MEASURE = """

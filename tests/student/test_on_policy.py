@@ -9,7 +9,7 @@ from configs.schema import Recipe
 from experiment.cost import CountedForward
 from experiment.run import Run
 from models.language import load_model
-from models.rows import collate
+from models.rows import Rows, collate
 from student.on_policy import OnPolicy
 from tasks.pronounce import Pronounce
 from tests.helpers import METHODS, TINY
@@ -51,6 +51,32 @@ def test_on_policy_rows_are_the_students_own_with_the_teachers_live_signal(tiny_
     signal = written.signal(part)
     torch.testing.assert_close(signal.log_probs, live, atol=1e-4, rtol=1e-4)
     assert not signal.log_probs.requires_grad
+
+
+def policy_with(rewards, group, batch_rows=8):
+    recipe = Recipe(
+        access="none", sequences="student", objective="policy_gradient", student={"group": group}
+    )
+    rows = Rows.build(list(range(20)), [[1, 5]] * 20, [[6 + i % 3, 2] for i in range(20)])
+    return OnPolicy(rows, None, rewards, None, recipe, 0, batch_rows, 20, 2, 72)
+
+
+def test_a_batch_is_as_many_answers_with_groups_as_without():
+    rewarded = policy_with(lambda rows: np.zeros(len(rows)), group=4)
+    assert len(rewarded.order(0)) == 2  # prompts, each answered four times
+    assert len(policy_with(None, group=4).order(0)) == 8
+
+
+def test_groups_of_equal_rewards_are_dropped_and_of_a_whole_batch_all_but_one():
+    def kept(*rewards):
+        policy = policy_with(lambda rows: np.array(rewards, float), group=2)
+        rows = policy.rows.take(np.repeat([5, 7, 9], 2))
+        found, signal = policy.rewarded(rows)
+        return found.ids.tolist(), signal.advantages.tolist()
+
+    assert kept(1, 1, 0, 1, 0, 0) == ([7, 7], [-1, -1, 1, 1])  # two tokens each
+    assert kept(1, 1, 0, 1, 1, 0)[0] == [7, 7, 9, 9]
+    assert kept(1, 1, 0, 0, 1, 1) == ([5, 5], [0, 0, 0, 0])
 
 
 def test_interrupted_on_policy_training_resumes_exactly(methods_run, tmp_path, monkeypatch):

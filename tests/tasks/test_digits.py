@@ -131,6 +131,13 @@ def test_a_question_that_names_no_digit_is_rejected_in_one_line(task, question):
     assert len(one_line(error)) < 200
 
 
+def test_a_digit_that_is_not_there_is_answered_with_the_places_that_are(task):
+    last = len(task.rows("heldout")) - 1
+    task.prompt(f"{last}")
+    with pytest.raises(LabError, match=f"the heldout split has digits 0 to {last}$"):
+        task.prompt(f"{last + 1}")
+
+
 def test_another_kind_of_image_is_rejected_in_one_line(task, tmp_path):
     Image.new("L", (32, 28)).save(tmp_path / "wide.png")
     Image.new("RGB", (28, 28)).save(tmp_path / "colour.png")

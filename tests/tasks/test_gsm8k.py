@@ -372,6 +372,12 @@ def test_answers_without_a_number_are_rejected_by_name(folder, tmp_path):
         write_problems(folder, tmp_path, problems[:10], problems[10:]).rows("train")
 
 
+def test_five_of_a_hundred_training_problems_are_for_validation(folder, tmp_path):
+    """The same ones everywhere: by a hash of the question."""
+    found = write_problems(folder, tmp_path, made_up(400), made_up(410)[400:]).by_split
+    assert [len(found[split]) for split in ("train", "validation", "heldout")] == [384, 16, 10]
+
+
 def test_every_question_is_asked_once(folder, tmp_path, capsys):
     """Tested questions do not train; one with two answers is dropped everywhere."""
     problems = made_up(30)
@@ -394,6 +400,14 @@ def test_the_date_in_a_chat_template_never_changes(folder, tmp_path):
     (tmp_path / "small" / "chat_template.jinja").write_text(template, "utf-8")
     task = Gsm8k(tokenizer=str(tmp_path / "small"), folder=str(folder))
     assert task.tokenizer.decode(task.prompt("How many?")).startswith("2025 01 How many?")
+
+
+def test_the_prompt_of_a_chat_template_ends_where_the_answer_begins(folder, tmp_path):
+    shutil.copytree(folder / "small", tmp_path / "small")
+    template = "{{ messages[0]['content'] }}{% if add_generation_prompt %} says:{% endif %}"
+    (tmp_path / "small" / "chat_template.jinja").write_text(template, "utf-8")
+    task = Gsm8k(tokenizer=str(tmp_path / "small"), folder=str(folder))
+    assert task.tokenizer.decode(task.prompt("How many?")).endswith(" says:")
 
 
 def test_an_end_mark_that_a_tokenizer_appends_does_not_end_the_prompt(folder):

@@ -75,6 +75,14 @@ def test_no_test_problem_occurs_in_training_in_any_words(task):
         assert {split_of(problem) for problem in problems} == {split}
 
 
+def test_first_steps_are_split_as_they_were_for_the_committed_results():
+    """Otherwise they would be evaluated on problems that later teachers train on."""
+    steps = [f"{a}{b:+d}" for a in range(100) for b in (*range(-9, -1), *range(2, 10))]
+    splits = [split_of(step) for step in steps]
+    counts = [splits.count(split) for split in ("train", "validation", "heldout")]
+    assert counts == [1414, 95, 91]
+
+
 def test_no_evaluation_problem_is_a_prefix_or_extension_of_another(task):
     def beginnings(problem):
         first = problem.start

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from configs.schema import LabError, Model
 from measure.evaluate import TeacherReference
@@ -260,6 +261,16 @@ def test_a_place_without_text_is_rejected_in_one_line(tmp_path):
 def test_prompts_that_fill_the_row_are_rejected_when_the_config_is_read():
     settings = Text.Settings(row_tokens=8, prompt_tokens=8)
     assert next(iter(Text.objections(settings))).startswith("prompt_tokens: 8")
+
+
+@pytest.mark.parametrize(
+    ("key", "smallest"),
+    [("vocabulary", 259), ("row_tokens", 2), ("prompt_tokens", 1), ("limit", 20)],
+)
+def test_a_setting_that_leaves_nothing_to_learn_is_rejected(key, smallest):
+    assert getattr(Text.Settings(**{key: smallest}), key) == smallest
+    with pytest.raises(ValidationError, match=f"greater than or equal to {smallest}"):
+        Text.Settings(**{key: smallest - 1})
 
 
 def test_another_default_text_is_rejected_in_one_line(tmp_path, monkeypatch):

@@ -25,3 +25,16 @@ def test_tokens_that_a_teacher_excludes_cost_nothing(access, generator):
     loss.backward()
     assert bool(loss.isfinite())
     assert bool(student.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("access", ["top_k", "sampled", "logits", "hidden"])
+def test_a_live_signal_teaches_what_the_stored_one_does(access, generator):
+    """A student that writes its own text learns from signals that were never stored."""
+    level, k, targets = ACCESS[access], 8, torch.zeros(5, dtype=torch.long)
+    log_probs = torch.randn(5, 12, generator=generator).log_softmax(-1)
+    student = torch.randn(5, 12, generator=generator)
+    live = level.reveal(log_probs, targets, k, generator)
+    stored = level.read(level.store(live, k, 12), targets, k)
+    torch.testing.assert_close(
+        forward_kl(student, live), forward_kl(student, stored), atol=5e-3, rtol=5e-3
+    )

@@ -3,9 +3,12 @@
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from configs.schema import LabError
 from tasks.pronounce import Pronounce
+from teacher.shards import read_shard
 from tests.helpers import edited, train_tiny
 
 
@@ -22,7 +25,6 @@ def test_a_damaged_shard_stops_the_training_that_needs_it(copy, capsys):
 
 @pytest.mark.parametrize("name", ["../stolen.arrow", "/etc/passwd", "link.arrow"])
 def test_outputs_never_leave_their_folder(name, copy, tmp_path):
-    from configs.schema import LabError
     from teacher.shards import Outputs
 
     folder = copy / "outputs" / "data-logits"
@@ -46,3 +48,23 @@ def test_a_batch_of_other_rows_never_gets_these_outputs(tiny_run):
     shuffled = outputs.shuffled(0)
     assert np.array_equal(outputs.source, np.arange(len(outputs.rows)))  # unchanged
     assert not np.array_equal(shuffled.source, outputs.source[: len(shuffled.rows)])
+
+
+@pytest.mark.parametrize("what", ["whole", "in two chunks", "with a null", "with short lists"])
+def test_a_shard_is_one_chunk_of_large_lists_without_nulls(what, tmp_path):
+    """Only the first chunk would be read, and a null as if it were a number."""
+    lists = pa.list_(pa.uint8()) if what == "with short lists" else pa.large_list(pa.uint8())
+    table = pa.table({
+        "id": pa.array([1, None if what == "with a null" else 2], pa.int64()),
+        "prompt_length": pa.array([1, 1], pa.int32()),
+        "tokens": pa.array([[1, 2], [1, 2, 3]], lists),
+        "log_probs": pa.array([[0.0], [0.0]], pa.large_list(pa.float16())),
+    })  # fmt: skip
+    file = tmp_path / "shard"
+    with pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1 if what == "in two chunks" else None)
+    if what == "whole":
+        assert len(read_shard(file, ["tokens", "log_probs"])) == 2
+    else:
+        with pytest.raises(LabError, match="is not a shard of outputs"):
+            read_shard(file, ["tokens", "log_probs"])

@@ -1,0 +1,33 @@
+"""The plan: the names of stages, and what a student is charged for before it trains."""
+
+from configs.schema import Recipe
+from experiment.plan import Plan
+from experiment.reading import read_config
+from tests.helpers import METHODS, TINY
+
+ASSISTANT = ["students/assistant/seed-0", "outputs/data-logits"]
+
+
+def test_a_student_is_charged_for_an_assistant_that_teaches_it_or_gives_it_its_layers():
+    plan = Plan(read_config(TINY, METHODS))
+    assisted = plan.recipes["assisted"]
+    assert plan.prerequisites(assisted) == ["outputs/assistant-data-sampled-6", *ASSISTANT]
+    alone = {"access": "none", "objective": "cross_entropy", "teachers": ["assistant"]}
+    assert plan.prerequisites(Recipe(**alone)) == []
+    assert plan.prerequisites(Recipe(**alone, student={"initial_layers": [1]})) == ASSISTANT
+
+
+def test_outputs_that_are_not_charged_are_prerequisites_only_where_everything_counts():
+    plan = Plan(read_config(TINY, ["recipes.distilled.outputs.charged=false"]))
+    free = plan.recipes["distilled"]
+    assert plan.prerequisites(free) == []
+    assert plan.prerequisites(free, uncharged=True) == ["outputs/data-logits"]
+    plan = Plan(read_config(TINY, [*METHODS, "recipes.assistant.outputs.charged=false"]))
+    assert plan.prerequisites(plan.recipes["assisted"])[1:] == ASSISTANT  # free for nobody else
+
+
+def test_without_a_seed_the_stage_of_a_student_is_that_of_its_first_seed():
+    plan = Plan(read_config(TINY, ["seeds=[3, 1]"]))
+    assert plan.stage("distilled") == "students/distilled/seed-3"
+    assert plan.stage("distilled", 1) == "students/distilled/seed-1"
+    assert plan.stage("second_teacher", 1) == "second_teacher"

@@ -1,0 +1,50 @@
+"""The result of a run: what it costs and how fast its models answer."""
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from experiment import result
+from experiment.plan import Plan
+from experiment.reading import read_config
+from tests.helpers import TINY
+
+
+def test_speed_is_the_median_time_of_one_answer_and_the_rate_of_a_batch(monkeypatch):
+    clock, seconds = [1000.0], iter([1.0, *[0.004] * 19, 0.5])
+
+    def answer(model, task, rows):
+        clock[0] += next(seconds)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(result, "free_running", answer)
+    speed = result.measure_speed(None, None, np.arange(50))
+    assert speed["latency_ms"] == pytest.approx(4)
+    assert speed["answers_per_second"] == pytest.approx(100)
+
+
+def test_the_cost_of_a_student_includes_outputs_that_its_budget_does_not():
+    """`charged: false` gives a student more steps, but the outputs are no cheaper."""
+    one = "recipes={free: {access: logits, outputs: {charged: false}}}"
+    plan = Plan(read_config(TINY, [one, "seeds=[0]", "controls=[]", "verdicts=[]"]))
+    flops = {"teacher": 100, "outputs/data-logits": 10, "students/free/seed-0": 50}
+    ledger = {
+        stage: {
+            "flops": f,
+            "seconds": f,
+            "joules": f,
+            "money": f,
+            "joules_source": "by hand",
+            "steps": 1,
+        }
+        for stage, f in flops.items()
+    }
+    stages = {"outputs/data-logits": {"rows": 12}}
+    run = SimpleNamespace(cost_of=ledger.get, manifest={"stages": stages}, ledger=[])
+    found = result.costs(run, plan, {})
+    assert found["fraction_of_teacher"]["flops"] == pytest.approx(0.6)
+    assert found["flops_per_student_with_teacher"] == pytest.approx(
+        {"1": 1.6, "10": 6.1 / 10, "100": 51.1 / 100}
+    )
