@@ -38,6 +38,7 @@ from experiment.reference import committed_differences, write_reference
 from experiment.result import (
     costs,
     decide,
+    divergences,
     entry,
     environments,
     gaps,
@@ -152,7 +153,7 @@ def judge(run: Run, config: Config, split: str) -> None:
             "rows": {name: split_rows.digest() for name, split_rows in rows.items()},
         }
         result |= {
-            "laws": scaling_laws(result),
+            "laws": scaling_laws(result, divergences(estimates, splits[0])),
             "map": map_of_traces(config, task, estimates),
             "savings": savings_of(result, task, estimates, splits[0]),
         }

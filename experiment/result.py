@@ -12,7 +12,7 @@ from experiment.environment import environment, evaluation_sha256
 from experiment.plan import Plan
 from experiment.run import Run
 from measure.evaluate import Evaluation, TeacherReference, free_running, summaries
-from measure.metrics import metrics_of
+from measure.metrics import DIVERGENCE, metrics_of
 from measure.reasoning import pairs_of_traces, reasoning, steps_by_split
 from measure.savings import savings
 from measure.statistics import Estimate, share_of_gap
@@ -173,6 +173,15 @@ def gaps(config: Config, task: Task, estimates: Estimates, split: str) -> dict[s
             if control in config.controls
         }
         for name in config.recipes
+    }
+
+
+def divergences(estimates: Estimates, split: str) -> dict[str, Estimate]:
+    """{model: its divergence from the teacher}, of those whose distributions were compared."""
+    return {
+        name: found[split]["fidelity"][DIVERGENCE]
+        for name, found in estimates.items()
+        if DIVERGENCE in found[split]["fidelity"]
     }
 
 

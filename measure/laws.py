@@ -3,6 +3,7 @@ the size of the student.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,10 @@ import numpy as np
 from scipy import optimize
 
 from measure.metrics import DIVERGENCE
+from measure.statistics import Estimate, joint_draws
+
+LAW_DRAWS = 200  # fits, for the intervals of a law
+SAME_MINIMUM = 1.5  # a minimum that moves by a larger factor is another one
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,11 @@ class Law:
         return f"{self.a:.3g} x^-{self.b:.2f} + {self.c:.3g}{turning}"
 
 
-def fit_law(x: np.ndarray, y: np.ndarray, has_minimum: bool = False) -> Law | None:
+def fit_law(
+    x: np.ndarray, y: np.ndarray, has_minimum: bool = False, near: Law | None = None
+) -> Law | None:
     """The law through positive points, by least squares of logarithms; None unless there are more
-    points than parameters.
+    points than parameters. near: a law to start from, instead of many.
 
     Hoffmann et al. 2022, arXiv 2203.15556: equation 2 with either the data or the FLOPs fixed (at
     fixed FLOPs a larger model sees less data, so that its second term rises with the size); they
@@ -61,6 +68,10 @@ def fit_law(x: np.ndarray, y: np.ndarray, has_minimum: bool = False) -> Law | No
         for height in (least, float(y.max()))
         for slope in (0.3, 1.0, 2.0)
     ]
+    if near:
+        heights = near.a * middle**-near.b, near.c * middle**near.d
+        log_height, log_rest = np.log(np.maximum(heights, 1e-12 * least))
+        starts = [[log_height, near.b, log_rest, near.d][:parameters]]
     found = [optimize.least_squares(residuals, start, bounds=(low, high)) for start in starts]
     log_a, b, log_c, d = [*min(found, key=lambda one: one.cost).x, 0.0][:4]
     scaled = np.exp(log_a) * middle**b, b, np.exp(log_c) * middle**-d, d
@@ -95,11 +106,14 @@ def without_keys(settings: dict[str, Any], keys: tuple[str, ...]) -> dict[str, A
     }
 
 
-def scaling_laws(result: dict[str, Any]) -> dict[str, Any]:
-    """{"rows" or "size": {"x" by student, "law" or None where there are too few points, its
-    "minimum_at"}} for studies of three or more students that differ in nothing else."""
+def scaling_laws(
+    result: dict[str, Any], estimates: Mapping[str, Estimate] | None = None
+) -> dict[str, Any]:
+    """{"rows" or "size": the law of a study} of three or more students that differ in nothing else.
+    estimates: of each student's divergence from the teacher, for the law's intervals."""
     students, outputs = result["students"], result["cost"]["outputs_by_student"]
-    rows = students_differing_in(result, ("outputs.transfer_rows", "outputs.prompts"))
+    # Prompts that a teacher invented are other words than those of the data: a study of their own.
+    rows = students_differing_in(result, ("outputs.transfer_rows",))
     sizes = students_differing_in(result, ("student.model",))
     # A student charged for more rows trains for fewer steps: not only the rows differ.
     rows = [name for name in rows if not students[name]["recipe"]["outputs"]["charged"]]
@@ -107,15 +121,56 @@ def scaling_laws(result: dict[str, Any]) -> dict[str, Any]:
         "rows": {name: outputs[name]["different"] for name in rows},
         "size": {name: students[name]["params"] / result["teacher"]["params"] for name in sizes},
     }
-    found = {}
-    for study, x in studies.items():
-        if len(x) < 3:
-            continue
-        kls = [students[name]["fidelity"][DIVERGENCE]["mean"] for name in x]
-        law = fit_law(np.array([*x.values()], float), np.array(kls), has_minimum=study == "size")
-        found[study] = {
-            "x": x,
-            "law": law and [law.a, law.b, law.c, law.d],
-            "minimum_at": law and law.minimum_at,
-        }
+    return {
+        study: law_of(x, result, [estimates[name] for name in x] if estimates else None, study)
+        for study, x in studies.items()
+        if len(x) >= 3
+    }
+
+
+def law_of(
+    x: dict[str, float], result: dict[str, Any], estimates: list[Estimate] | None, study: str
+) -> dict[str, Any]:
+    """{"x" by student, "law": its parameters or None where there are too few points, "law_ci95",
+    "residuals" by student, "minimum_at", "minimum_ci95", "minimum_without": that of a fit without
+    each student, "identified": whether these agree}.
+
+    Intervals are those of fits to values that other seeds and rows could have given; they do not
+    cover a law of another form. A minimum is identified if no student decides where it is.
+    """
+    has_minimum, names = study == "size", [*x]
+    at = np.array([*x.values()], float)
+    kls = np.array([result["students"][name]["fidelity"][DIVERGENCE]["mean"] for name in names])
+    law = fit_law(at, kls, has_minimum)
+    found: dict[str, Any] = {"x": x, "law": None, "minimum_at": None}
+    if law is None:
+        return found
+    residuals = kls / law(at) - 1
+    found |= {
+        "law": [law.a, law.b, law.c, law.d],
+        "residuals": dict(zip(names, residuals.tolist(), strict=True)),
+        "minimum_at": law.minimum_at,
+    }
+    if estimates:
+        drawn = joint_draws(estimates, LAW_DRAWS)
+        laws = [fit_law(at, np.maximum(values, 1e-9), has_minimum, law) for values in drawn]
+        parameters = np.array([[one.a, one.b, one.c, one.d] for one in laws])
+        found["law_ci95"] = np.percentile(parameters, [2.5, 97.5], axis=0).T.tolist()
+        minima = [np.inf if one.minimum_at is None else one.minimum_at for one in laws]
+        found["minimum_ci95"] = np.percentile(minima, [2.5, 97.5], method="nearest").tolist()
+    if has_minimum:
+        without = {}
+        for i, name in enumerate(names):
+            rest = fit_law(np.delete(at, i), np.delete(kls, i), has_minimum)
+            without[name] = rest and rest.minimum_at
+        found |= {"minimum_without": without, "identified": agree(law.minimum_at, without, at)}
     return found
+
+
+def agree(minimum: float | None, without: dict[str, float | None], x: np.ndarray) -> bool:
+    """Whether a minimum lies within the points, and stays where it is without any one of them."""
+    others = [*without.values()]
+    if minimum is None or not x.min() < minimum < x.max() or None in others:
+        return False
+    moved = max(abs(np.log(other / minimum)) for other in others)
+    return bool(moved <= np.log(SAME_MINIMUM))

@@ -180,6 +180,24 @@ class Estimate:
         return {"mean": self.mean, "ci95": self.interval, "per_seed": self.per_seed.tolist()}
 
 
+def joint_draws(estimates: list[Estimate], count: int) -> np.ndarray:
+    """[count, len(estimates)]: means that other seeds and other rows could have given, drawn from a
+    normal distribution. Models share rows, and seeds where they have equally many."""
+    seeds = min(estimate.seeds for estimate in estimates)
+    per_seed = np.stack([estimate.per_seed[:seeds] for estimate in estimates])
+    influence = np.stack([estimate.influence[:seeds] for estimate in estimates])  # [k, n, R]
+    common = influence.mean(axis=1)
+    covariance = common @ common.T
+    if seeds > 1:
+        single = influence - common[:, None]
+        covariance -= np.einsum("inr,jnr->ij", single, single) / (seeds * (seeds - 1))
+        covariance += np.cov(per_seed) / seeds
+    variances, directions = np.linalg.eigh(np.atleast_2d(covariance))
+    scales = directions * np.sqrt(np.maximum(variances, 0.0))
+    normal = np.random.Generator(np.random.PCG64(0)).standard_normal((count, len(estimates)))
+    return np.array([estimate.mean for estimate in estimates]) + normal @ scales.T
+
+
 def paired(first: Estimate, second: Estimate) -> tuple[Estimate, Estimate]:
     """Both with the seeds that both have, in their order."""
     several = [one.seeds for one in (first, second) if one.seeds > 1]

@@ -287,9 +287,31 @@ def law_line(result: dict[str, Any], name: str, study: dict[str, Any]) -> str:
     )
     rows = f"the number of different {task_of(result).item_noun}"
     x = rows if name == "rows" else "the student's share of the teacher's parameters"
-    law = f"KL to teacher = {Law(*study['law'])} nats, x {x}" if study["law"] else f"over {x}"
-    minimum = f"; minimum at {study['minimum_at']:.2g}" if study["minimum_at"] else ""
-    return f"{law}{minimum}; of those tried, {best} is closest to the teacher"
+    if not study["law"]:
+        return f"KL to teacher over {x}: too few students for a law; {best} is closest"
+    parts = [f"KL to teacher = {Law(*study['law'])} nats, x {x}"]
+    bounds = study.get("law_ci95", [])
+    spans = [f"{low:.3g} to {high:.3g}" for low, high in bounds[: 4 if study["law"][3] else 3]]
+    if spans:
+        parts.append(f"95 % intervals in this order {', '.join(spans)}")
+    worst = max(map(abs, study["residuals"].values()))
+    parts.append(f"residuals at most {100 * worst:.0f} %")
+    if name == "size":
+        parts.append(minimum_in_words(study))
+    return "; ".join([*parts, f"of those tried, {best} is closest to the teacher"])
+
+
+def minimum_in_words(study: dict[str, Any]) -> str:
+    if study["identified"]:
+        low, high = study.get("minimum_ci95", (study["minimum_at"], study["minimum_at"]))
+        return f"minimum at {study['minimum_at']:.2g} [{low:.2g}, {high:.2g}]"
+    found = [value for value in (study["minimum_at"], *study["minimum_without"].values()) if value]
+    if not found:
+        return "no minimum"
+    return (
+        "the place of a minimum is not identified: without one of the students it moves between "
+        f"{min(found):.2g} and {max(found):.2g}"
+    )
 
 
 def rows_line(saved: dict[str, Any]) -> str:
@@ -366,8 +388,9 @@ def with_tables(readme: str, results: Path) -> str:
 
 
 def is_current(result: dict[str, Any]) -> bool:
-    """Whether this version decided the verdicts."""
-    return all("p_corrected" in verdict for verdict in result["verdicts"])
+    """Whether this version decided the verdicts and fitted the laws."""
+    decided = all("p_corrected" in verdict for verdict in result["verdicts"])
+    return decided and all("residuals" in study for study in result.get("laws", {}).values())
 
 
 def markdown(result: dict[str, Any]) -> str:

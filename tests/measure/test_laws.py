@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from measure.laws import Law, fit_law, scaling_laws
+from measure.laws import Law, fit_law, law_of, scaling_laws
+from measure.statistics import joint_draws
+from tests.helpers import drawn
 
 
 def test_students_that_pay_for_more_rows_are_no_study_of_rows(scaling_result):
@@ -29,3 +31,70 @@ def test_a_law_is_recovered_from_its_points():
     assert law(np.array([0.5, 1, 2]) * law.minimum_at).argmin() == 1
     assert fit_law(x[:3], x[:3]) is None  # three points fit any law
     assert fit_law(x[:4], x[:4], has_minimum=True) is None
+
+
+X = np.array([0.02, 0.05, 0.1, 0.2, 0.4, 1.0])
+
+
+def study(y, estimates=None):
+    """A study of sizes with these divergences."""
+    names = [f"size_{i}" for i in range(len(y))]
+    students = {
+        name: {"fidelity": {"kl_teacher_student": {"mean": float(value)}}}
+        for name, value in zip(names, y, strict=True)
+    }
+    x = dict(zip(names, X[: len(y)].tolist(), strict=True))
+    return law_of(x, {"students": students}, estimates, "size")
+
+
+def test_a_minimum_is_identified_if_no_student_decides_where_it_is():
+    law = Law(0.002, 1.2, 0.3, 0.9)
+    assert X.min() < law.minimum_at < X.max()
+    found = study(law(X))
+    assert found["identified"]
+    assert found["minimum_at"] == pytest.approx(law.minimum_at, rel=0.01)
+    assert max(map(abs, found["residuals"].values())) < 0.01
+    falling = 0.05 * X**-0.5
+    moved = study(falling * np.array([1, 1, 1, 1, 1, 1.6]))  # only the last student says otherwise
+    assert not moved["identified"]
+    assert set(moved["minimum_without"]) == set(moved["x"])
+
+
+def test_the_residual_of_a_student_is_its_distance_from_the_law():
+    found = study(Law(0.002, 1.2, 0.3, 0.9)(X) * np.array([1, 1, 1.2, 1, 1, 1]))
+    assert max(found["residuals"], key=found["residuals"].get) == "size_2"
+    law = Law(*found["law"])
+    assert found["residuals"]["size_2"] == pytest.approx(
+        1.2 * Law(0.002, 1.2, 0.3, 0.9)(X[2]) / law(X[2]) - 1
+    )
+
+
+@pytest.mark.slow
+def test_intervals_of_a_law_cover_the_truth_in_95_of_100_simulated_studies():
+    law, generator, covered, runs = Law(0.002, 1.2, 0.3, 0.9), np.random.default_rng(0), 0, 40
+    for _ in range(runs):
+        row = 0.3 * generator.standard_normal(400)
+        estimates = [drawn(generator, 5, 400, value, 0.003, row=0.1 * row) for value in law(X)]
+        found = study([estimate.mean for estimate in estimates], estimates)
+        low, high = found["minimum_ci95"]
+        covered += low <= law.minimum_at <= high
+    assert covered / runs >= 0.85  # 95 % of 40 studies, less two standard errors of the count
+
+
+def test_joint_draws_vary_as_the_estimates_do():
+    generator = np.random.default_rng(0)
+    row = 0.3 * generator.standard_normal(300)
+    estimates = [drawn(generator, 6, 300, level, 0.01, row=row) for level in (0.3, 0.6)]
+    draws = joint_draws(estimates, 4000)
+    for i, estimate in enumerate(estimates):
+        assert draws[:, i].mean() == pytest.approx(estimate.mean, abs=0.002)
+        assert draws[:, i].std() == pytest.approx(estimate.standard_error(), rel=0.1)
+    difference = estimates[0] - estimates[1]
+    assert (draws[:, 0] - draws[:, 1]).std() == pytest.approx(difference.standard_error(), rel=0.1)
+
+
+def test_words_that_the_teacher_invented_are_no_part_of_a_study_of_words(scaling_result):
+    found = scaling_laws(scaling_result)["rows"]["x"]
+    prompts = [scaling_result["students"][name]["recipe"]["outputs"]["prompts"] for name in found]
+    assert set(prompts) == {"train"}
+    assert len(found) == 5
