@@ -116,9 +116,8 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
             for stage, recipe in plan.requests(names).items():
                 produce_outputs(experiment, stage, recipe, fresh)
             students = {
-                plan.stage(name, seed): (train_student, name, plan.recipes[name], seed)
-                for seed in config.seeds
-                for name in names
+                stage: (train_student, name, plan.recipes[name], seed)
+                for stage, (name, seed) in plan.students(names).items()
             }
             run_stages(experiment, students)
         if experiment.is_main:

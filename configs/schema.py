@@ -139,6 +139,9 @@ class StudentSettings(Section):
     initial_layers: Layers = []  # teacher layers to start from; empty: random weights
     learning_rate: float | None = Field(None, gt=0)  # overrides students.training.learning_rate
     budget_fraction: float = Field(1.0, gt=0, le=1)  # of the students' budget
+    seeds: int | None = Field(
+        None, gt=0
+    )  # how many of the config's seeds, from the first; null: all
     # Fraction of the steps in which the student writes the text and the teacher scores it live;
     # all steps with sequences student.
     on_policy: Scheduled = 0.0

@@ -69,7 +69,16 @@ class Plan:
 
     def seeds_of(self, name: str) -> list[int]:
         """The seeds of a student or control; a teacher is one model."""
-        return [0] if name in TEACHERS else self.config.seeds
+        return [0] if name in TEACHERS else self.config.seeds[: self.recipes[name].student.seeds]
+
+    def students(self, names: list[str]) -> dict[str, tuple[str, int]]:
+        """{stage: (name, seed)} of the students of these recipes and controls, seed by seed."""
+        return {
+            self.stage(name, seed): (name, seed)
+            for seed in self.config.seeds
+            for name in names
+            if seed in self.seeds_of(name)
+        }
 
     @property
     def evaluated(self) -> list[str]:

@@ -202,7 +202,7 @@ def savings_of(
 
 def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
     """A row per stage, and outputs plus one student as a fraction of the teacher's training."""
-    teacher, seeds = run.cost_of("teacher"), plan.config.seeds
+    teacher = run.cost_of("teacher")
     fractions, stored = {}, {}
     for name, recipe in plan.recipes.items():
         request = plan.request(recipe)
@@ -214,7 +214,7 @@ def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
                 "bytes_per_token": run.cost_of(request.stage).get("bytes_per_token"),
                 "kept": run.cost_of(plan.stage(name)).get("rows"),
             }
-        trained = [run.cost_of(plan.stage(name, seed)) for seed in seeds]
+        trained = [run.cost_of(plan.stage(name, seed)) for seed in plan.seeds_of(name)]
         before = [run.cost_of(stage) for stage in plan.prerequisites(recipe, uncharged=True)]
         fractions[name] = {
             key: (statistics.median(row[key] for row in trained) + sum(row[key] for row in before))

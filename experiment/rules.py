@@ -302,6 +302,9 @@ def check_recipe_in_config(config: Config, recipe: Recipe, task: type[Task]) -> 
             "outputs.traces and rewards need a task with reasoning: use task.name "
             f"{' or '.join(able)}"
         )
+    wanted = recipe.student.seeds
+    if wanted is not None and wanted > len(config.seeds):
+        yield f"student.seeds: found {wanted}, expected at most {len(config.seeds)}, those of seeds"
     yield from check_initial_layers(config, recipe)
 
 
@@ -311,6 +314,12 @@ def check_initial_layers(config: Config, recipe: Recipe) -> Iterator[str]:
     model, taught_by = config.model_of(recipe), config.teacher_model_of(recipe)
     if not layers:
         return
+    source = config.recipes.get(recipe.teachers[0])
+    if source and (source.student.seeds or 10**9) < (recipe.student.seeds or len(config.seeds)):
+        yield (
+            f"student.initial_layers: every student starts from one of {recipe.teachers[0]!r} with "
+            "the same seed, which has fewer; give it as many student.seeds"
+        )
     deep = taught_by.num_hidden_layers or 0
     all_of_it = layers == [*range(1, deep + 1)] and model.num_hidden_layers == deep
     if all_of_it and recipe.writes_itself and ACCESS[recipe.access].teacher:

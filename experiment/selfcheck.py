@@ -234,7 +234,7 @@ def is_random(model: torch.nn.Module) -> bool:
 def first_losses(experiment: Experiment, name: str, recipe: Recipe) -> Finding:
     """The loss logged after the first step of every student, against the loss of its untrained
     model on the rows of that step, row by row."""
-    stages = {experiment.plan.stage(name, seed): seed for seed in experiment.config.seeds}
+    stages = {experiment.plan.stage(name, seed): seed for seed in experiment.plan.seeds_of(name)}
     logged = {
         line["stage"]: line["loss"]
         for line in experiment.run.metrics()

@@ -76,7 +76,7 @@ def sha256_of_tuned(config: Config) -> str:
     kept = {key: value for key, value in settings.items() if not key.startswith(ignored)}
     for name, recipe in kept["recipes"].items():
         best = config.best_try(name)
-        recipe["student"]["learning_rate"] = None
+        recipe["student"] |= {"learning_rate": None, "seeds": None}
         if best and best.transfer_rows:
             recipe["outputs"]["transfer_rows"] = None
     return sha256_of_json({**kept, "tune": config.tune and config.tune.model_dump(mode="json")})

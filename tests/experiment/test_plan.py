@@ -31,3 +31,16 @@ def test_without_a_seed_the_stage_of_a_student_is_that_of_its_first_seed():
     assert plan.stage("distilled") == "students/distilled/seed-3"
     assert plan.stage("distilled", 1) == "students/distilled/seed-1"
     assert plan.stage("second_teacher", 1) == "second_teacher"
+
+
+def test_a_recipe_may_have_fewer_seeds():
+    plan = Plan(read_config(TINY, ["seeds=[4, 2, 7]", "recipes.top.student.seeds=2"]))
+    assert plan.seeds_of("top") == [4, 2]
+    assert plan.seeds_of("baseline") == [4, 2, 7]
+    assert plan.students(["top", "baseline"]) == {
+        "students/top/seed-4": ("top", 4),
+        "students/baseline/seed-4": ("baseline", 4),
+        "students/top/seed-2": ("top", 2),
+        "students/baseline/seed-2": ("baseline", 2),
+        "students/baseline/seed-7": ("baseline", 7),
+    }

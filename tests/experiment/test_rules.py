@@ -55,6 +55,15 @@ from tests.helpers import train_tiny
         ),
         (["recipes.teacher={access: logits}"], "is the name of the teacher or a control"),
         (["seeds=[-1]"], "seeds.0: found -1"),
+        (["recipes.top.student.seeds=3"], "recipes.top.student.seeds: found 3, expected at most 2"),
+        (
+            [
+                "recipes.top.student.seeds=1",
+                "recipes.distilled.teachers=[top]",
+                "recipes.distilled.student.initial_layers=[1]",
+            ],
+            "student.initial_layers: every student starts from one of 'top' with the same seed",
+        ),
         (["teacher.training.betas=[0.9, 1.0]"], "betas.1: found 1.0"),
         (["teacher.epochs=.inf"], "teacher.epochs: found inf"),
         (["task.limit=10"], "task.limit: found 10"),

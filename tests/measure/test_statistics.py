@@ -16,6 +16,7 @@ from measure.statistics import (
     share_of_gap,
 )
 from tests.helpers import coin, drawn, estimates
+from tests.simulations import RATIOS, SEEDS, coverage
 
 # -- one estimate ----------------------------------------------------------------------------------
 
@@ -147,17 +148,10 @@ def test_a_gap_of_less_than_four_standard_errors_has_no_share():
 # -- coverage --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
-@pytest.mark.parametrize("seeds_to_rows", [0.0, 1.0, 2.4])
-def test_intervals_cover_the_truth_in_95_of_100_simulated_runs(seeds, seeds_to_rows):
-    """seeds_to_rows: the spread between seeds over the standard error of the rows."""
-    generator = np.random.default_rng([seeds, round(10 * seeds_to_rows)])
-    runs, covered, rows = 4000, 0, 60
-    for _ in range(runs):
-        between = seeds_to_rows * 0.3 / math.sqrt(rows)
-        low, high = drawn(generator, seeds, rows, 0.5, between, common=0.5).interval
-        covered += low <= 0.5 <= high
-    assert 0.93 <= covered / runs <= 0.98, covered / runs
+@pytest.mark.parametrize("seeds", SEEDS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_intervals_cover_the_truth_in_95_of_100_simulated_runs(seeds, ratio):
+    assert 0.93 <= coverage(seeds, ratio, runs=1500) <= 0.985
 
 
 @pytest.mark.parametrize("seeds", [3, 10])

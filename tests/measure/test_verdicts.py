@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from measure.statistics import Estimate, corrected_for
-from measure.verdicts import decide, verdicts
 from measure.verdicts import verdict_line as line_of
+from measure.verdicts import verdicts
 from tests.helpers import KNOWN, coin, compared, drawn, estimates, verdict
+from tests.simulations import DOCS, SEEDS, decided, detectable, with_tables
 
 
 def verdict_line(verdict):
@@ -134,62 +135,39 @@ def test_a_reversed_comparison_is_its_mirror_image(first, second):
 # -- how often it errs -----------------------------------------------------------------------------
 
 
-def simulated(generator, seeds, truth, between=0.02, rows=60):
-    """Two models on the same rows; the first is better by `truth`."""
-    row = 0.3 * generator.standard_normal(rows)
-    return [drawn(generator, seeds, rows, 0.5 + t, between, row=row) for t in (truth, 0.0)]
-
-
-def share_of(result, generator, runs, seeds, truth, threshold=0.0, verb="beats"):
-    """How often a claim of that verb has this result in simulated runs."""
-    found = 0
-    for _ in range(runs):
-        models = simulated(generator, seeds, truth)
-        found += decide(compared(f"a {verb} b", "accuracy", threshold, *models), 1) == result
-    return found / runs
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize("seeds", SEEDS)
 def test_equal_models_are_told_apart_in_at_most_5_percent_of_simulated_runs(seeds):
-    generator = np.random.default_rng(seeds)
-    same = share_of("not distinguished", generator, 1500, seeds, 0.0)
-    assert same >= 0.95 - 2 * math.sqrt(0.05 * 0.95 / 1500)
+    assert decided("not distinguished", seeds, runs=1500) >= 0.94
 
 
 @pytest.mark.parametrize("seeds", [2, 5])
 @pytest.mark.parametrize("truth", [0.1, -0.1])
 def test_models_as_far_apart_as_the_margin_match_in_at_most_5_percent(seeds, truth):
-    generator = np.random.default_rng(seeds)
-    assert share_of("matches", generator, 1000, seeds, truth, 0.1, "matches") <= 0.06
+    found = decided("matches", seeds, runs=1000, truth=truth, verb="matches", threshold=0.1)
+    assert found <= 0.06
 
 
 @pytest.mark.parametrize("seeds", [2, 5])
 def test_a_share_that_is_just_kept_is_decided_in_at_most_5_percent(seeds):
-    generator = np.random.default_rng(seeds)
-    undecided = share_of("not distinguished", generator, 1000, seeds, -0.05, 0.9, "keeps")
-    assert undecided >= 0.935
+    found = decided("not distinguished", seeds, runs=1000, truth=-0.05, verb="keeps", threshold=0.9)
+    assert found >= 0.935
 
 
-def test_many_methods_without_a_difference_are_corrected():
-    generator, wrong, runs = np.random.default_rng(0), 0, 500
-    for _ in range(runs):
-        row = 0.3 * generator.standard_normal(60)
-        base, *others = (drawn(generator, 5, 60, 0.5, 0.02, row=row) for _ in range(9))
-        claims = [compared("a beats b", "accuracy", 0.0, one, base) for one in others]
-        wrong += any(decide(claim, len(claims)) != "not distinguished" for claim in claims)
-    assert wrong / runs <= 0.06
+def test_one_of_many_equal_methods_is_called_better_in_at_most_5_percent():
+    """Half of the errors of a two-sided test are in this direction."""
+    assert decided("better", 5, runs=500, methods=8) <= 0.045
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 def test_the_detectable_difference_is_found_in_8_of_10_simulated_runs(seeds):
-    generator = np.random.default_rng(seeds)
-    sizes = [
-        verdict("a beats b", "accuracy", 0.0, *simulated(generator, seeds, 0.0))["detectable"]
-        for _ in range(200)
-    ]
-    size = math.sqrt(np.mean(np.square(sizes)))  # variances are unbiased, deviations are not
-    power = share_of("better", generator, 800, seeds, size)
+    power = decided("better", seeds, runs=800, truth=detectable(seeds, 1.0))
     assert power == pytest.approx(0.8, abs=0.07)
+
+
+@pytest.mark.slow
+def test_the_tables_in_the_docs_are_those_of_the_simulations():
+    text = DOCS.read_text(encoding="utf-8")
+    assert with_tables(text) == text
 
 
 # -- how many seeds would decide -------------------------------------------------------------------
