@@ -387,10 +387,15 @@ def with_tables(readme: str, results: Path) -> str:
     return BLOCK.sub(block, readme)
 
 
+def times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
 def is_current(result: dict[str, Any]) -> bool:
     """Whether this version decided the verdicts and fitted the laws."""
     decided = all("p_corrected" in verdict for verdict in result["verdicts"])
-    return decided and all("residuals" in study for study in result.get("laws", {}).values())
+    fitted = all("residuals" in study for study in result.get("laws", {}).values())
+    return decided and fitted and "heldout_reads" in result
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -412,6 +417,6 @@ def markdown(result: dict[str, Any]) -> str:
         f"{sum(stage['seconds'] for stage in stages) / 60:.0f} minutes of work, shared by "
         f"{result['config']['workers']} processes of at most "
         f"{max(stage['peak_memory_mb'] for stage in stages)} MB, on {where['cores']} cores of "
-        f"{where['cpu']}",
+        f"{where['cpu']}; this run read the held-out split {times(result['heldout_reads'])}",
     ]
     return "\n".join([*lines, "", *(f"- {fact}" for fact in facts), ""])
