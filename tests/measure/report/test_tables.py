@@ -51,11 +51,8 @@ def test_a_changed_result_would_change_the_readme(tmp_path):
     shown = [f for f in (ROOT / "results").glob("*.json") if f"results/{f.name} -->" in readme]
     assert len(shown) >= 5
     for file in shown:
-        result = json.loads(file.read_text(encoding="utf-8")) | {
-            "verdicts": [],
-            "map": [],
-            "laws": {},
-        }
+        result = json.loads(file.read_text(encoding="utf-8"))
+        result |= {"verdicts": [], "map": [], "laws": {}, "heldout_reads": 1}
         tables = []
         for change in (0.0, 0.01):
             next(iter(result["teacher"]["quality"].values()))["mean"] += change
