@@ -204,6 +204,7 @@ class Verdict(Section):
     # the first must have at least this share of the second's value.
     threshold: float = 0.0
     split: str = "heldout"
+    exploratory: bool = False  # decided alike, but found by looking: a claim for another run
 
     @field_validator("claim")
     @classmethod
@@ -244,11 +245,16 @@ class Tune(Section):
 
     learning_rate: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, max_length=100)
     transfer_rows: list[Count] = Field([], max_length=100)
+    # Equally many rates for recipes or controls that need others, such as rewards.
+    other_rates: dict[str, list[Annotated[float, Field(gt=0)]]] = {}
     seed: Seed  # of the students that are tried; never one that is judged
 
     @property
     def tries(self) -> int:
         return len(self.learning_rate) * max(1, len(self.transfer_rows))
+
+    def rates(self, name: str) -> list[float]:
+        return self.other_rates.get(name, self.learning_rate)
 
 
 class Try(Section):

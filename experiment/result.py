@@ -138,7 +138,7 @@ def comparison(claim: Verdict, task: Task, estimates: Estimates) -> Comparison:
     sign = metrics_of(task)[claim.metric].sign
     return Comparison(
         claim.claim, claim.metric, sign, claim.threshold, first[claim.metric], second[claim.metric],
-        claim.split,
+        claim.split, claim.exploratory,
     )  # fmt: skip
 
 

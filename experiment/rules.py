@@ -373,6 +373,15 @@ def check_tuning(config: Config) -> Iterator[str]:
             f"tune.seed {config.tune.seed} is one of seeds, whose students are judged; choose "
             "another"
         )
+    for name, rates in config.tune.other_rates.items():
+        if name not in Plan(config).recipes:
+            near = nearest(name, Plan(config).recipes)
+            yield f"tune.other_rates: no recipe or control {name!r}{near}"
+        elif len(rates) != len(config.tune.learning_rate):
+            yield (
+                f"tune.other_rates.{name}: found {len(rates)} rates, expected as many as in "
+                f"learning_rate, {len(config.tune.learning_rate)}"
+            )
     for name, recipe in config.recipes.items():
         best, rate = config.best_try(name), recipe.student.learning_rate
         if rate is not None and (best is None or rate != best.learning_rate):

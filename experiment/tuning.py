@@ -120,14 +120,13 @@ def as_tried(recipe: Recipe, one: Try) -> Recipe:
     return recipe.model_copy(update={"student": student, "outputs": outputs})
 
 
-def tries_of(config: Config, recipe: Recipe) -> list[Try]:
+def tries_of(config: Config, name: str, recipe: Recipe) -> list[Try]:
     """The tries of a recipe or control, not evaluated yet."""
-    tune = config.tune
+    tune, rates = config.tune, config.tune.rates(name)
     fixed = Plan(config).request(recipe) is None or recipe.outputs.transfer_rows is not None
     if tune.transfer_rows and not fixed:
-        pairs = itertools.product(tune.learning_rate, tune.transfer_rows)
+        pairs = itertools.product(rates, tune.transfer_rows)
         return [Try(learning_rate=r, transfer_rows=n, validation={}) for r, n in pairs]
-    rates = tune.learning_rate
     if tune.tries > len(rates):
         rates = np.geomspace(min(rates), max(rates), tune.tries)
     return [Try(learning_rate=float(f"{rate:.3g}"), validation={}) for rate in rates]
@@ -144,7 +143,7 @@ def config_of_tries(
         for need in needs(known, name, recipe)
     }
     for name, recipe in waiting.items():
-        for place, one in enumerate(tries_of(config, recipe), start=1):
+        for place, one in enumerate(tries_of(config, name, recipe), start=1):
             recipes[f"{name}-{place}"] = as_tried(recipe, one)
     changes = {
         "name": f"{config.name}-tuning-{number}",

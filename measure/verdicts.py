@@ -24,6 +24,7 @@ class Comparison:
     first: Estimate
     second: Estimate
     split: str = "heldout"
+    exploratory: bool = False
 
     @property
     def verb(self) -> str:
@@ -98,6 +99,7 @@ def verdict(one: Comparison, comparisons: int) -> dict[str, Any]:
         "metric": one.metric,
         "split": one.split,
         "threshold": one.threshold,
+        "exploratory": one.exploratory,
         "result": result,
         "here": decided if result == ONE_RUN else None,
         "difference": difference.mean,
@@ -145,14 +147,16 @@ def claim_of(verdict: dict[str, Any]) -> str:
 
 def verdict_line(verdict: dict, metrics: Mapping[str, Metric], items: str = "rows") -> str:
     """`hidden is 3.1 points of word errors better than baseline [2.2, 4.0] over 5 seeds`. What is
-    not distinguished is said first; one run is said to be one. items: what the rows are."""
+    not distinguished, exploratory or of one run begins by saying so. items: what the rows are."""
     result, found = verdict["result"], Comparing(verdict, metrics[verdict["metric"]])
+    opening = "exploratory: " if verdict["exploratory"] else ""
     if result == ONE_RUN:
-        return f"in this run: {found.words()} on these {items} {found.interval()}{found.others()}"
-    over = f"{found.interval()} {found.seeds()}"
+        said = f"in this run: {found.words()} on these {items} {found.interval()}{found.others()}"
+        return opening + said
+    said = f"{found.words()} {found.interval()} {found.seeds()}{found.needed()}"
     if result == NOT_DISTINGUISHED:
-        return f"not distinguished: {found.words()} {over}{found.needed()} ({found.would_decide()})"
-    return f"{found.words()} {over}{found.needed()}"
+        return f"{opening}not distinguished: {said} ({found.would_decide()})"
+    return opening + said
 
 
 @dataclass(frozen=True)

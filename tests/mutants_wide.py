@@ -79,6 +79,8 @@ MODULES = {
     "measure/evaluate.py": [HAND_MADE, GRADED, "tests/test_eval.py"],
     "measure/reasoning.py": ["tests/tasks/test_reason.py"],
     "measure/laws.py": ["tests/measure/test_laws.py"],
+    "measure/savings.py": ["tests/measure/test_savings.py"],
+    "experiment/tuning.py": ["tests/experiment/test_tuning.py"],
     "measure/report/tables.py": ["tests/measure/report", HAND_MADE],
     "student/objectives.py": [OBJECTIVES, CHUNKED, TRAIN],
     "student/hidden.py": ["tests/student/test_hidden.py", RECOUNT],

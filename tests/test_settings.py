@@ -175,7 +175,8 @@ def test_every_key_that_a_user_may_set_is_changed_here_or_elsewhere():
         "shuffled", "smoothed", "sequences", "seed",  # in RECIPES and controls above
         # see tests/experiment/test_tuning.py
         "gold", "tune", "tuned", "validation", "tries", "config", "flops", "seconds", "joules",
-        "money",
+        "money", "other_rates",
+        "exploratory",  # see tests/measure/test_verdicts.py
         "claim", "metric", "threshold", "split", "against", "metrics",  # in the run made by hand
     }  # fmt: skip
     tried = " ".join(key for case in CASES for key in case[0])

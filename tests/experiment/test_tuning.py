@@ -150,6 +150,8 @@ def test_gold_trains_on_the_datas_answers_for_the_rows_that_the_teacher_answers(
         ("transfer_rows: [100, 200]", "transfer_rows: [100]", "found 4 tries, expected 2 of each"),
         ("  text: {", "  text: {student: {learning_rate: 0.1}, ", "learning_rate 0.1 is not what"),
         ("tune: {", "notes: {", "unknown key 'notes'"),
+        ("tune: {", "tune: {other_rates: {texts: [1, 2]}, ", "did you mean 'text'?"),
+        ("tune: {", "tune: {other_rates: {own: [1]}, ", "found 1 rates, expected as many as"),
     ],
 )
 def test_a_config_that_was_not_tuned_as_it_says_is_rejected(old, new, message, tuned, capsys):
@@ -180,6 +182,10 @@ def test_committed_configs_are_tuned_as_they_stand(path):
 
 def test_tries_are_all_pairs_or_as_many_rates():
     config = check_config(read_yaml(CONFIG, "here"), "here")
-    assert len(tries_of(config, config.recipes["text"])) == 4
-    rates = [one.learning_rate for one in tries_of(config, config.recipes["own"])]
+    assert len(tries_of(config, "text", config.recipes["text"])) == 4
+    rates = [one.learning_rate for one in tries_of(config, "own", config.recipes["own"])]
     assert rates == pytest.approx([0.005, 0.00794, 0.0126, 0.02])
+    tune = config.tune.model_copy(update={"other_rates": {"own": [1e-4, 8e-4]}})
+    config = config.model_copy(update={"tune": tune})
+    rates = [one.learning_rate for one in tries_of(config, "own", config.recipes["own"])]
+    assert rates == pytest.approx([1e-4, 2e-4, 4e-4, 8e-4])

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -231,6 +232,15 @@ def test_a_match_needs_seeds_for_the_nearer_margin():
 def test_a_verdict_line_states_the_result(claim, metric, difference, threshold, line):
     found = verdict_line(verdict(claim, metric, threshold, *exactly(difference, 0.01)))
     assert found == line or (line.endswith("(") and found.startswith(line))
+
+
+def test_an_exploratory_result_says_so():
+    models = exactly(0.2, 0.01)
+    one = replace(compared("a beats b", "accuracy", 0.0, *models), exploratory=True)
+    (found,) = verdicts([one])
+    assert verdict_line(found).startswith("exploratory: a is 20.0 points of right answers better")
+    (unsure,) = verdicts([replace(one, second=one.first)])
+    assert verdict_line(unsure).startswith("exploratory: not distinguished: a is 0.0 points")
 
 
 def test_one_reference_is_said_to_be_one():
