@@ -54,7 +54,7 @@ from experiment.workers import keep_freed_memory
 from measure.evaluate import Evaluation, TeacherReference, free_running
 from measure.laws import scaling_laws
 from measure.report.page import render_report
-from measure.report.tables import console_table, facts_of
+from measure.report.tables import console_tables, facts_of
 from models.rows import Rows
 from tasks import load_task
 from tasks.task import Task
@@ -209,7 +209,9 @@ def publish(
         first = {name: by_split[split][0] for name, by_split in evaluations.items()}
         report = render_report(run.metrics(), result, reference, first)
         write_atomically(run.folder / "report.html", report)
-    Console(width=150).print(console_table(result))
+    console = Console(width=150)
+    for table in console_tables(result):
+        console.print(table)
     print("\n".join(facts_of(result)))
     if split != "validation":
         say(f"\nreport  {run.folder / 'report.html'}\nfigures {run.folder / 'eval.json'}")

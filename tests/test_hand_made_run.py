@@ -20,7 +20,7 @@ from experiment.experiment import data_of, open_experiment, splits_of
 from experiment.plan import Plan
 from experiment.run import Run
 from experiment.stages import made_of
-from measure.report.tables import console_table, facts_of, markdown
+from measure.report.tables import claims_table, console_table, facts_of, markdown
 from models.classifier import MlpClassifier, MlpConfig
 from models.language import save_model
 from models.rows import Rows
@@ -392,12 +392,11 @@ def test_the_console_shows_means_with_their_intervals(made):
 
 def test_the_sentences_state_the_same_numbers(made):
     facts = facts_of(made.result)
+    assert "poor is" in facts[0]  # a pair that is compared in one metric alone
     points = 100 * (mean_of(made, "poor", "error_rate") - mean_of(made, "good", "error_rate"))
-    assert facts[0].startswith(f"good is {points:.1f} points of errors better than poor [")
-    assert facts[1].startswith(f"poor is {points:.1f} points of errors worse than good [")
-    assert facts[2].endswith("more than 90 claimed")
-    nats = mean_of(made, "poor", "kl_teacher_student") - mean_of(made, "good", "kl_teacher_student")
-    assert facts[3].startswith(f"good is {nats:.3f} nats of KL to teacher better than poor [")
+    assert facts[0].startswith(f"poor is {points:.1f} points of errors worse than good [")
+    assert facts[1].startswith(f"good is {points:.1f} points of errors better than poor [")
+    assert facts[1].endswith("more than 90 claimed")
     share = 100 * made.result["cost"]["fraction_of_teacher"]["flops"]
     shares = made.result["cost"]["fraction_of_teacher_by_student"]
     assert len({round(found["flops"], 3) for found in shares.values()}) > 1
@@ -420,6 +419,22 @@ def test_the_sentences_state_the_same_numbers(made):
         f"good closes {100 * gap['share']:.0f} % [{low:.0f}, {high:.0f}] of the gap from low_data"
     )
     assert any(fact.startswith(line) for fact in facts)
+
+
+def test_the_table_of_claims_has_a_pair_for_each_row_and_a_metric_for_each_column(made):
+    """Of pairs that are compared in several metrics."""
+    ((title, headings, rows),) = claims_table(made.result)
+    assert title.startswith("Claims over 5 seeds: ")
+    assert headings == ["", "errors, points", "KL to teacher, nats"]
+    ((label, errors, divergence),) = rows
+    assert label == "good against poor"
+    points = 100 * (mean_of(made, "poor", "error_rate") - mean_of(made, "good", "error_rate"))
+    low, high = (f"{100 * bound:.1f}" for bound in made.result["verdicts"][0]["ci95"])
+    assert errors == f"+{points:.1f} [{low}, {high}] better"
+    nats = mean_of(made, "poor", "kl_teacher_student") - mean_of(made, "good", "kl_teacher_student")
+    assert divergence.startswith(f"+{nats:.3f} [")
+    assert f"| {label} | {errors} | {divergence} |" in markdown(made.result)
+    assert errors in made.report
 
 
 def test_the_report_shows_every_model_split_stage_and_verdict(made):

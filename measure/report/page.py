@@ -43,8 +43,8 @@ from measure.report.tables import (
     models_in,
     more_cells,
     more_headings,
+    more_tables,
     per_seed_values,
-    savings_tables,
     task_of,
 )
 from models.rows import Rows
@@ -103,7 +103,7 @@ def render_report(
         graded="wrong" in reference.evaluation.columns,
         copied=[a for a in answers if a["teacher"] == a[main] and not a["right"]][:EXAMPLES],
         uncertain=dark_knowledge(reference),
-        savings=savings_tables(result),
+        more_tables=more_tables(result),
         tuning=tuning_rows(result),
         tuned_columns=[heading(metrics_in(result)[name]) for name in task.table],
     )

@@ -158,10 +158,12 @@ def facts_of(result: dict[str, Any]) -> list[str]:
     """Verdicts except those in the table, gaps closed and cost, a line each."""
     metrics = metrics_in(result)
     stated = [(v["claim"], v["metric"]) for v in result["config"].get("verdicts", [])]
+    in_table = [id(v) for claims in claims_by_pair(result).values() for v in claims.values()]
     facts = [
         verdict_line(verdict, metrics, task_of(result).item_noun)
         for verdict in result["verdicts"]
         if (verdict["claim"], verdict["metric"]) in stated or not compared_in(result)
+        if id(verdict) not in in_table
     ]
     if compared_in(result):
         return [*facts, comparison_summary(result)]
@@ -327,10 +329,71 @@ def rows_line(saved: dict[str, Any]) -> str:
 
 # -- tables ----------------------------------------------------------------------------------------
 
-Savings = list[tuple[str, list[str], list[list[str]]]]  # (title, headings, rows)
+ShownTable = tuple[str, list[str], list[list[str]]]  # title, headings, rows
+Pair = tuple[str, str, bool]  # claim, split, exploratory
 
 
-def savings_tables(result: dict[str, Any]) -> Savings:
+def more_tables(result: dict[str, Any]) -> list[ShownTable]:
+    """The tables beside that of the models."""
+    return [*claims_table(result), *savings_tables(result)]
+
+
+def claims_by_pair(result: dict[str, Any]) -> dict[Pair, dict[str, Any]]:
+    """{pair: {metric: verdict}} of two models that are compared in several metrics."""
+    pairs: dict[Pair, dict[str, Any]] = {}
+    for verdict in [] if compared_in(result) else result["verdicts"]:
+        if " beats " in verdict["claim"] and verdict["threshold"] == 0:
+            pair = verdict["claim"], verdict["split"], verdict["exploratory"]
+            pairs.setdefault(pair, {})[verdict["metric"]] = verdict
+    return {pair: claims for pair, claims in pairs.items() if len(claims) > 1}
+
+
+def claims_table(result: dict[str, Any]) -> list[ShownTable]:
+    """A row per pair of models, a column per metric: by how much the first is better."""
+    pairs, metrics = claims_by_pair(result), metrics_in(result)
+    if not pairs:
+        return []
+    found = [verdict for claims in pairs.values() for verdict in claims.values()]
+    columns = dict.fromkeys(verdict["metric"] for verdict in found)
+    counts = sorted({verdict["seeds"] for verdict in found})
+    over = f"{' to '.join(map(str, counts))} seeds" if counts[-1] > 1 else "one run"
+    rows = []
+    for (claim, split, exploratory), claims in pairs.items():
+        first, _, second = claim.split()
+        label = f"{first} against {second}"
+        label += f", {split}" if split != result["split"] else ""
+        label += " (exploratory)" if exploratory else ""
+        cells = [claim_cell(claims.get(name), metrics[name]) for name in columns]
+        rows.append([label, *cells])
+    title = (
+        f"Claims over {over}: by how much the first model is better, with 95 % intervals; without "
+        "a word, the two are not distinguished"
+    )
+    units = [f"{metrics[name].heading}, {metrics[name].difference_unit}" for name in columns]
+    return [(title, ["", *units], rows)]
+
+
+def claim_cell(verdict: dict[str, Any] | None, metric: Metric) -> str:
+    """`+4.5 [3.6, 5.5] better`; for one run, also how the committed ones came out."""
+    if verdict is None:
+        return "-"
+    numbers = (verdict["difference"], *verdict["ci95"])
+    difference, low, high = (fixed(metric.scale * number, metric.digits) for number in numbers)
+    sign = "" if difference.startswith("-") else "+"
+    word = in_a_cell(verdict).replace("?", "")
+    cell = f"{sign}{difference} [{low}, {high}] {word}".strip()
+    committed = verdict.get("committed")
+    if not committed:
+        return cell
+    mean, spread = (metric.scale * committed[key] for key in ("mean", "spread"))
+    digits = metric.digits
+    return (
+        f"{cell}; {committed['runs']} runs: {mean:+.{digits}f} ± {spread:.{digits}f}, ahead in "
+        f"{committed['ahead']}"
+    )
+
+
+def savings_tables(result: dict[str, Any]) -> list[ShownTable]:
     """For each metric: what each curve costs at the quality of each student of the reference, as a
     ratio to that student's FLOPs and seconds."""
     saved, metrics = result.get("savings"), metrics_in(result)
@@ -358,6 +421,19 @@ def savings_cell(need: dict[str, Any] | str) -> str:
         return known.get(need, need)
     low, high = need["flops"]["ci95"]
     return f"{need['flops']['ratio']:.2f} [{low:.2f}, {high:.2f}] ({need['seconds']['ratio']:.2f})"
+
+
+def console_tables(result: dict[str, Any]) -> list[Table]:
+    """The models, then what was found about them."""
+    found = [console_table(result)]
+    for title, headings, rows in more_tables(result):
+        table = Table(box=box.ASCII, title=title)
+        for number, column in enumerate(headings):
+            table.add_column(column, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*row)
+        found.append(table)
+    return found
 
 
 def console_table(result: dict[str, Any]) -> Table:
@@ -407,7 +483,7 @@ def markdown(result: dict[str, Any]) -> str:
         size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
         cells = [*cells_of(entry, columns, interval=False), *more_cells(result, name)]
         lines.append(f"| {' | '.join([name, *size, *cells])} |")
-    for title, headings, rows in savings_tables(result):
+    for title, headings, rows in more_tables(result):
         lines += ["", f"{title}:", "", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
     stages = result["cost"]["stages"]

@@ -4,12 +4,14 @@ import json
 
 from measure.report.tables import (
     BLOCK,
+    claim_cell,
     facts_of,
     in_a_cell,
     more_cells,
     more_headings,
     with_tables,
 )
+from tasks.task import Metric
 from tests.helpers import RECIPES, ROOT
 
 
@@ -60,3 +62,18 @@ def test_a_changed_result_would_change_the_readme(tmp_path):
             tables.append(with_tables(readme, tmp_path))
         assert tables[0] != tables[1], file.name
         (tmp_path / file.name).unlink()
+
+
+def test_a_claim_of_one_run_is_shown_with_the_committed_runs():
+    metric = Metric("word errors", "%", True, "wrong")
+    verdict = {
+        "difference": -0.0123, "ci95": [-0.03, 0.004], "result": "one run",
+        "here": "not distinguished", "committed": None,
+    }  # fmt: skip
+    assert claim_cell(verdict, metric) == "-1.2 [-3.0, 0.4]"
+    verdict |= {"here": "worse", "difference": 0.0004}
+    assert claim_cell(verdict, metric) == "+0.0 [-3.0, 0.4] worse"
+    verdict["committed"] = {"mean": 0.015, "spread": 0.0048, "runs": 10, "ahead": 9}
+    expected = "+0.0 [-3.0, 0.4] worse; 10 runs: +1.5 ± 0.5, ahead in 9"
+    assert claim_cell(verdict, metric) == expected
+    assert claim_cell(None, metric) == "-"
