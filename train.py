@@ -22,7 +22,7 @@ from torch import nn
 from configs.schema import Config, LabError, Recipe, Training
 from experiment.budget import check_budgets, steps_within_budget
 from experiment.command import run_command
-from experiment.cost import CountedForward
+from experiment.cost import CountedForward, cpu_seconds, load_of_others
 from experiment.environment import environment
 from experiment.experiment import (
     Experiment,
@@ -99,6 +99,7 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
     keep_freed_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     require_one_way_to_share(config, accelerator)
+    started = cpu_seconds()
     with Run(folder).locked() if accelerator.is_main_process else nullcontext():
         experiment = open_experiment(config, Run(folder), accelerator)
         check_experiment(experiment)
@@ -121,7 +122,7 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
             }
             run_stages(experiment, students)
         if experiment.is_main:
-            run.close()
+            run.close(load_of_others(started) if accelerator.num_processes == 1 else None)
             print_summary(run)
 
 

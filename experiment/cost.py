@@ -162,6 +162,22 @@ class Stopwatch:
         return watts * elapsed, f"estimate: {self.cost.watts_per_thread:g} W per thread"
 
 
+def cpu_seconds() -> tuple[float, float]:
+    """Seconds of processor time so far: of all processes, and of this one with its workers (those
+    that have ended)."""
+    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # in user, too
+    ours = own.user + own.system + own.children_user + own.children_system
+    return sum(times) - idle - guests, ours
+
+
+def load_of_others(before: tuple[float, float]) -> float:
+    """The share of the processor time spent since then that other programs took."""
+    total, own = (now - then for now, then in zip(cpu_seconds(), before, strict=True))
+    return max(0.0, 1 - own / max(total, 1e-9))
+
+
 def read_energy() -> float | None:
     """Joules since an arbitrary start, by the NVML counter of a GPU or the RAPL one of a CPU."""
     if torch.cuda.is_available():

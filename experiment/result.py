@@ -238,6 +238,7 @@ def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
         "outputs_by_student": stored,
         "flops_per_student_with_teacher": amortised,
         "joules_source": teacher["joules_source"],
+        "load_of_others": run.manifest.get("load_of_others"),
     }
 
 

@@ -65,6 +65,7 @@ class Manifest(Shape):
     pretrained: dict[str, str] | None = None
     stages: dict[Annotated[str, Field(pattern=STAGE)], StageEntry]
     heldout_reads: int = 0
+    load_of_others: float | None = None
 
 
 class Cost(Shape):
@@ -280,8 +281,9 @@ class Run:
         made = {**other.manifest["stages"][stage], "copied_from": other.folder.name}
         self.record_stage(stage, {**cost, "copied_from": other.folder.name}, made)
 
-    def close(self) -> None:
-        self.manifest["finished"] = now()
+    def close(self, load_of_others: float | None = None) -> None:
+        """load_of_others: of the machine, where it was measured; of the last part if resumed."""
+        self.manifest |= {"finished": now(), "load_of_others": load_of_others}
         self.save()
 
     def cost_of(self, stage: str) -> dict[str, Any]:

@@ -463,6 +463,12 @@ def with_tables(readme: str, results: Path) -> str:
     return BLOCK.sub(block, readme)
 
 
+def shared_with_others(result: dict[str, Any]) -> str:
+    """Nothing, for a run that had the machine to itself."""
+    load = result["cost"].get("load_of_others") or 0.0
+    return f", shared with other programs ({100 * load:.0f} % of its work)" if load > 0.05 else ""
+
+
 def times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
@@ -493,6 +499,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{sum(stage['seconds'] for stage in stages) / 60:.0f} minutes of work, shared by "
         f"{result['config']['workers']} processes of at most "
         f"{max(stage['peak_memory_mb'] for stage in stages)} MB, on {where['cores']} cores of "
-        f"{where['cpu']}; this run read the held-out split {times(result['heldout_reads'])}",
+        f"{where['cpu']}{shared_with_others(result)}; this run read the held-out split "
+        f"{times(result['heldout_reads'])}",
     ]
     return "\n".join([*lines, "", *(f"- {fact}" for fact in facts), ""])

@@ -1,10 +1,14 @@
 """Budgets: equal FLOPs for every student, including everything it needs."""
 
 import json
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 import train
+from experiment.budget import expected_steps
 from experiment.plan import Plan
 
 
@@ -48,3 +52,20 @@ def test_a_budget_that_cannot_work_is_rejected_before_anything_trains(tmp_path, 
         assert train.main(["configs/tiny.yaml", budget, "--runs", str(tmp_path)]) == 2
         assert "leaves no FLOPs for training" in capsys.readouterr().err
         assert not (tmp_path / "tiny" / "config.yaml").exists()
+
+
+def test_the_steps_of_a_student_that_writes_are_estimated_from_what_a_row_costs():
+    """A forward pass is a third of a step; the teacher scores each row that the student writes."""
+
+    def score(ids, use_cache):
+        teacher.flops += 3 * ids.numel()
+
+    teacher = Mock(side_effect=score, flops=100, device="cpu")
+    rows = SimpleNamespace(prompt_lengths=np.array([4, 6]))
+    policy = SimpleNamespace(teacher=teacher, share=lambda progress: 0.5, rows=rows, longest=10)
+    plain = SimpleNamespace(of_row=lambda length: 12 * length)
+    steps, most = expected_steps(plain, policy, np.array([8, 12]), 5, 6000)
+    assert most == 2 * (12 * 16 + 12 * 16 / 3 + 3 * 16)
+    assert steps == int((6000 - most) / (2 * (12 * 10 + 0.5 * (12 * 10 / 3 + 3 * 10))))
+    policy.teacher = None  # rewards cost nothing
+    assert expected_steps(plain, policy, np.array([8, 12]), 5, 6000)[1] == 2 * (12 * 16 * 4 / 3)

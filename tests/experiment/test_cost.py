@@ -90,3 +90,15 @@ def test_counting_leaves_no_gradient_in_the_model_that_is_trained(lab, monkeypat
     model = build_model(lab.config.teacher.model, lab.task)
     assert TrainingFlops(model).of_row(16) > 0
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_load_of_others_is_what_this_process_did_not_use():
+    """Of 30 s of work on both cores, 12 s were ours and those of workers that ended."""
+    with patch.object(cost, "cpu_seconds", lambda: (130.0, 62.0)):
+        assert cost.load_of_others((100.0, 50.0)) == pytest.approx(0.6)
+        assert cost.load_of_others((100.0, 20.0)) == 0.0
+    before = cost.cpu_seconds()
+    sum(i * i for i in range(300_000))
+    total, own = (now - then for now, then in zip(cost.cpu_seconds(), before, strict=True))
+    assert own > 0
+    assert total >= 0
