@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import train
-from experiment.budget import expected_steps
+from experiment.budget import affordable_steps, expected_steps
 from experiment.plan import Plan
 
 
@@ -69,3 +69,13 @@ def test_the_steps_of_a_student_that_writes_are_estimated_from_what_a_row_costs(
     assert steps == int((6000 - most) / (2 * (12 * 10 + 0.5 * (12 * 10 / 3 + 3 * 10))))
     policy.teacher = None  # rewards cost nothing
     assert expected_steps(plain, policy, np.array([8, 12]), 5, 6000)[1] == 2 * (12 * 16 * 4 / 3)
+
+
+def test_a_budget_that_the_outputs_exceed_affords_no_step():
+    flops = SimpleNamespace(of_batch=lambda lengths: 10)
+
+    def steps(most):
+        order, hidden = (lambda step: np.array([0])), (lambda steps: 0)
+        return affordable_steps(flops, flops, np.array([5]), order, most, hidden)
+
+    assert [steps(most) for most in (-1, 9, 35)] == [0, 0, 3]

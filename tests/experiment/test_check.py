@@ -218,6 +218,14 @@ def test_other_hashes_inside_the_band_are_tier_c_and_outside_d():
     assert lines[2] == f"{inside}, outside: distilled sequence_agreement"
 
 
+def test_the_first_three_outside_are_named():
+    outside = ["a one", "b two", "c three", "d four"]
+    line = experiment.check.band_line(["e five"], outside)
+    assert line == (
+        "bands     1 of 5 metrics and differences inside, outside: a one, b two, c three"
+    )
+
+
 def test_a_claims_difference_must_lie_in_its_band_too():
     tier, lines = check(result(difference=-0.1, sha256="b"), reference())
     assert tier == "D"

@@ -55,6 +55,7 @@ def test_workers_side_by_side_pay_for_the_machine_once():
     """Two workers for an hour: each has half of its price and of what its meter shows."""
     clock, meter = count(0, 3600), count(0, 1000)
     with (
+        patch.object(cost, "peak_memory", lambda: 7 * 2**20),
         patch.object(cost.time, "perf_counter", lambda: float(next(clock))),
         patch.object(cost, "read_energy", lambda: float(next(meter))),
     ):
@@ -65,6 +66,7 @@ def test_workers_side_by_side_pay_for_the_machine_once():
     assert sum(worker["money"] for worker in workers) == pytest.approx(alone["money"])
     assert alone["joules"] == sum(worker["joules"] for worker in workers) == 1000
     assert alone["seconds"] == workers[0]["seconds"] == 3600
+    assert alone["peak_memory_mb"] == 7
 
 
 def test_without_a_meter_a_worker_pays_for_its_threads():
