@@ -33,7 +33,7 @@ from experiment.experiment import (
     require_same_rows,
     teacher_task,
 )
-from experiment.plan import Plan
+from experiment.plan import TEACHERS, Plan
 from experiment.reference import committed_differences, write_reference
 from experiment.result import (
     costs,
@@ -50,6 +50,7 @@ from experiment.result import (
 )
 from experiment.run import SCHEMA, Run
 from experiment.selfcheck import selfcheck_run
+from experiment.tries import tuned_for
 from experiment.workers import keep_freed_memory
 from measure.evaluate import Evaluation, TeacherReference, free_running
 from measure.laws import scaling_laws
@@ -127,7 +128,10 @@ def judge(run: Run, config: Config, split: str) -> None:
         require_same_rows(run, rows)
         references, evaluations, measured, flops = evaluate_models(run, plan, task, rows)
         estimates = {
-            name: {s: references[s].metrics(seeds) for s, seeds in by_split.items()}
+            name: {
+                split: references[split].metrics(seeds, is_one_model=name in TEACHERS)
+                for split, seeds in by_split.items()
+            }
             for name, by_split in evaluations.items()
         }
         entries = {
@@ -145,6 +149,7 @@ def judge(run: Run, config: Config, split: str) -> None:
             "controls": {n: entries[n] for n in plan.evaluated if n not in config.recipes},
             "cost": costs(run, plan, {"stage": "evaluation", **watch.read(flops)}),
             "gaps": gaps(config, task, estimates, splits[0]),
+            "tuned": config.tuned and tuned_for(config),
             "verdicts": decide(
                 config, task, estimates, splits, committed_differences(config, RESULTS)
             ),

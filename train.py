@@ -12,6 +12,7 @@ import math
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -84,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def start() -> int:
         if options.tune:
-            tune(options.config, options.overrides, options.runs, story)
+            train = partial(story, fresh=options.fresh)
+            tune(options.config, options.overrides, options.runs, train)
             return 0
         config = read_config(options.config, options.overrides)
         story(config, options.runs / config.name, options.fresh)
@@ -106,6 +108,7 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
         check_budgets(experiment)
         experiment = begin_run(experiment, folder)
         plan, run = experiment.plan, experiment.run
+        before = [*run.ledger]
 
         for stage, seed in plan.teachers.items():
             if not fresh:
@@ -122,7 +125,7 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
             }
             run_stages(experiment, students)
         if experiment.is_main:
-            run.close(load_of_others(started) if accelerator.num_processes == 1 else None)
+            run.close(load_of_others(started, config.workers) if run.ledger != before else None)
             print_summary(run)
 
 

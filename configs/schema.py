@@ -303,21 +303,18 @@ class Config(Section):
     def recipes_have_their_tuned_values(cls, settings: Any) -> Any:
         """The best try fills in a recipe's learning rate and transfer rows, unless it has its own;
         controls are filled in by the plan."""
-        try:
-            best = {name: tries[0] for name, tries in settings["tuned"]["tries"].items()}
-            recipes = {name: dict(recipe) for name, recipe in settings["recipes"].items()}
-            for name in best.keys() & recipes.keys():
-                places = ("student", "learning_rate"), ("outputs", "transfer_rows")
-                for section, key in places:
-                    value = best[name].get(key)
-                    values = {key: value} | dict(recipes[name].get(section) or {})
-                    if values[key] is None:
-                        values[key] = value
-                    if value is not None:
-                        recipes[name][section] = values
-            return {**settings, "recipes": recipes}
-        except (TypeError, KeyError, AttributeError, ValueError, IndexError):
-            return settings  # nothing was tuned, or validation says what is wrong
+        tuned, recipes = (dict_in(settings, key) for key in ("tuned", "recipes"))
+        filled = {}
+        for name, tries in dict_in(tuned, "tries").items():
+            if not (isinstance(tries, list) and tries and isinstance(recipes.get(name), dict)):
+                continue  # a control, or of another shape, as validation says
+            filled[name] = dict(recipes[name])
+            places = ("student", "learning_rate"), ("outputs", "transfer_rows")
+            for section, key in places:
+                there, value = dict_in(recipes[name], section), dict_in(tries, 0).get(key)
+                if value is not None and there.get(key) is None:
+                    filled[name][section] = {**there, key: value}
+        return {**settings, "recipes": {**recipes, **filled}} if filled else settings
 
     def best_try(self, name: str) -> Try | None:
         """Of a recipe or control."""
@@ -345,6 +342,15 @@ class Config(Section):
         """The shape of the first model that teaches them."""
         first = recipe.teachers[0]
         return self.model_of(self.recipes[first]) if first in self.recipes else self.teacher.model
+
+
+def dict_in(place: Any, key: Any) -> dict:
+    """What is under a key of settings that are not validated yet, if it is a section."""
+    try:
+        value = place[key]
+    except (TypeError, KeyError, IndexError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -72,7 +72,9 @@ def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[
     equal_figures = per_seed_values(result) == per_seed_values(reference)
     data = all(key in same for key in ("rows", "tokenizer") if key in hashes)
     data &= result.get("rows") == reference.get("rows", result.get("rows"))
-    if len(same) == len(hashes) == len(result["artifacts"]) and equal_figures and data:
+    if changed and (inside or outside or precision == "float64" or equal_figures):
+        tier = "D"
+    elif len(same) == len(hashes) == len(result["artifacts"]) and equal_figures and data:
         tier = "A"
     elif precision == "float64":
         tier = "B" if data and reference.get("trace") and not diverged else "D"
@@ -81,7 +83,7 @@ def check(result: dict[str, Any], reference: dict[str, Any]) -> tuple[str, list[
     elif not inside and not outside:
         tier = "?"
     else:
-        tier = "D" if outside or changed else "C"
+        tier = "D" if outside else "C"
     first = next(
         (key for key in hashes if key not in same), None if equal_figures else "the metrics"
     )
@@ -114,8 +116,9 @@ def inside_bands(result: dict[str, Any], reference: dict[str, Any]) -> tuple[lis
         middle, half = (band["high"] + band["low"]) / 2, (band["high"] - band["low"]) / 2
         values = np.asarray(found.get(key, [math.nan]), float)  # a missing metric is outside
         misses[key] = float(np.max(np.nan_to_num(np.abs(values - middle), nan=math.inf))) - half
-    outside = sorted((key for key in misses if misses[key] > 0), key=lambda key: -misses[key])
-    return [key for key in misses if misses[key] <= 0], outside
+    outside = [key for key in misses if not misses[key] <= 0]  # nan too
+    outside.sort(key=lambda key: -misses[key])
+    return [key for key in misses if key not in outside], outside
 
 
 def changed_verdicts(result: dict[str, Any], reference: dict[str, Any]) -> list[str]:

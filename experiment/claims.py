@@ -24,6 +24,9 @@ def check_claims(config: Config, task: type[Task]) -> Iterator[str]:
                     f"{nearest(name, names | {'teacher'})}"
                 )
         yield from check_threshold(verdict, metrics[verdict.metric])
+    stated = [(v.claim, v.metric, v.split, v.threshold) for v in config.verdicts]
+    for claim, metric, *_ in {one for one in stated if stated.count(one) > 1}:
+        yield f"verdict {claim!r} of {metric} is there twice; remove one"
 
 
 def check_claim(claim: Verdict, task: type[Task]) -> Iterator[str]:
@@ -57,6 +60,11 @@ def check_threshold(verdict: Verdict, metric: Metric) -> Iterator[str]:
         yield (
             f"verdict {verdict.claim!r}: threshold {threshold:g}, expected the fraction to keep, "
             "above 0 and below 1"
+        )
+    if " beats " in verdict.claim and threshold < 0:
+        yield (
+            f"verdict {verdict.claim!r}: threshold {threshold:g}: a worse model beats nothing; "
+            "use matches or keeps"
         )
     if abs(threshold) >= 1 and metric.is_share:
         yield (

@@ -172,8 +172,11 @@ def cpu_seconds() -> tuple[float, float]:
     return sum(times) - idle - guests, ours
 
 
-def load_of_others(before: tuple[float, float]) -> float:
-    """The share of the processor time spent since then that other programs took."""
+def load_of_others(before: tuple[float, float], workers: int = 1) -> float | None:
+    """The share of the processor time spent since then that other programs took. None where the
+    system does not tell what workers used."""
+    if workers > 1 and sys.platform != "linux":
+        return None
     total, own = (now - then for now, then in zip(cpu_seconds(), before, strict=True))
     return max(0.0, 1 - own / max(total, 1e-9))
 

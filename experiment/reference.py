@@ -8,6 +8,7 @@ Reference runs decide whether a rerun is accepted, as in MLPerf's reference conv
 not only their mean.
 """
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from measure.report.tables import per_seed_values, with_tables
 from measure.verdicts import ONE_RUN, claim_of
 
 COVERAGE = CONFIDENCE = 0.95
+MIN_SEEDS, MIN_TEACHERS = 10, 5
 MIN_HALF_WIDTH = 0.001  # a metric at its limit (0 of 6,298 words) has no deviation
 # Keys of a config that set how it runs on a machine, not what it computes.
 MACHINE = ("name:", "threads:", "workers:", "cost.", "checkpoint_")
@@ -62,6 +64,7 @@ class Decided(Shape):
     claim: str
     metric: str
     split: str
+    threshold: float
     result: str
     per_seed: list[float]
 
@@ -93,8 +96,8 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The band of every metric, and of every claim's difference, over the seeds of several results
-    of one config. None for fewer than 10 seeds, or one teacher: a rerun on another machine has
-    another one."""
+    of one config. None for fewer than 10 seeds or 5 teachers: a rerun on another machine has
+    another teacher, and of fewer a band would be too wide to reject anything."""
     students = [(r["config"]["teacher"]["seed"], seed) for r in results for seed in r["seeds"]]
     if len(set(students)) < len(students):
         raise LabError(
@@ -107,8 +110,11 @@ def bands(results: list[dict[str, Any]]) -> dict[str, Any] | None:
         for key, values in per_seed_values(result).items():
             of_teacher = pooled.setdefault(key, {}).setdefault(teacher["seed"], [])
             of_teacher += values
-    if len(students) < 10 or len({seed for seed, _ in students}) < 2:
+    if len(students) < MIN_SEEDS or len({seed for seed, _ in students}) < MIN_TEACHERS:
         return None
+    unknown = [key for key, groups in pooled.items() if None in itertools.chain(*groups.values())]
+    for key in unknown:  # a metric that a seed does not have
+        del pooled[key]
     coverage = 1 - (1 - COVERAGE) / len(pooled)
     return {key: band(list(groups.values()), coverage) for key, groups in pooled.items()}
 
@@ -122,6 +128,8 @@ def band(groups: list[list[float]], coverage: float) -> dict[str, Any]:
     Wang 1980). With one student per teacher it is the bound of one variance.
     """
     values = [value for group in groups for value in group]
+    if not np.isfinite(values).all():
+        raise LabError("a metric of these runs is not a number, so it has no band; evaluate again")
     means = np.array([np.mean(group) for group in groups])
     size = len(groups) / sum(1 / len(group) for group in groups)  # harmonic mean
     within_freedom = len(values) - len(groups)
@@ -191,8 +199,8 @@ def write_reference(run: Run, config: Config, others: list[Path], folder: Path) 
         print("made with uncommitted code: others cannot check out the code of this result")
     if reference["bands"] is None:
         print(
-            "no bands written: they need 10 seeds and more than one teacher; name more runs with "
-            "--bands"
+            f"no bands written: they need {MIN_SEEDS} seeds and {MIN_TEACHERS} teachers; name more "
+            "runs with --bands"
         )
     write_json(folder / f"{config.name}.json", reference)
     readme = folder.parent / "README.md"

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -145,14 +146,15 @@ def comparison(claim: Verdict, task: Task, estimates: Estimates) -> Comparison:
 def map_of_traces(config: Config, task: Task, estimates: Estimates) -> list[dict[str, Any]]:
     """Where traces pay: a verdict for every pair of students and number of steps, an exploration
     whose cells are all corrected together."""
+    explored = partial(Verdict, exploratory=True)
     cells = [
-        (split, steps, Verdict(claim=claim, metric=task.accuracy_at(steps), split=split))
+        (split, steps, explored(claim=claim, metric=task.accuracy_at(steps), split=split))
         for name, other in pairs_of_traces(config.recipes)
         for claim in [f"{name} beats {other}"]
         for split, steps in steps_by_split(task, estimates["teacher"])
     ]
     compared = [comparison(claim, task, estimates) for _, _, claim in cells]
-    decided = verdicts(compared, family=lambda _: "map")
+    decided = verdicts(compared, together=True)
     return [
         {**verdict, "split": split, "steps": steps}
         for verdict, (split, steps, _) in zip(decided, cells, strict=True)
@@ -219,7 +221,7 @@ def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
         fractions[name] = {
             key: (statistics.median(row[key] for row in trained) + sum(row[key] for row in before))
             / teacher[key]
-            if teacher["steps"] > 0  # otherwise a pretrained teacher, of unknown cost
+            if teacher["steps"] > 0 and teacher[key]  # not a pretrained teacher, of unknown cost
             else None
             for key in ("flops", "seconds", "joules", "money")
         }

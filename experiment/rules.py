@@ -21,6 +21,8 @@ from configs.schema import (
 )
 from experiment.claims import check_claims
 from experiment.plan import TEACHERS, Plan
+from experiment.tries import rank, tries_of, tuned_for, untuned
+from measure.metrics import metrics_of
 from models.classifier import CLASSIFIERS
 from student.objectives import OBJECTIVES
 from student.recipe import learns_from_rewards
@@ -302,9 +304,6 @@ def check_recipe_in_config(config: Config, recipe: Recipe, task: type[Task]) -> 
             "outputs.traces and rewards need a task with reasoning: use task.name "
             f"{' or '.join(able)}"
         )
-    wanted = recipe.student.seeds
-    if wanted is not None and wanted > len(config.seeds):
-        yield f"student.seeds: found {wanted}, expected at most {len(config.seeds)}, those of seeds"
     yield from check_initial_layers(config, recipe)
 
 
@@ -315,7 +314,10 @@ def check_initial_layers(config: Config, recipe: Recipe) -> Iterator[str]:
     if not layers:
         return
     source = config.recipes.get(recipe.teachers[0])
-    if source and (source.student.seeds or 10**9) < (recipe.student.seeds or len(config.seeds)):
+    count = len(config.seeds)
+    if source and min(source.student.seeds or count, count) < min(
+        recipe.student.seeds or count, count
+    ):
         yield (
             f"student.initial_layers: every student starts from one of {recipe.teachers[0]!r} with "
             "the same seed, which has fewer; give it as many student.seeds"
@@ -350,12 +352,11 @@ def check_controls(config: Config) -> Iterator[str]:
             "the control shuffled permutes stored outputs, but students of the first recipe write "
             "their own text; put another recipe first"
         )
-    if "gold" in config.controls and (
-        Plan(config).request(first) is None or first.outputs.prompts != "train"
-    ):
+    answered = Plan(config).request(first) and first.outputs.prompts == "train"
+    if "gold" in config.controls and not (answered and first.teachers == ["teacher"]):
         yield (
             "the control gold trains on the data's answers for the rows that the first recipe's "
-            "teacher answers: the first recipe needs stored outputs with prompts train"
+            "teacher answers: the first recipe needs stored outputs with prompts train, of teacher"
         )
     extra = [name for name in config.controls if name in TEACHERS]
     if extra and config.teacher.epochs == 0:
@@ -363,44 +364,55 @@ def check_controls(config: Config) -> Iterator[str]:
 
 
 def check_tuning(config: Config) -> Iterator[str]:
-    """Every recipe and control was tuned alike, on students that are not judged."""
-    if config.tune is None:
-        if config.tuned:
+    """Every recipe and control is tuned alike, on students that are not judged."""
+    tune, tuned, plan = config.tune, config.tuned, Plan(config)
+    if tune is None:
+        if tuned:
             yield "tuned: there is no section tune; remove tuned"
         return
-    if config.tune.seed in config.seeds:
-        yield (
-            f"tune.seed {config.tune.seed} is one of seeds, whose students are judged; choose "
-            "another"
-        )
-    for name, rates in config.tune.other_rates.items():
-        if name not in Plan(config).recipes:
-            near = nearest(name, Plan(config).recipes)
-            yield f"tune.other_rates: no recipe or control {name!r}{near}"
-        elif len(rates) != len(config.tune.learning_rate):
+    if tune.seed in config.seeds:
+        yield f"tune.seed {tune.seed} is one of seeds, whose students are judged; choose another"
+    for key, rates in {"learning_rate": tune.learning_rate, **tune.other_rates}.items():
+        if len(set(rates)) < len(rates) or (len(rates) == 1 and len(tune.transfer_rows) > 1):
+            yield f"tune: the rates of {key} are {rates}, expected different ones, two or more"
+    for name, rates in tune.other_rates.items():
+        if name not in config.recipes:
+            yield f"tune.other_rates: no recipe {name!r}{nearest(name, config.recipes)}"
+        elif len(rates) != len(tune.learning_rate):
             yield (
                 f"tune.other_rates.{name}: found {len(rates)} rates, expected as many as in "
-                f"learning_rate, {len(config.tune.learning_rate)}"
+                f"learning_rate, {len(tune.learning_rate)}"
             )
-    for name, recipe in config.recipes.items():
-        best, rate = config.best_try(name), recipe.student.learning_rate
-        if rate is not None and (best is None or rate != best.learning_rate):
-            yield (
-                f"recipes.{name}.student.learning_rate {rate:g} is not what tune would choose; "
-                "remove it, or remove tune and tuned"
-            )
-    untuned = [n for n in Plan(config).recipes if config.tuned and n not in config.tuned.tries]
-    if untuned:
+    missing = [name for name in plan.recipes if tuned and name not in tuned.tries]
+    if missing:
         yield (
-            f"tuned: {', '.join(untuned)} was not tuned; tune again with train.py CONFIG --tune, "
+            f"tuned: {', '.join(missing)} was not tuned; tune again with train.py CONFIG --tune, "
             "or remove tune and tuned"
         )
-    counts = {len(tries) for tries in config.tuned.tries.values()} if config.tuned else set()
-    if counts - {config.tune.tries}:
-        yield (
-            f"tuned: found {', '.join(map(str, sorted(counts)))} tries, expected "
-            f"{config.tune.tries} of each; tune again with train.py CONFIG --tune"
-        )
+    if tuned and tuned_for(config):  # otherwise the result says that it was tuned for another one
+        yield from check_tries(config, plan)
+
+
+def check_tries(config: Config, plan: Plan) -> Iterator[str]:
+    """Those that `tune` asks for, best first."""
+    metrics = metrics_of(TASKS[config.task.name])
+    for name, recipe in plan.recipes.items():
+        tries = config.tuned.tries[name]
+        if name not in config.recipes:  # its rows are those of the first recipe
+            wanted = [one.learning_rate for one in tries_of(config, name, recipe)]
+            found = [one.learning_rate for one in tries]
+        else:
+            asked = tries_of(config, name, untuned(config, name, recipe))
+            wanted, found = (
+                [(one.learning_rate, one.transfer_rows or 0) for one in some]
+                for some in (asked, tries)
+            )
+        ranks = [rank(one, config.tuned.metric, metrics) for one in tries]
+        if sorted(wanted) != sorted(found) or ranks != sorted(ranks):
+            yield (
+                f"tuned.tries.{name} are not those that tune asks for, best first; tune again with "
+                "train.py CONFIG --tune"
+            )
 
 
 def check_budget(config: Config) -> Iterator[str]:

@@ -283,7 +283,9 @@ class Run:
 
     def close(self, load_of_others: float | None = None) -> None:
         """load_of_others: of the machine, where it was measured; of the last part if resumed."""
-        self.manifest |= {"finished": now(), "load_of_others": load_of_others}
+        self.manifest["finished"] = now()
+        if load_of_others is not None:
+            self.manifest["load_of_others"] = round(load_of_others, 3)
         self.save()
 
     def cost_of(self, stage: str) -> dict[str, Any]:

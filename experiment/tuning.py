@@ -9,24 +9,21 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import yaml
 
-from configs.files import read_text, say, sha256_of_json, write_atomically
+from configs.files import read_text, say, write_atomically
 from configs.schema import Config, LabError, Recipe, Try, Tuned
 from experiment.experiment import open_model, require_same_rows, teacher_task
 from experiment.plan import TEACHERS, Plan
 from experiment.reading import check_config, read_config
-from experiment.reference import MACHINE
 from experiment.run import Run
+from experiment.tries import NOT_TUNED, rank, sha256_of_tuned, tries_of
 from measure.evaluate import TeacherReference
 from measure.metrics import metrics_of
 from tasks import TASKS, load_task
-from tasks.task import Metric
 
-# Keys of a config that change no student.
-SHOWN = ("verdicts", "compare", "tune", "tuned")
 COSTS = ("flops", "seconds", "joules", "money")
 
 
@@ -47,7 +44,7 @@ def tune(
             "seed: 90}}"
         )
     found: dict[str, list[Try]] = {}
-    cost = dict.fromkeys(COSTS, 0.0)
+    paid: dict[str, dict[str, Any]] = {}  # by stage: what later rounds copy is paid once
     for number in itertools.count(1):
         waiting = tunable(config, found)
         if not waiting:
@@ -55,10 +52,9 @@ def tune(
         tried = config_of_tries(config, waiting, found, number)
         train(tried, runs / tried.name)
         run = Run.finished(runs / tried.name)
-        found |= judged(run, tried, waiting)
-        for row in run.ledger:
-            if row["stage"] not in TEACHERS and "copied_from" not in row:
-                cost = {key: cost[key] + row[key] for key in COSTS}
+        found |= judged(config, run, tried, waiting)
+        paid |= {row["stage"]: row for row in run.ledger if row["stage"] not in TEACHERS}
+    cost = {key: sum(row[key] for row in paid.values()) for key in COSTS}
     headline = TASKS[config.task.name].headline
     tuned = Tuned(metric=headline, config=sha256_of_tuned(config), tries=found, **cost)
     write_atomically(Path(path), with_section(read_text(Path(path)), tuned))
@@ -67,19 +63,6 @@ def tune(
         shown = ", ".join(f"{key} {value:g}" for key, value in values.items())
         say(f"{name:<20} {shown}: {headline} {best.validation[headline]:.4f}")
     say(f"the best tries are in force in {path}\nnext: python train.py {path}")
-
-
-def sha256_of_tuned(config: Config) -> str:
-    """Of everything in a config that a try depends on."""
-    settings = config.model_dump(mode="json")
-    ignored = (*SHOWN, "seeds", *(key.rstrip(":.") for key in MACHINE))
-    kept = {key: value for key, value in settings.items() if not key.startswith(ignored)}
-    for name, recipe in kept["recipes"].items():
-        best = config.best_try(name)
-        recipe["student"] |= {"learning_rate": None, "seeds": None}
-        if best and best.transfer_rows:
-            recipe["outputs"]["transfer_rows"] = None
-    return sha256_of_json({**kept, "tune": config.tune and config.tune.model_dump(mode="json")})
 
 
 def needs(config: Config, name: str, recipe: Recipe) -> list[str]:
@@ -114,22 +97,10 @@ def with_best(config: Config, found: dict[str, list[Try]]) -> Config:
 
 
 def as_tried(recipe: Recipe, one: Try) -> Recipe:
-    student = recipe.student.model_copy(update={"learning_rate": one.learning_rate})
+    student = recipe.student.model_copy(update={"learning_rate": one.learning_rate, "seeds": None})
     rows = one.transfer_rows or recipe.outputs.transfer_rows
     outputs = recipe.outputs.model_copy(update={"transfer_rows": rows})
     return recipe.model_copy(update={"student": student, "outputs": outputs})
-
-
-def tries_of(config: Config, name: str, recipe: Recipe) -> list[Try]:
-    """The tries of a recipe or control, not evaluated yet."""
-    tune, rates = config.tune, config.tune.rates(name)
-    fixed = Plan(config).request(recipe) is None or recipe.outputs.transfer_rows is not None
-    if tune.transfer_rows and not fixed:
-        pairs = itertools.product(rates, tune.transfer_rows)
-        return [Try(learning_rate=r, transfer_rows=n, validation={}) for r, n in pairs]
-    if tune.tries > len(rates):
-        rates = np.geomspace(min(rates), max(rates), tune.tries)
-    return [Try(learning_rate=float(f"{rate:.3g}"), validation={}) for rate in rates]
 
 
 def config_of_tries(
@@ -144,18 +115,20 @@ def config_of_tries(
     }
     for name, recipe in waiting.items():
         for place, one in enumerate(tries_of(config, name, recipe), start=1):
-            recipes[f"{name}-{place}"] = as_tried(recipe, one)
+            recipes[try_name(name, place)] = as_tried(recipe, one)
     changes = {
         "name": f"{config.name}-tuning-{number}",
         "seeds": [config.tune.seed],
         "recipes": {name: recipe.model_dump(mode="json") for name, recipe in recipes.items()},
         "controls": [name for name in config.controls if name in TEACHERS],
     }
-    removed = dict.fromkeys(SHOWN, None) | {"verdicts": []}
+    removed = dict.fromkeys(NOT_TUNED, None) | {"verdicts": []}
     return check_config({**config.model_dump(mode="json"), **removed, **changes}, "tune")
 
 
-def judged(run: Run, tried: Config, waiting: dict[str, Recipe]) -> dict[str, list[Try]]:
+def judged(
+    config: Config, run: Run, tried: Config, waiting: dict[str, Recipe]
+) -> dict[str, list[Try]]:
     """The tries with their metrics on the validation split, best first."""
     plan, task = Plan(tried), load_task(tried.task)
     rows = task.rows("validation")
@@ -163,27 +136,21 @@ def judged(run: Run, tried: Config, waiting: dict[str, Recipe]) -> dict[str, lis
     teacher = open_model(run, "teacher")
     reference = TeacherReference(teacher, task, rows, teacher_task(tried, run, task))
     metrics, found = metrics_of(task), {}
-    for name in waiting:
+    for name, recipe in waiting.items():
         tries = []
-        for trial, recipe in tried.recipes.items():
-            if trial.rpartition("-")[0] != name:
-                continue
-            estimates = reference.metrics([reference.evaluate(open_model(run, plan.stage(trial)))])
+        for place, one in enumerate(tries_of(config, name, recipe), start=1):
+            model = open_model(run, plan.stage(try_name(name, place)))
+            estimates = reference.metrics([reference.evaluate(model)])
             values = estimates["quality"] | estimates["fidelity"]
-            one = Try(
-                learning_rate=recipe.student.learning_rate,
-                transfer_rows=recipe.outputs.transfer_rows,
-                validation={k: float(f"{values[k].mean:.5g}") for k in task.table if k in values},
-            )
-            tries.append(one)
+            shown = {k: float(f"{values[k].mean:.5g}") for k in task.table if k in values}
+            tries.append(one.model_copy(update={"validation": shown}))
         found[name] = sorted(tries, key=lambda one: rank(one, task.headline, metrics))
     return found
 
 
-def rank(one: Try, headline: str, metrics: dict[str, Metric]) -> list[float]:
-    """Lower is better: by the headline metric; ties by the other metrics, in their order."""
-    ordered = [headline, *(name for name in one.validation if name != headline)]
-    return [-metrics[name].sign * one.validation[name] for name in ordered]
+def try_name(name: str, place: int) -> str:
+    """The recipe of a try."""
+    return f"{name}--{place}"
 
 
 def with_section(text: str, tuned: Tuned) -> str:

@@ -1,7 +1,7 @@
 """Evaluate a model, teacher-forced and free-running, against its teacher on the rows of a split."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -124,15 +124,22 @@ class TeacherReference:
         columns |= self.task.grade(self.rows.ids[np.arange(len(self.rows))], answers.texts)
         return Evaluation(answers, columns | {"rows": np.ones(len(self.rows))})
 
-    def metrics(self, seeds: list[Evaluation]) -> dict[str, dict[str, Estimate]]:
-        """{"quality": ..., "fidelity": ...} of one model, over its seeds."""
+    def metrics(
+        self, seeds: list[Evaluation], is_one_model: bool = False
+    ) -> dict[str, dict[str, Estimate]]:
+        """{"quality": ..., "fidelity": ...} of one model, over its seeds. is_one_model: a teacher,
+        which has none."""
         wrong = self.evaluation.columns.get("wrong")
         if wrong is not None:
             for one in seeds:
                 one.columns |= {"errors": wrong, "copied": one.columns["same"] * wrong}
+        groups = {"quality": self.task.metrics, "fidelity": {**self.task.agreement, **METRICS}}
         return {
-            "quality": self.estimates(self.task.metrics, seeds),
-            "fidelity": self.estimates({**self.task.agreement, **METRICS}, seeds),
+            group: {
+                name: replace(estimate, is_one_model=is_one_model)
+                for name, estimate in self.estimates(metrics, seeds).items()
+            }
+            for group, metrics in groups.items()
         }
 
     def estimates(self, metrics: dict[str, Metric], seeds: list[Evaluation]) -> dict[str, Estimate]:

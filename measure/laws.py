@@ -88,7 +88,7 @@ def students_differing_in(result: dict[str, Any], keys: tuple[str, ...]) -> list
             continue  # scheduled, or without stored outputs: no single x
         if DIVERGENCE not in entry["fidelity"]:
             continue  # trained on answers without reasoning
-        rest = without_keys(entry["recipe"], (*keys, "student.learning_rate"))
+        rest = without_keys(entry["recipe"], (*keys, "student.learning_rate", "student.seeds"))
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(name)
     return max(groups.values(), key=len, default=[])
 
@@ -156,15 +156,24 @@ def law_of(
         laws = [fit_law(at, np.maximum(values, 1e-9), has_minimum, law) for values in drawn]
         parameters = np.array([[one.a, one.b, one.c, one.d] for one in laws])
         found["law_ci95"] = np.percentile(parameters, [2.5, 97.5], axis=0).T.tolist()
-        minima = [np.inf if one.minimum_at is None else one.minimum_at for one in laws]
-        found["minimum_ci95"] = np.percentile(minima, [2.5, 97.5], method="nearest").tolist()
+        found["minimum_ci95"] = minimum_interval(laws, at)
     if has_minimum:
         without = {}
         for i, name in enumerate(names):
             rest = fit_law(np.delete(at, i), np.delete(kls, i), has_minimum)
-            without[name] = rest and rest.minimum_at
+            place = rest and rest.minimum_at
+            without[name] = place if place and at.min() < place < at.max() else None
         found |= {"minimum_without": without, "identified": agree(law.minimum_at, without, at)}
+        if estimates and None in found["minimum_ci95"]:
+            found["identified"] = False
     return found
+
+
+def minimum_interval(laws: list[Law], x: np.ndarray) -> list[float | None]:
+    """The 95 % interval of the minima; None for a bound beyond the points."""
+    minima = [np.inf if law.minimum_at is None else law.minimum_at for law in laws]
+    bounds = np.percentile(minima, [2.5, 97.5], method="nearest")
+    return [float(bound) if x.min() < bound < x.max() else None for bound in bounds]
 
 
 def agree(minimum: float | None, without: dict[str, float | None], x: np.ndarray) -> bool:

@@ -14,7 +14,12 @@ from measure.laws import without_keys
 from measure.statistics import LEAST_GAP, Estimate
 
 # What may differ between the students of a curve: the budget, and what was tuned for it.
-VARIED = ("student.budget_fraction", "student.learning_rate", "outputs.transfer_rows")
+VARIED = (
+    "student.budget_fraction",
+    "student.learning_rate",
+    "student.seeds",
+    "outputs.transfer_rows",
+)
 COSTS = ("flops", "seconds", "money")
 
 Curve = dict[str, float]  # {student: its budget}, from the smallest
@@ -44,28 +49,32 @@ def savings(
     {student of the reference: {curve: {cost: {"ratio", "ci95"}} or why there is none}}}}.
     """
     curves = curves_in(result)
-    students = result["students"]
-    untaught = [
-        n for n, c in curves.items() if students[next(iter(c))]["recipe"]["access"] == "none"
-    ]
-    reference = next(iter(untaught), None)
-    if reference is None or len(curves) < 2:
+    students, costs = result["students"], result["cost"]["fraction_of_teacher_by_student"]
+    recipes = {name: students[next(iter(curve))]["recipe"] for name, curve in curves.items()}
+    reference = next((name for name, recipe in recipes.items() if reads_data(recipe)), None)
+    known = all(costs[name]["flops"] for curve in curves.values() for name in curve)
+    if reference is None or len(curves) < 2 or not known:
         return None
-    costs = result["cost"]["fraction_of_teacher_by_student"]
-    needs = {
-        metric: {
+    needs = {}
+    for metric, sign in signs.items():
+        measured = {n: c for n, c in curves.items() if all(metric in estimates[s] for s in c)}
+        if reference not in measured:
+            continue
+        values = {s: estimates[s][metric] for curve in measured.values() for s in curve}
+        needs[metric] = {
             target: {
-                name: needed(
-                    curve, target, costs, {n: e[metric] for n, e in estimates.items()}, sign
-                )
-                for name, curve in curves.items()
+                name: needed(curve, target, costs, values, sign)
+                for name, curve in measured.items()
                 if name != reference
             }
             for target in curves[reference]
         }
-        for metric, sign in signs.items()
-    }
     return {"reference": reference, "curves": curves, "needs": needs, **rows_read(result, curves)}
+
+
+def reads_data(recipe: dict[str, Any]) -> bool:
+    """Whether a student learns from the data's labels, without a teacher."""
+    return recipe["access"] == "none" and recipe["sequences"] == "data"
 
 
 def needed(
@@ -76,8 +85,8 @@ def needed(
     sign: int,
 ) -> dict[str, Any] | str:
     """What a curve costs at the quality of a student of the reference, as a ratio to that student's
-    cost; "less" than its smallest budget, "more" than its largest, or "unclear" where two budgets
-    differ too little to interpolate."""
+    cost, with an interval that ends at the budgets tried; "less" than its smallest budget, "more"
+    than its largest, or "unclear" where two budgets differ too little to interpolate."""
     names, quality = [*curve], estimates[target]
     reached = [sign * (estimates[name].mean - quality.mean) >= 0 for name in names]
     if reached[0]:
@@ -94,9 +103,11 @@ def needed(
     for key in COSTS:
         ends = [math.log(costs[names[i]][key] / costs[target][key]) for i in (place - 1, place)]
         along = share * (ends[1] - ends[0])
+        tried = [math.log(costs[name][key] / costs[target][key]) for name in names]
+        bounds = [min(max(ends[0] + b, min(tried)), max(tried)) for b in along.interval]
         found[key] = {
             "ratio": math.exp(ends[0] + along.mean),
-            "ci95": [math.exp(ends[0] + bound) for bound in along.interval],
+            "ci95": [math.exp(bound) for bound in bounds],
         }
     return found
 
@@ -109,6 +120,6 @@ def rows_read(result: dict[str, Any], curves: dict[str, Curve]) -> dict[str, dic
         entry = result["students"][name]
         answers = stored[name]["rows"] if name in stored else 0
         seen = min(entry["steps"][0] * batch_rows, entry["rows"])
-        read["labels"][name] = 0 if answers else seen
+        read["labels"][name] = seen if reads_data(entry["recipe"]) else 0
         read["answers"][name] = answers
     return read

@@ -5,15 +5,18 @@ therefore V/n + W: V, between seeds, averages out with more seeds; W, of the row
 share, does not.
 """
 
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Union
 
 import numpy as np
 from scipy import special
 from scipy.optimize import brentq
+
+from configs.schema import LabError
 
 LEVEL = 0.05  # of every test; intervals cover 1 - LEVEL
 POWER = 0.8
@@ -54,12 +57,15 @@ class Estimate:
 
     per_seed: np.ndarray
     influence: np.ndarray
+    is_one_model: bool = False  # by nature, such as a teacher: paired with every seed of another
 
     @classmethod
     def of(
         cls, columns: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray] = ratio
     ) -> "Estimate":
         """columns [n, R, C]; the statistic maps sums over rows [..., C] to values [...]."""
+        if columns.shape[1] < 2:
+            raise LabError("one row has no interval; evaluate on more rows")
         sums = columns.sum(axis=1)
         step = 1e-6 * np.maximum(np.abs(sums).max(axis=1), 1e-6)[:, None]
         nudges = step[:, None] * np.eye(sums.shape[1])  # [n, C, C]
@@ -76,16 +82,14 @@ class Estimate:
         return float(self.per_seed.mean())
 
     def __sub__(self, other: Union["Estimate", float]) -> "Estimate":
-        """The paired difference, by seed and by row. A model with a single seed, such as the
-        teacher, is paired with each seed of the other; otherwise seeds that only one has are left
-        out."""
+        """The paired difference, by seed and by row; see `paired`."""
         if not isinstance(other, Estimate):
-            return Estimate(self.per_seed - other, self.influence)
+            return replace(self, per_seed=self.per_seed - other)
         first, second = paired(self, other)
         return Estimate(first.per_seed - second.per_seed, first.influence - second.influence)
 
     def __mul__(self, factor: float) -> "Estimate":
-        return Estimate(factor * self.per_seed, factor * self.influence)
+        return replace(self, per_seed=factor * self.per_seed, influence=factor * self.influence)
 
     def __truediv__(self, other: "Estimate") -> "Estimate":
         """The ratio of the means, to first order in the deviations of both (delta method)."""
@@ -99,7 +103,8 @@ class Estimate:
         """(V, W): between seeds, per seed; and of the rows that all seeds share.
 
         The squared influences of the mean contain W and, once per seed, what rows do to that seed
-        alone; the latter is part of V, and is subtracted from W.
+        alone; the latter is part of V, and is subtracted from W. If all seeds are equal (a few more
+        right answers in each), V says nothing, and nothing is subtracted.
         """
         seeds, rows = self.influence.shape
         common = self.influence.mean(axis=0)
@@ -107,8 +112,11 @@ class Estimate:
         over_rows = scale * float((common**2).sum())
         if seeds == 1:
             return 0.0, over_rows
+        between = float(self.per_seed.var(ddof=1))
+        if between <= 1e-24:
+            return 0.0, over_rows
         single = scale * float(((self.influence - common) ** 2).sum()) / (seeds - 1)
-        return float(self.per_seed.var(ddof=1)), max(0.0, over_rows - single / seeds)
+        return between, max(0.0, over_rows - single / seeds)
 
     def standard_error(self, seeds: int | None = None) -> float:
         """Of the mean over these seeds, or over another number of them."""
@@ -167,7 +175,7 @@ class Estimate:
         """How many seeds would find a difference of this size with power 0.8; None where no number
         does, or where one seed cannot tell."""
         most = 10_000
-        if self.seeds == 1 or self.needed(level, most) > distance:
+        if self.seeds == 1 or distance == 0 or self.needed(level, most) > distance:
             return None
         low, high = 1, most
         while high - low > 1:
@@ -182,33 +190,32 @@ class Estimate:
 
 def joint_draws(estimates: list[Estimate], count: int) -> np.ndarray:
     """[count, len(estimates)]: means that other seeds and other rows could have given, drawn from a
-    normal distribution. Models share rows, and seeds where they have equally many."""
-    seeds = min(estimate.seeds for estimate in estimates)
-    per_seed = np.stack([estimate.per_seed[:seeds] for estimate in estimates])
-    influence = np.stack([estimate.influence[:seeds] for estimate in estimates])  # [k, n, R]
-    common = influence.mean(axis=1)
+    normal distribution. Models share rows, and the seeds that both have."""
+    common = np.stack([estimate.influence.mean(axis=0) for estimate in estimates])
     covariance = common @ common.T
-    if seeds > 1:
-        single = influence - common[:, None]
-        covariance -= np.einsum("inr,jnr->ij", single, single) / (seeds * (seeds - 1))
-        covariance += np.cov(per_seed) / seeds
-    variances, directions = np.linalg.eigh(np.atleast_2d(covariance))
+    for (i, a), (j, b) in itertools.product(enumerate(estimates), repeat=2):
+        shared = min(a.seeds, b.seeds)
+        if i == j:
+            covariance[i, i] = a.standard_error() ** 2
+        elif shared > 1:
+            between = np.cov(a.per_seed[:shared], b.per_seed[:shared])[0, 1]
+            covariance[i, j] += between * shared / (a.seeds * b.seeds)
+    variances, directions = np.linalg.eigh(covariance)
     scales = directions * np.sqrt(np.maximum(variances, 0.0))
     normal = np.random.Generator(np.random.PCG64(0)).standard_normal((count, len(estimates)))
     return np.array([estimate.mean for estimate in estimates]) + normal @ scales.T
 
 
 def paired(first: Estimate, second: Estimate) -> tuple[Estimate, Estimate]:
-    """Both with the seeds that both have, in their order."""
-    several = [one.seeds for one in (first, second) if one.seeds > 1]
-    seeds = min(several, default=1)
-    kept = [Estimate(one.per_seed[:seeds], one.influence[:seeds]) for one in (first, second)]
-    return tuple(
-        Estimate(np.repeat(e.per_seed, seeds), np.repeat(e.influence, seeds, axis=0))
-        if e.seeds < seeds
-        else e
-        for e in kept
-    )
+    """Both with the seeds that both have, in their order; one model by nature is repeated."""
+    seeds = min((one.seeds for one in (first, second) if not one.is_one_model), default=1)
+
+    def aligned(one: Estimate) -> Estimate:
+        if one.is_one_model:
+            return Estimate(np.repeat(one.per_seed, seeds), np.repeat(one.influence, seeds, axis=0))
+        return Estimate(one.per_seed[:seeds], one.influence[:seeds])
+
+    return aligned(first), aligned(second)
 
 
 def share_of_gap(sign: int, low: Estimate, student: Estimate, high: Estimate) -> dict:
@@ -223,26 +230,30 @@ def share_of_gap(sign: int, low: Estimate, student: Estimate, high: Estimate) ->
     return {"share": share.mean, "ci95": share.interval, "gap": gap.mean}
 
 
-@cache
-def corrected_for(p: float, comparisons: int) -> float:
+def corrected_for(p: float, comparisons: int, correlation: float = 0.5) -> float:
     """The p-value of one of several comparisons with one reference, corrected for all of them:
     the chance that the largest of equally correlated deviations is as large (Dunnett 1955).
 
-    Differences from one reference have correlation 1/2 where all models vary alike. Other degrees
-    of freedom than those of a normal distribution are in p already.
+    Differences from one reference have correlation 1/2 where all models vary alike; with 0 it is
+    the correction of Sidak 1967, for comparisons that share no reference. Other degrees of freedom
+    than those of a normal distribution are in p already.
     """
     if comparisons == 1:
         return p
     nodes, weights = np.polynomial.hermite_e.hermegauss(128)
-    z, share = -special.ndtri(p / 2), math.sqrt(0.5)
-    tails = special.ndtr(nodes - z / share) + special.ndtr(-nodes - z / share)
+    z, shared, own = -special.ndtri(p / 2), math.sqrt(correlation), math.sqrt(1 - correlation)
+    tails = special.ndtr((shared * nodes - z) / own) + special.ndtr((-shared * nodes - z) / own)
     largest = -np.expm1(comparisons * np.log1p(-np.minimum(tails, 1 - 1e-16)))
     return float(np.clip(weights @ largest / weights.sum(), p, 1.0))
 
 
 @cache
-def level_of_one(comparisons: int) -> float:
+def level_of_one(comparisons: int, correlation: float = 0.5) -> float:
     """The level of one comparison that is LEVEL for all of them."""
     if comparisons == 1:
         return LEVEL
-    return float(brentq(lambda p: corrected_for(p, comparisons) - LEVEL, 1e-12, LEVEL))
+
+    def above(p: float) -> float:
+        return corrected_for(p, comparisons, correlation) - LEVEL
+
+    return float(brentq(above, 1e-12, LEVEL))

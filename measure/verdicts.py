@@ -1,7 +1,7 @@
 """Verdicts: what a run shows of each claim, by one rule for all models that is fixed beforehand."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +10,7 @@ from measure.statistics import Estimate, corrected_for, level_of_one
 from tasks.task import Metric
 
 NOT_DISTINGUISHED, ONE_RUN = "not distinguished", "one run"
+UNSUPPORTED = ("too little", "does not keep", "does not match")
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,6 @@ class Comparison:
     @property
     def verb(self) -> str:
         return self.claim.split()[1]
-
-    @property
-    def family(self) -> Hashable:
-        """The claims that are corrected together: one question asked of several models."""
-        _, verb, second = self.claim.split()
-        return verb, second, self.metric, self.split
 
     @cached_property
     def difference(self) -> Estimate:
@@ -64,24 +59,42 @@ def one_sided(difference: Estimate, value: float) -> float:
     return half if difference.mean > value else 1 - half
 
 
-def verdicts(
-    comparisons: list[Comparison], family: Callable[[Comparison], Hashable] | None = None
-) -> list[dict]:
+def families(comparisons: list[Comparison]) -> list[Hashable]:
+    """The family of each claim: one question, asked of several models about one, whichever of the
+    two names comes first."""
+    questions = [(one.verb, one.metric, one.split) for one in comparisons]
+    names = [(one.claim.split()[0], one.claim.split()[2]) for one in comparisons]
+    uses = Counter(
+        (question, name)
+        for question, both in zip(questions, names, strict=True)
+        for name in {*both}
+    )
+    return [
+        (question, max(reversed(both), key=lambda name, question=question: uses[question, name]))
+        for question, both in zip(questions, names, strict=True)
+    ]
+
+
+def verdicts(comparisons: list[Comparison], together: bool = False) -> list[dict]:
     """Decide all claims; those of a family are corrected for their number (Dunnett 1955).
+    together: all are one family, without a common model (Sidak 1967).
 
     `A beats B` is decided to be better, worse or, where a difference beyond the threshold was
     claimed, too little; `A keeps a share of B` and `A matches B within a margin` hold or do not
     hold. A claim that is not decided at 5 % is not distinguished. One seed decides nothing: its
     result is `one run`, and `here` is what holds for these rows and these two models.
     """
-    family = family or (lambda comparison: comparison.family)
-    sizes = Counter(map(family, comparisons))
-    return [verdict(one, sizes[family(one)]) for one in comparisons]
+    found = [0] * len(comparisons) if together else families(comparisons)
+    sizes, correlation = Counter(found), 0.0 if together else 0.5
+    return [
+        verdict(one, sizes[family], correlation)
+        for one, family in zip(comparisons, found, strict=True)
+    ]
 
 
-def verdict(one: Comparison, comparisons: int) -> dict[str, Any]:
-    difference, level = one.difference, level_of_one(comparisons)
-    decided = decide(one, comparisons)
+def verdict(one: Comparison, comparisons: int, correlation: float = 0.5) -> dict[str, Any]:
+    difference, level = one.difference, level_of_one(comparisons, correlation)
+    decided = decide(one, level)
     result = decided if difference.seeds > 1 else ONE_RUN
     distance = abs(difference.mean - one.margin)
     if one.verb == "matches":  # the nearer margin is harder to show
@@ -107,22 +120,24 @@ def verdict(one: Comparison, comparisons: int) -> dict[str, Any]:
         "per_seed": difference.per_seed.tolist(),
         **kept,
         "seeds": difference.seeds,
-        "against": one.second.seeds,
+        "against": "one" if one.first.is_one_model or one.second.is_one_model else "seeds",
         "comparisons": comparisons,
         "p_value": one.p_value,
-        "p_corrected": corrected_for(one.p_value, comparisons),
+        "p_corrected": corrected_for(one.p_value, comparisons, correlation),
         "detectable": difference.detectable(level),
         "seeds_needed": needed,
     }
 
 
-def decide(one: Comparison, comparisons: int) -> str:
-    """The result at 5 % after correction for this number of comparisons."""
+def decide(one: Comparison, level: float) -> str:
+    """The result at this level of a single comparison."""
 
     def significant(p: float) -> bool:
-        return p <= level_of_one(comparisons)
+        return p <= level
 
     difference, above = one.difference, one.difference.mean > one.margin
+    if one.verb == "keeps" and not one.second.mean:
+        return NOT_DISTINGUISHED
     if one.verb == "matches":
         outside = significant(difference.p_value(one.margin if above else -one.margin))
         if significant(one.p_value):
@@ -140,9 +155,11 @@ def decide(one: Comparison, comparisons: int) -> str:
 
 
 def claim_of(verdict: dict[str, Any]) -> str:
-    """`states beats baseline: sequence_agreement`, with the split if it is not the main one."""
+    """`states beats baseline: sequence_agreement`, with a threshold if it has one, and the split if
+    it is not the main one."""
     split = "" if verdict["split"] == "heldout" else f" ({verdict['split']})"
-    return f"{verdict['claim']}: {verdict['metric']}{split}"
+    threshold = f" by {verdict['threshold']:g}" if verdict["threshold"] else ""
+    return f"{verdict['claim']}{threshold}: {verdict['metric']}{split}"
 
 
 def verdict_line(verdict: dict, metrics: Mapping[str, Metric], items: str = "rows") -> str:
@@ -156,7 +173,7 @@ def verdict_line(verdict: dict, metrics: Mapping[str, Metric], items: str = "row
     said = f"{found.words()} {found.interval()} {found.seeds()}{found.needed()}"
     if result == NOT_DISTINGUISHED:
         return f"{opening}not distinguished: {said} ({found.would_decide()})"
-    return opening + said
+    return f"{opening}{result}: {said}" if result in UNSUPPORTED else opening + said
 
 
 @dataclass(frozen=True)
@@ -204,8 +221,8 @@ class Comparing:
         return f"[{self.number(low)}, {self.number(high)}]"
 
     def seeds(self) -> str:
-        one_reference = self.verdict["against"] == 1  # the interval excludes its spread over seeds
-        return f"over {self.verdict['seeds']} seeds" + (" against one" if one_reference else "")
+        one_model = self.verdict["against"] == "one"  # whose spread the interval does not cover
+        return f"over {self.verdict['seeds']} seeds" + (" against one model" if one_model else "")
 
     def needed(self) -> str:
         """The threshold, where there is one."""
@@ -228,7 +245,7 @@ class Comparing:
         committed = self.verdict.get("committed")
         if not committed:
             return "; one seed shows no more"
-        mean, spread = (self.number(committed[key]) for key in ("mean", "spread"))
+        spread = self.number(committed["spread"])
         here = self.number(self.verdict["difference"], signed=True)
         mean = self.number(committed["mean"], signed=True)
         return (

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from configs.schema import ControlSettings, Recipe, Schedule, Scheduled, value_at
+from configs.schema import (
+    ControlSettings,
+    Recipe,
+    Schedule,
+    Scheduled,
+    StudentSettings,
+    value_at,
+)
 from student.hidden import StudentOutput
 from student.objectives import OBJECTIVES
 from teacher.signal import HiddenSignal, Signal
@@ -115,10 +122,14 @@ def control_recipe(control: str, student: Recipe) -> Recipe:
 
     smoothed = FROM_TEXT.model_copy(update={"objective": {"forward_kl": 1.0}})
     all_answers = student.outputs.model_copy(update={"traces": "all"})
+    same_cost = student.student.model_dump(include={"model", "budget_fraction", "seeds"})
+    gold = FROM_TEXT.model_copy(
+        update={"outputs": all_answers, "student": StudentSettings(**same_cost)}
+    )
     return {
         "baseline": FROM_TEXT,
         "low_data": changed(FROM_TEXT, label_fraction=0.05),
         "shuffled": changed(student, shuffled=True),
-        "gold": changed(FROM_TEXT.model_copy(update={"outputs": all_answers}), gold=True),
+        "gold": changed(gold, gold=True),
         "smoothed": changed(smoothed, smoothed=True),
     }[control]

@@ -133,8 +133,9 @@ def more_cells(result: dict[str, Any], name: str) -> list[str]:
 
 
 def in_a_cell(verdict: dict[str, Any]) -> str:
-    result = verdict["here"] or verdict["result"]
-    return "?" if result == NOT_DISTINGUISHED else result
+    """The result; `here` marks that of one run, and `?` what is not distinguished."""
+    result, here = verdict["here"] or verdict["result"], " here" if verdict["here"] else ""
+    return "?" if result == NOT_DISTINGUISHED else result + here
 
 
 def comparison_summary(result: dict[str, Any]) -> str:
@@ -165,6 +166,8 @@ def facts_of(result: dict[str, Any]) -> list[str]:
         if (verdict["claim"], verdict["metric"]) in stated or not compared_in(result)
         if id(verdict) not in in_table
     ]
+    if result.get("tuned") is False:
+        facts.append("the learning rates in force were tuned for another version of this config")
     if compared_in(result):
         return [*facts, comparison_summary(result)]
     facts += where_traces_pay(result.get("map", []))
@@ -194,7 +197,10 @@ def gaps_and_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
             if share["share"] is not None:
                 low, high = (100 * bound for bound in share["ci95"])
                 part = f"{100 * share['share']:.0f} % [{low:.0f}, {high:.0f}]"
-                line = f"{{}} closes {part} of the gap from {control} to teacher in {measured}"
+                here = "" if len(result["seeds"]) > 1 else "in this run, "
+                line = (
+                    f"{here}{{}} closes {part} of the gap from {control} to teacher in {measured}"
+                )
             students.setdefault(line, []).append(name)
     for name in result["students"]:
         share = result["cost"]["fraction_of_teacher_by_student"][name]["flops"]
@@ -307,13 +313,15 @@ def minimum_in_words(study: dict[str, Any]) -> str:
     if study["identified"]:
         low, high = study.get("minimum_ci95", (study["minimum_at"], study["minimum_at"]))
         return f"minimum at {study['minimum_at']:.2g} [{low:.2g}, {high:.2g}]"
-    found = [value for value in (study["minimum_at"], *study["minimum_without"].values()) if value]
-    if not found:
-        return "no minimum"
-    return (
-        "the place of a minimum is not identified: without one of the students it moves between "
-        f"{min(found):.2g} and {max(found):.2g}"
+    found = [value for value in study["minimum_without"].values() if value]
+    missing = len(study["minimum_without"]) - len(found)
+    without = (
+        f"without one of the students it lies between {min(found):.2g} and {max(found):.2g}"
+        if found
+        else "without any one of the students there is none"
     )
+    none = f", or not within the sizes tried ({missing} times)" if found and missing else ""
+    return f"the place of a minimum is not identified: {without}{none}"
 
 
 def rows_line(saved: dict[str, Any]) -> str:
@@ -356,7 +364,8 @@ def claims_table(result: dict[str, Any]) -> list[ShownTable]:
     found = [verdict for claims in pairs.values() for verdict in claims.values()]
     columns = dict.fromkeys(verdict["metric"] for verdict in found)
     counts = sorted({verdict["seeds"] for verdict in found})
-    over = f"{' to '.join(map(str, counts))} seeds" if counts[-1] > 1 else "one run"
+    span = dict.fromkeys([counts[0], counts[-1]])
+    over = f"{' to '.join(map(str, span))} seeds" if counts[-1] > 1 else "one run"
     rows = []
     for (claim, split, exploratory), claims in pairs.items():
         first, _, second = claim.split()

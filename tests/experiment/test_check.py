@@ -56,6 +56,7 @@ def result(
                 "claim": "distilled beats baseline",
                 "metric": "sequence_agreement",
                 "split": "heldout",
+                "threshold": 0.0,
                 "result": verdict,
                 "per_seed": [difference],
             }
@@ -135,9 +136,17 @@ def test_a_band_by_hand():
 
 def test_one_teacher_makes_no_bands():
     results = [result(seed=0) | {"seeds": [seed]} for seed in range(12)]
-    assert bands(results) is None
-    results[-1]["config"]["teacher"]["seed"] = 1
+    for number in range(1, 5):
+        assert bands(results) is None
+        results[number]["config"]["teacher"]["seed"] = number
     assert bands(results) is not None
+
+
+def test_a_metric_that_is_not_a_number_makes_no_band():
+    results = [result(seed=seed) for seed in range(10)]
+    results[3] = result(seed=3, agreement=float("nan"))
+    with pytest.raises(LabError, match="not a number"):
+        bands(results)
 
 
 def test_a_metric_at_its_limit_may_move_by_a_word_or_two():
@@ -240,6 +249,8 @@ def test_a_changed_verdict_is_different_whatever_the_figures():
         "there, worse here"
     )
     assert check(result(sha256="b"), reference())[1][3] == "verdicts  1 of 1 the same"
+    same = check(result(verdict="worse"), reference(verdict="better"))
+    assert same[0] == "D"  # whatever the hashes
     gone = result(sha256="b") | {"verdicts": []}
     assert "one run there, none here" in check(gone, reference())[1][3]
 
@@ -247,7 +258,8 @@ def test_a_changed_verdict_is_different_whatever_the_figures():
 def test_without_bands_other_hashes_cannot_be_judged():
     there = {**reference(), "bands": None}
     assert check(result(sha256="b"), there)[0] == "?"
-    assert check(result(sha256="b", verdict="worse"), there)[0] == "?"
+    assert check(result(sha256="b", agreement=0.9, verdict="worse"), there)[0] == "?"
+    assert check(result(sha256="b", verdict="worse"), there)[0] == "D"  # from equal figures
     assert check(result(), there)[0] == "A"
     other = result(sha256="b")
     other["artifacts"]["rows"] = "others"

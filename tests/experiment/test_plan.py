@@ -36,6 +36,7 @@ def test_without_a_seed_the_stage_of_a_student_is_that_of_its_first_seed():
 def test_a_recipe_may_have_fewer_seeds():
     plan = Plan(read_config(TINY, ["seeds=[4, 2, 7]", "recipes.top.student.seeds=2"]))
     assert plan.seeds_of("top") == [4, 2]
+    assert plan.seeds_of("teacher") == [0]
     assert plan.seeds_of("baseline") == [4, 2, 7]
     assert plan.students(["top", "baseline"]) == {
         "students/top/seed-4": ("top", 4),
@@ -44,3 +45,16 @@ def test_a_recipe_may_have_fewer_seeds():
         "students/baseline/seed-2": ("baseline", 2),
         "students/baseline/seed-7": ("baseline", 7),
     }
+
+
+def test_gold_is_the_first_recipe_with_the_datas_answers_and_its_cost():
+    first = "recipes.distilled."
+    changes = [f"{first}student.budget_fraction=0.5", f"{first}outputs.transfer_rows=100"]
+    plan = Plan(read_config(TINY, [*changes, "controls=[gold]", "verdicts=[]"]))
+    gold, distilled = plan.recipes["gold"], plan.recipes["distilled"]
+    assert gold.control.gold
+    assert (gold.access, gold.sequences) == ("none", "data")
+    assert gold.outputs.transfer_rows == 100
+    assert gold.student.budget_fraction == 0.5
+    assert plan.prerequisites(gold) == plan.prerequisites(distilled)
+    assert plan.request(gold) is None

@@ -55,7 +55,14 @@ from tests.helpers import train_tiny
         ),
         (["recipes.teacher={access: logits}"], "is the name of the teacher or a control"),
         (["seeds=[-1]"], "seeds.0: found -1"),
-        (["recipes.top.student.seeds=3"], "recipes.top.student.seeds: found 3, expected at most 2"),
+        (
+            ["verdicts=[{claim: top beats baseline, metric: ece, threshold: -0.1}]"],
+            "a worse model beats nothing",
+        ),
+        (
+            ["verdicts=[{claim: top beats baseline}, {claim: top beats baseline}]"],
+            "is there twice; remove one",
+        ),
         (
             [
                 "recipes.top.student.seeds=1",

@@ -15,7 +15,8 @@ BUDGETS = (0.25, 0.5, 1.0)
 
 def students():
     """Three curves of three budgets, and a student of no curve."""
-    recipe = {"access": "none", "temperature": 1.0, "outputs": {"transfer_rows": None}}
+    recipe = {"access": "none", "sequences": "data", "temperature": 1.0}
+    recipe["outputs"] = {"transfer_rows": None}
     made = {}
     for kind in ("baseline", "text", "logits"):
         for budget in BUDGETS:

@@ -1,12 +1,14 @@
 """Estimates: hand values, and the coverage of the intervals in simulated runs."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from scipy import stats
 
+from configs.schema import LabError
 from measure.statistics import (
     Estimate,
     calibrated_error,
@@ -89,7 +91,7 @@ def test_a_difference_is_paired_by_row_and_by_seed():
     metric = coin(np.random.default_rng(0), 3, 1000, 0.4)
     shifted = Estimate(metric.per_seed + 0.1, metric.influence)
     assert (shifted - metric).interval == pytest.approx([0.1, 0.1])
-    one = Estimate(metric.per_seed[:1], metric.influence[:1])
+    one = Estimate(metric.per_seed[:1], metric.influence[:1], is_one_model=True)
     assert (metric - one).per_seed == pytest.approx(metric.per_seed - metric.per_seed[0])
     assert (one - metric).per_seed == pytest.approx(metric.per_seed[0] - metric.per_seed)
     fewer = Estimate(metric.per_seed[:2] - 0.2, metric.influence[:2])
@@ -154,6 +156,21 @@ def test_intervals_cover_the_truth_in_95_of_100_simulated_runs(seeds, ratio):
     assert 0.93 <= coverage(seeds, ratio, runs=1500) <= 0.985
 
 
+@pytest.mark.parametrize(("seeds", "rows", "chance"), [(2, 60, 0.98), (2, 200, 0.99), (3, 60, 0.9)])
+def test_models_that_are_right_equally_often_are_seldom_told_apart(seeds, rows, chance):
+    """Right and wrong answers: often all seeds differ by the same few rows."""
+    generator, apart, runs = np.random.default_rng(0), 0, 1000
+    for _ in range(runs):
+        first, second = (coin(generator, seeds, rows, chance) for _ in range(2))
+        apart += (first - second).p_value() <= 0.05
+    assert apart / runs <= 0.05
+
+
+def test_one_row_has_no_interval():
+    with pytest.raises(LabError, match="one row has no interval"):
+        Estimate.of(np.ones((2, 1, 2)))
+
+
 @pytest.mark.parametrize("seeds", [3, 10])
 def test_intervals_of_a_share_of_a_gap_cover_the_truth(seeds):
     generator = np.random.default_rng(seeds)
@@ -164,6 +181,7 @@ def test_intervals_of_a_share_of_a_gap_cover_the_truth(seeds):
             drawn(generator, count, 200, level, 0.02, row=row)
             for count, level in ((seeds, 0.4), (seeds, 0.52), (1, 0.6))
         )
+        high = replace(high, is_one_model=True)
         # The teacher is one model: its own luck belongs to the truth.
         truth = (0.52 - 0.4) / (high.per_seed[0] - 0.4)
         found = share_of_gap(1, low, student, high)

@@ -104,8 +104,21 @@ def test_claims_about_one_reference_are_corrected_together_and_others_apart():
     assert [one["comparisons"] for one in found] == [3, 3, 3, 1, 1, 1]
     for one in found:
         assert one["p_corrected"] == corrected_for(one["p_value"], one["comparisons"])
-    together = verdicts(claims, family=lambda _: "all")
+    together = verdicts(claims, together=True)
     assert {one["comparisons"] for one in together} == {6}
+    for one in together:
+        assert one["p_corrected"] == pytest.approx(1 - (1 - one["p_value"]) ** 6)
+
+
+def test_the_order_of_the_names_changes_no_correction():
+    base, *models = (coin(np.random.default_rng(i), 5, 300, 0.5) for i in range(4))
+    there = [compared(f"m{i} beats base", "ece", 0.0, m, base) for i, m in enumerate(models)]
+    back = [compared(f"base beats m{i}", "ece", 0.0, base, m) for i, m in enumerate(models)]
+    for one, other in zip(verdicts(there), verdicts(back), strict=True):
+        assert one["comparisons"] == other["comparisons"] == 3
+        assert one["p_corrected"] == pytest.approx(other["p_corrected"])
+    mixed = verdicts([there[0], back[1], compared("a beats b", "ece", 0.0, *models[:2])])
+    assert [one["comparisons"] for one in mixed] == [2, 2, 1]
 
 
 @given(st.lists(estimates(seeds=2), min_size=2, max_size=5))
@@ -213,15 +226,16 @@ def test_a_match_needs_seeds_for_the_nearer_margin():
         ("a beats b", "kl_teacher_student", -0.2, 0.0,
          "a is 0.200 nats of KL to teacher better than b [0.180, 0.220] over 50 seeds"),
         ("a beats b", "accuracy", 0.2, 0.3,
-         "a is 20.0 points of right answers better than b [18.0, 22.0] over 50 seeds, more than 30 "
-         "claimed"),
+         "too little: a is 20.0 points of right answers better than b [18.0, 22.0] over 50 seeds, "
+         "more than 30 claimed"),
         ("a beats b", "accuracy", -0.01, 0.0,
          "not distinguished: a is 1.0 points of right answers worse than b [-1.0, 3.0] over 50 "
          "seeds ("),
         ("a matches b", "accuracy", 0.01, 0.05,
          "a matches b within 1.0 points of right answers [-1.0, 3.0] over 50 seeds, margin 5"),
         ("a matches b", "accuracy", 0.2, 0.05,
-         "a is 20.0 points of right answers better than b [18.0, 22.0] over 50 seeds, margin 5"),
+         "does not match: a is 20.0 points of right answers better than b [18.0, 22.0] over 50 "
+         "seeds, margin 5"),
         ("a keeps b", "accuracy", 0.0, 0.9,
          "a keeps 100.0 % of the right answers of b [96.0, 104.0] over 50 seeds, 90 % needed"),
         ("a keeps b", "accuracy", -0.05, 0.9,
@@ -245,14 +259,23 @@ def test_an_exploratory_result_says_so():
 
 def test_one_reference_is_said_to_be_one():
     several, _ = exactly(0.2, 0.01)
+    teacher = Estimate(np.array([0.5]), np.zeros((1, 20)), is_one_model=True)
+    for models, better in (((several, teacher), "better"), ((teacher, several), "worse")):
+        found = verdict("a beats b", "accuracy", 0.0, *models)
+        assert found["result"] == better
+        assert verdict_line(found).endswith("over 50 seeds against one model")
+
+
+def test_a_student_with_one_seed_decides_nothing_however_many_the_other_has():
+    several, _ = exactly(0.2, 0.01)
     one = Estimate(np.array([0.5]), np.zeros((1, 20)))
-    assert verdict_line(verdict("a beats b", "accuracy", 0.0, several, one)).endswith(
-        "over 50 seeds against one"
-    )
+    for models in ((several, one), (one, several)):
+        assert verdict("a beats b", "accuracy", 0.0, *models)["result"] == "one run"
 
 
 def test_nothing_can_be_kept_of_nothing():
     zero = Estimate(np.zeros(50), np.zeros((50, 20)))
     found = verdict("a keeps b", "accuracy", 0.9, exactly(0.1, 0.01)[0], zero)
     assert found["share"] is None
-    assert verdict_line(found).startswith("b has no right answers to keep")
+    assert found["result"] == "not distinguished"
+    assert verdict_line(found).startswith("not distinguished: b has no right answers to keep")

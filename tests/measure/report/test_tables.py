@@ -72,8 +72,8 @@ def test_a_claim_of_one_run_is_shown_with_the_committed_runs():
     }  # fmt: skip
     assert claim_cell(verdict, metric) == "-1.2 [-3.0, 0.4]"
     verdict |= {"here": "worse", "difference": 0.0004}
-    assert claim_cell(verdict, metric) == "+0.0 [-3.0, 0.4] worse"
+    assert claim_cell(verdict, metric) == "+0.0 [-3.0, 0.4] worse here"
     verdict["committed"] = {"mean": 0.015, "spread": 0.0048, "runs": 10, "ahead": 9}
-    expected = "+0.0 [-3.0, 0.4] worse; 10 runs: +1.5 ± 0.5, ahead in 9"
+    expected = "+0.0 [-3.0, 0.4] worse here; 10 runs: +1.5 ± 0.5, ahead in 9"
     assert claim_cell(verdict, metric) == expected
     assert claim_cell(None, metric) == "-"
