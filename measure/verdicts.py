@@ -70,7 +70,7 @@ def families(comparisons: list[Comparison]) -> list[Hashable]:
         for name in {*both}
     )
     return [
-        (question, max(reversed(both), key=lambda name, question=question: uses[question, name]))
+        (question, max(sorted(both), key=lambda name, question=question: uses[question, name]))
         for question, both in zip(questions, names, strict=True)
     ]
 

@@ -395,7 +395,9 @@ def test_the_sentences_state_the_same_numbers(made):
     assert "poor is" in facts[0]  # a pair that is compared in one metric alone
     points = 100 * (mean_of(made, "poor", "error_rate") - mean_of(made, "good", "error_rate"))
     assert facts[0].startswith(f"poor is {points:.1f} points of errors worse than good [")
-    assert facts[1].startswith(f"too little: good is {points:.1f} points of errors better than poor [")
+    assert facts[1].startswith(
+        f"too little: good is {points:.1f} points of errors better than poor ["
+    )
     assert facts[1].endswith("more than 90 claimed")
     share = 100 * made.result["cost"]["fraction_of_teacher"]["flops"]
     shares = made.result["cost"]["fraction_of_teacher_by_student"]

@@ -151,7 +151,7 @@ def test_gold_trains_on_the_datas_answers_for_the_rows_that_the_teacher_answers(
         ("[0.005, 0.02], ", "[0.005], ", "expected different ones, two or more"),
         ("tune: {", "notes: {", "unknown key 'notes'"),
         ("tune: {", "tune: {other_rates: {texts: [1, 2]}, ", "did you mean 'text'?"),
-        ("tune: {", "tune: {other_rates: {own: [1]}, ", "found 1 rates, expected as many as"),
+        ("tune: {", "tune: {other_rates: {own: [1, 2, 3]}, ", "found 3 rates, expected as many as"),
     ],
 )
 def test_a_config_that_was_not_tuned_as_it_says_is_rejected(old, new, message, tuned, capsys):
