@@ -9,6 +9,7 @@ from measure.report.tables import (
     in_a_cell,
     more_cells,
     more_headings,
+    where_traces_pay,
     with_tables,
 )
 from tasks.task import Metric
@@ -77,3 +78,17 @@ def test_a_claim_of_one_run_is_shown_with_the_committed_runs():
     expected = "+0.0 [-3.0, 0.4] worse here; 10 runs: +1.5 ± 0.5, ahead in 9"
     assert claim_cell(verdict, metric) == expected
     assert claim_cell(None, metric) == "-"
+
+
+def test_the_map_in_words_names_the_steps_of_each_result():
+    found = {1: "better", 2: "not distinguished", 3: "better"}
+    cells = [
+        {"claim": "a beats b", "steps": steps, "result": result, "here": None}
+        for steps, result in found.items()
+    ]
+    cells.append({"claim": "c beats b", "steps": 1, "result": "one run", "here": "worse"})
+    assert where_traces_pay(cells) == [
+        "a against b by number of steps (exploratory, 4 cells): better at 1, 3; not distinguished "
+        "at 2",
+        "c against b by number of steps (exploratory, 4 cells): worse at 1",
+    ]
