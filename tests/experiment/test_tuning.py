@@ -19,6 +19,8 @@ from experiment.tries import sha256_of_tuned, tries_of
 from tasks import load_task
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.xdist_group("tuning")  # one process makes the runs
+
 CONFIG = """\
 # A comment that stays.
 name: tuned

@@ -156,7 +156,8 @@ def test_bits_per_byte_of_a_uniform_model_are_its_tokens_times_their_bits(task):
     model = build_model(shape, task).eval()
     for parameter in model.parameters():
         parameter.data.zero_()
-    rows = task.rows("heldout").take(np.arange(12))
+    rows = task.rows("heldout")
+    rows = rows.take(np.arange(0, len(rows), len(rows) // 12))  # of several documents
     reference = TeacherReference(model, task, rows)
     found = reference.metrics([reference.evaluation])["quality"]["bits_per_byte"].summary()["mean"]
     tokens = int((rows.lengths - rows.prompt_lengths).sum())
