@@ -7,7 +7,7 @@ A   bit-equal: every model and every outputs shard has the committed hash
 B   a float64 trace: every loss equal to 1e-9, on any CPU, thread count and operating system
 C   every metric and every claim's difference inside the committed band, and the same verdicts
 D   different, or made from other rows or with another tokenizer
-?   other hashes, and no bands: this cannot be told
+?   undecided: other hashes, and no bands to compare figures with
 """
 
 import math
@@ -103,7 +103,7 @@ MEANINGS = {
     "B": "every loss equal to 1e-9",
     "C": "every metric inside the committed band, and the same verdicts",
     "D": "DIFFERENT",
-    "?": "CANNOT TELL: the hashes differ, and no bands are committed to compare figures with",
+    "?": "UNDECIDED: the hashes differ, and no bands are committed to compare figures with",
 }
 EXIT_CODES = {"D": 1, "?": 2}
 
@@ -244,7 +244,7 @@ def check_run(
     run: Run, config: Config, name: str, results: Path, evaluate: Callable[[], None]
 ) -> int:
     """Compare a run with results/<name>.json and print the lines of the check; 0 if it holds, 1 if
-    it is different, 2 if that cannot be told. Every model and shard is verified; a missing or
+    it is different, 2 if undecided. Every model and shard is verified; a missing or
     outdated eval.json is recomputed by `evaluate`."""
     file = results / f"{name}.json"
     if not file.exists():

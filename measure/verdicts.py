@@ -120,7 +120,7 @@ def verdict(one: Comparison, comparisons: int, correlation: float = 0.5) -> dict
         "per_seed": difference.per_seed.tolist(),
         **kept,
         "seeds": difference.seeds,
-        "against": "one" if one.first.is_one_model or one.second.is_one_model else "seeds",
+        "against_one_model": one.first.is_one_model or one.second.is_one_model,
         "comparisons": comparisons,
         "p_value": one.p_value,
         "p_corrected": corrected_for(one.p_value, comparisons, correlation),
@@ -221,7 +221,7 @@ class Comparing:
         return f"[{self.number(low)}, {self.number(high)}]"
 
     def seeds(self) -> str:
-        one_model = self.verdict["against"] == "one"  # whose spread the interval does not cover
+        one_model = self.verdict["against_one_model"]  # whose spread the interval does not cover
         return f"over {self.verdict['seeds']} seeds" + (" against one model" if one_model else "")
 
     def needed(self) -> str:

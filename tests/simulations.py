@@ -104,7 +104,7 @@ def error_table() -> str:
             ]
         )
     headings = [
-        "", "equal models told apart", "one of 8 equal methods called better",
+        "", "equal models called different", "one of 8 equal methods called better",
         "models a margin apart called a match", "detectable difference, in standard errors of rows",
         "found in",
     ]  # fmt: skip

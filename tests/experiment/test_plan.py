@@ -23,7 +23,7 @@ def test_outputs_that_are_not_charged_are_prerequisites_only_where_everything_co
     assert plan.prerequisites(free) == []
     assert plan.prerequisites(free, uncharged=True) == ["outputs/data-logits"]
     plan = Plan(read_config(TINY, [*METHODS, "recipes.assistant.outputs.charged=false"]))
-    assert plan.prerequisites(plan.recipes["assisted"])[1:] == ASSISTANT  # free for nobody else
+    assert plan.prerequisites(plan.recipes["assisted"])[1:] == ASSISTANT  # others pay for it
 
 
 def test_without_a_seed_the_stage_of_a_student_is_that_of_its_first_seed():

@@ -157,7 +157,7 @@ def test_intervals_cover_the_truth_in_95_of_100_simulated_runs(seeds, ratio):
 
 
 @pytest.mark.parametrize(("seeds", "rows", "chance"), [(2, 60, 0.98), (2, 200, 0.99), (3, 60, 0.9)])
-def test_models_that_are_right_equally_often_are_seldom_told_apart(seeds, rows, chance):
+def test_models_that_are_right_equally_often_are_seldom_called_different(seeds, rows, chance):
     """Right and wrong answers: often all seeds differ by the same few rows."""
     generator, apart, runs = np.random.default_rng(0), 0, 1000
     for _ in range(runs):

@@ -150,21 +150,21 @@ def test_a_reversed_comparison_is_its_mirror_image(first, second):
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
-def test_equal_models_are_told_apart_in_at_most_5_percent_of_simulated_runs(seeds):
-    assert decided("not distinguished", seeds, runs=1500) >= 0.94
+def test_equal_models_are_called_different_in_at_most_5_percent_of_simulated_runs(seeds):
+    assert decided("not distinguished", seeds, runs=1500) >= 0.95
 
 
 @pytest.mark.parametrize("seeds", [2, 5])
 @pytest.mark.parametrize("truth", [0.1, -0.1])
 def test_models_as_far_apart_as_the_margin_match_in_at_most_5_percent(seeds, truth):
     found = decided("matches", seeds, runs=1000, truth=truth, verb="matches", threshold=0.1)
-    assert found <= 0.06
+    assert found <= 0.05
 
 
 @pytest.mark.parametrize("seeds", [2, 5])
 def test_a_share_that_is_just_kept_is_decided_in_at_most_5_percent(seeds):
     found = decided("not distinguished", seeds, runs=1000, truth=-0.05, verb="keeps", threshold=0.9)
-    assert found >= 0.935
+    assert found >= 0.95
 
 
 def test_one_of_many_equal_methods_is_called_better_in_at_most_5_percent():
