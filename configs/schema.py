@@ -18,6 +18,9 @@ class LabError(Exception):
     """A problem the user can fix: one line that says what, where and what to do (exit code 2)."""
 
 
+# Keys of a config that set where a run is kept and how it runs on a machine, not what it computes.
+MACHINE_KEYS = ("name", "threads", "workers", "cost", "checkpoint_seconds", "checkpoint_steps")
+
 # Bounds far beyond use: what is larger is a mistake, and might take hours to fail.
 Size = Annotated[int, Field(gt=0, le=100_000)]
 Count = Annotated[int, Field(gt=0, le=1_000_000_000)]

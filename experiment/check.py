@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from configs.files import differences, say, write_atomically
-from configs.schema import Config, LabError, nearest
+from configs.schema import MACHINE_KEYS, Config, LabError, nearest
 from experiment.environment import evaluation_sha256
 from experiment.experiment import verify_stage
-from experiment.reference import MACHINE, other_configs, read_result
+from experiment.reference import other_configs, read_result
 from experiment.run import Run
 from measure.report.page import render_check
 from measure.report.tables import per_seed_values
@@ -251,7 +251,7 @@ def check_run(
         known = [found.stem for found in results.glob("*.json")]
         raise LabError(f"no {file} to check against{nearest(name, known)}; there are {known}")
     reference = read_result(file)
-    differing = other_configs(reference["config"], config, MACHINE)
+    differing = other_configs(reference["config"], config, MACHINE_KEYS)
     if differing:
         raise LabError(f"{run.folder} has another config than {file}: {differing[0]}")
     for stage in run.manifest["stages"]:

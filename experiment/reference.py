@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from configs.files import Shape, differences, read_json, read_sealed, write_atomically, write_json
-from configs.schema import Config, LabError
+from configs.schema import MACHINE_KEYS, Config, LabError
 from experiment.reading import check_config
 from experiment.run import Run
 from measure.report.tables import per_seed_values, with_tables
@@ -26,8 +26,8 @@ from measure.verdicts import ONE_RUN, claim_of
 COVERAGE = CONFIDENCE = 0.95
 MIN_SEEDS, MIN_TEACHERS = 10, 5
 MIN_HALF_WIDTH = 0.001  # a metric at its limit (0 of 6,298 words) has no deviation
-# Keys of a config that set how it runs on a machine, not what it computes.
-MACHINE = ("name:", "threads:", "workers:", "cost.", "checkpoint_")
+# Keys in which runs of one config may differ.
+PER_RUN = (*MACHINE_KEYS, "seeds", "teacher.seed")
 
 
 class Values(Shape):
@@ -156,8 +156,7 @@ def committed_differences(config: Config, folder: Path) -> dict[str, dict[str, f
     if not file.exists():
         return {}
     reference = read_result(file)
-    ignored = (*MACHINE, "seeds:", "teacher.seed:")
-    if not reference.get("bands") or other_configs(reference["config"], config, ignored):
+    if not reference.get("bands") or other_configs(reference["config"], config, PER_RUN):
         return {}
     return {key: in_committed_runs(found["values"]) for key, found in reference["bands"].items()}
 
@@ -176,17 +175,17 @@ def other_configs(stored: dict[str, Any], config: Config, ignored: tuple[str, ..
     their defaults."""
     there = check_config(stored, "the stored config").model_dump(mode="json")
     found = differences(there, config.model_dump(mode="json"))
-    return [line for line in found if not line.startswith(ignored)]
+    names = tuple(f"{key}{end}" for key in ignored for end in ":.")
+    return [line for line in found if not line.startswith(names)]
 
 
 def write_reference(run: Run, config: Config, others: list[Path], folder: Path) -> None:
     """Write <folder>/<name>.json, with bands over this run and others that differ in seeds (run
-    folders, or their results), and the tables of the README beside that folder."""
+    folders, or their results), and its tables in the README and docs/ beside that folder."""
     results = [read_result(run.folder)]
     for other in others:
         results.append(read_result(other))
-        ignored = (*MACHINE, "seeds:", "teacher.seed:")
-        differing = other_configs(results[-1]["config"], config, ignored)
+        differing = other_configs(results[-1]["config"], config, PER_RUN)
         if differing:
             raise LabError(f"{other} is a run of another config: {differing[0]}")
     found = bands(results)
@@ -203,5 +202,10 @@ def write_reference(run: Run, config: Config, others: list[Path], folder: Path) 
             "runs with --bands"
         )
     write_json(folder / f"{config.name}.json", reference)
-    readme = folder.parent / "README.md"
-    write_atomically(readme, with_tables(readme.read_text(encoding="utf-8"), folder))
+    for page in pages(folder.parent):
+        write_atomically(page, with_tables(page.read_text(encoding="utf-8"), folder))
+
+
+def pages(root: Path) -> list[Path]:
+    """The documents that may show results."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]

@@ -5,23 +5,14 @@ import itertools
 import numpy as np
 
 from configs.files import sha256_of_json
-from configs.schema import Config, Recipe, Try
+from configs.schema import MACHINE_KEYS, Config, Recipe, Try
 from tasks.task import Metric
 from teacher.access import needs_outputs
 
 # Keys of a config that change no student.
 NOT_TUNED = ("verdicts", "compare", "tune", "tuned")
 # Keys that change which students there are, or where they are trained, but not each of them.
-PER_RUN = (
-    "name",
-    "seeds",
-    "controls",
-    "threads",
-    "workers",
-    "cost",
-    "checkpoint_seconds",
-    "checkpoint_steps",
-)
+PER_RUN = (*MACHINE_KEYS, "seeds", "controls")
 
 
 def tries_of(config: Config, name: str, recipe: Recipe) -> list[Try]:

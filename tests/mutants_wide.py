@@ -62,6 +62,8 @@ RESUME = "tests/experiment/test_resume.py"
 CHECKPOINTS = "tests/experiment/test_checkpoints.py"
 STAGES = "tests/experiment/test_stages.py"
 PRONOUNCE = "tests/tasks/test_pronounce.py"
+REASON = "tests/tasks/test_reason.py"
+GSM8K = "tests/tasks/test_gsm8k.py"
 METRICS = "tests/measure/test_metrics.py"
 STATISTICS = "tests/measure/test_statistics.py"
 VERDICTS = "tests/measure/test_verdicts.py"
@@ -72,16 +74,18 @@ CHUNKED = "tests/student/test_chunked.py"
 # The modules that decide results: the tests that run, nearest first.
 MODULES = {
     "models/rows.py": ["tests/models/test_rows.py", SET, OBJECTIVES, HAND_MADE, TRAIN, OUTPUTS],
-    "models/generate.py": ["tests/models/test_end_marks.py", OUTPUTS, PRONOUNCE, ON_POLICY],
+    "models/generate.py": [
+        "tests/models/test_end_marks.py", OUTPUTS, PRONOUNCE, ON_POLICY, REASON,
+    ],
     "models/language.py": ["tests/models", TRAIN],
     "tasks/pronounce.py": [REFERENCE, METRICS, PRONOUNCE, GRADED, TRAIN],
-    "tasks/reason.py": [METRICS, GRADED, "tests/tasks/test_reason.py"],
-    "tasks/gsm8k.py": [METRICS, GRADED, "tests/tasks/test_gsm8k.py"],
+    "tasks/reason.py": [METRICS, GRADED, REASON],
+    "tasks/gsm8k.py": [METRICS, GRADED, GSM8K],
     "tasks/digits.py": [REFERENCE, METRICS, GRADED, "tests/tasks/test_digits.py"],
     "tasks/text.py": [METRICS, GRADED, "tests/tasks/test_text.py"],
     "teacher/signal.py": [OBJECTIVES, "tests/teacher", HAND_MADE],
-    "teacher/access.py": ["tests/teacher", OBJECTIVES, TRAIN],
-    "teacher/source.py": ["tests/teacher", OBJECTIVES, TRAIN],
+    "teacher/access.py": ["tests/teacher", OBJECTIVES, TRAIN, "tests/experiment/test_selfcheck.py"],
+    "teacher/source.py": ["tests/teacher", OBJECTIVES, TRAIN, GSM8K],
     "teacher/outputs.py": ["tests/teacher", TRAIN],
     "teacher/shards.py": ["tests/teacher", TRAIN],
     "measure/metrics.py": [METRICS, "tests/measure/test_fidelity.py", HAND_MADE],
@@ -89,7 +93,7 @@ MODULES = {
     "measure/statistics.py": [STATISTICS, VERDICTS, "tests/measure/test_laws.py", HAND_MADE],
     "measure/verdicts.py": [VERDICTS, HAND_MADE],
     "measure/evaluate.py": [HAND_MADE, GRADED, "tests/test_eval.py"],
-    "measure/reasoning.py": ["tests/tasks/test_reason.py"],
+    "measure/reasoning.py": [REASON],
     "measure/laws.py": ["tests/measure/test_laws.py"],
     "measure/savings.py": ["tests/measure/test_savings.py"],
     "experiment/tuning.py": ["tests/experiment/test_tuning.py"],

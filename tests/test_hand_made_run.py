@@ -309,12 +309,19 @@ def test_gaps_are_shares_of_the_distance_to_the_teacher(made):
 
 
 def test_update_also_writes_the_result_to_results(made, tmp_path, monkeypatch, capsys):
-    (tmp_path / "README.md").write_text("<!-- results/cards.json -->\n<!-- end -->", "utf-8")
+    pages = [tmp_path / "README.md", tmp_path / "docs" / "results.md"]
+    pages[1].parent.mkdir()
+    for page in pages:
+        page.write_text("Before\n<!-- results/cards.json -->\n<!-- end -->\nAfter", "utf-8")
     monkeypatch.setattr(judge, "RESULTS", tmp_path / "results")
     assert judge.main([str(made.run.folder), "--update"]) == 0
     written = json.loads((tmp_path / "results" / "cards.json").read_text("utf-8"))
     assert written["verdicts"] == made.result["verdicts"]
-    assert row_of((tmp_path / "README.md").read_text("utf-8"), "good")
+    for page in pages:
+        text = page.read_text("utf-8")
+        assert row_of(text, "good")
+        assert text.startswith("Before\n<!-- results/cards.json -->\n| ")
+        assert text.endswith("\n<!-- end -->\nAfter")
     printed, folder = capsys.readouterr().out, made.run.folder
     assert f"report  {folder / 'report.html'}\nfigures {folder / 'eval.json'}\n" in printed
     assert f"next: python eval.py {folder} --ask 22" in printed

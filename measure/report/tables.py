@@ -1,4 +1,4 @@
-"""Results as tables and sentences: the same columns in the console, the README and the report."""
+"""Results as tables and sentences: the same in the console, the documents and the report."""
 
 import json
 import re
@@ -458,7 +458,7 @@ def console_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def with_tables(readme: str, results: Path) -> str:
+def with_tables(page: str, results: Path) -> str:
     """The text with every block `<!-- results/NAME.json --> ... <!-- end -->` rewritten from
     results/NAME.json. `eval.py RUN --update` writes it, and a test compares it."""
 
@@ -469,7 +469,7 @@ def with_tables(readme: str, results: Path) -> str:
             return match[0]
         return match[1] + markdown(result) + match[3]
 
-    return BLOCK.sub(block, readme)
+    return BLOCK.sub(block, page)
 
 
 def shared_with_others(result: dict[str, Any]) -> str:

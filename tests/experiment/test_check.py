@@ -13,7 +13,7 @@ import eval as judge
 import experiment.check
 from configs.files import write_json
 from configs.schema import LabError
-from experiment.check import check, compare_runs, expected_tier, inside_bands
+from experiment.check import MEANINGS, check, compare_runs, expected_tier, inside_bands
 from experiment.reading import read_config
 from experiment.reference import (
     band,
@@ -295,6 +295,11 @@ def test_a_run_started_in_another_environment_is_not_expected_to_be_equal():
     started_elsewhere["environment"]["earlier"] = [environment(threads=1)]
     _, lines = check(result(), started_elsewhere)
     assert lines[0] == "expected  tier C: different threads"
+
+
+def test_a_different_run_is_called_so_without_the_tier_that_was_expected():
+    tier, lines = check(result(agreement=0.1, sha256="b"), reference())
+    assert (tier, lines[-1]) == ("D", f"tier      D: {MEANINGS['D']}")
 
 
 def test_a_result_on_other_rows_is_tier_d():

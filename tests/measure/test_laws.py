@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from measure.laws import Law, fit_law, law_of, scaling_laws
+from measure.laws import Law, fit_law, law_of, minimum_interval, scaling_laws
 from measure.statistics import joint_draws
 from tests.helpers import drawn
 
@@ -99,3 +99,13 @@ def test_words_that_the_teacher_invented_are_no_part_of_a_study_of_words(scaling
     prompts = [scaling_result["students"][name]["recipe"]["outputs"]["prompts"] for name in found]
     assert set(prompts) == {"train"}
     assert len(found) == 5
+
+
+def test_a_bound_of_the_minimum_beyond_the_sizes_is_not_given():
+    near, beyond, none = Law(0.002, 1.2, 0.3, 0.9), Law(2, 1.2, 0.3, 0.9), Law(0.002, 1.2, 0.3, 0)
+    assert X.min() < near.minimum_at < X.max() < beyond.minimum_at
+    assert none.minimum_at is None
+    found = minimum_interval([near] * 99 + [none], X)
+    assert found == pytest.approx([near.minimum_at] * 2)
+    assert minimum_interval([near] * 90 + [none] * 10, X) == [pytest.approx(near.minimum_at), None]
+    assert minimum_interval([beyond] * 100, X) == [None, None]

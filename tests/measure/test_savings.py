@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from measure.report.tables import savings_tables
+from measure.report.tables import rows_line, savings_tables
 from measure.savings import COSTS, curves_in, savings
 from measure.statistics import Estimate
 from tests.helpers import drawn
@@ -154,3 +154,13 @@ def test_the_table_shows_ratios_with_intervals():
     assert headings[1:] == ["word errors %", "text: FLOPs (seconds)", "logits: FLOPs (seconds)"]
     assert rows[1] == ["baseline_50", "50.0", "1.41 [1.41, 1.41] (2.00)", "below the least tried"]
     assert rows[2][2] == "above the most tried"
+
+
+def test_a_line_says_what_each_curve_read():
+    saved = {
+        "curves": {"baseline": {"b1": 0.5, "b2": 1}, "text": {"t1": 0.5, "t2": 1}},
+        "labels": {"b1": 40, "b2": 9000, "t1": 0, "t2": 0},
+        "answers": {"b1": 0, "b2": 0, "t1": 50, "t2": 50},
+    }
+    expected = "baseline 40 to 9,000 labels; text 50 answers of the teacher"
+    assert rows_line(saved) == f"different rows that students read: {expected}"

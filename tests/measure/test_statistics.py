@@ -236,3 +236,10 @@ def test_the_ece_of_a_calibrated_model_is_what_chance_leaves():
         )
         found.append(expected_calibration_error(sums))
     assert calibrated_error(sums) == pytest.approx(np.mean(found), rel=0.03)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_few_rows_have_the_quantile_of_their_number(rows):
+    values = np.array([[0.3, 0.4, 0.8, 0.9][:rows]])
+    estimate = Estimate(values.mean(1), values - values.mean())
+    assert estimate.critical(0.05) == pytest.approx(stats.t.isf(0.025, rows - 1))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from measure.statistics import Estimate, corrected_for
 from measure.verdicts import verdict_line as line_of
@@ -211,6 +212,18 @@ def test_a_match_needs_seeds_for_the_nearer_margin():
     match = verdict("a matches b", "accuracy", 0.05, *models)
     beats = verdict("a beats b", "accuracy", 0.05, *models)
     assert match["seeds_needed"] == beats["seeds_needed"] > 10
+
+
+@pytest.mark.parametrize("difference", [0.0, 0.01, -0.03, 0.08])
+def test_the_p_value_of_a_match_is_the_larger_of_two_one_sided_tests(difference):
+    first, second = exactly(difference, 0.02)
+    found = verdict("a matches b", "accuracy", 0.05, first, second)
+    differences = first.per_seed - second.per_seed
+    expected = max(
+        stats.ttest_1samp(differences, margin, alternative=side).pvalue
+        for margin, side in ((0.05, "less"), (-0.05, "greater"))
+    )
+    assert found["p_value"] == pytest.approx(expected)
 
 
 # -- sentences -------------------------------------------------------------------------------------

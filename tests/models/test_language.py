@@ -19,6 +19,7 @@ from models.language import (
     initialise,
     load_model,
     parameter_count,
+    require_memory,
     take_layers,
 )
 from tasks.pronounce import Pronounce
@@ -142,3 +143,16 @@ def test_a_model_is_refused_only_by_a_machine_that_cannot_hold_it(monkeypatch):
     machine.total = 0.95 * needed
     with pytest.raises(LabError, match="billion parameters need"):
         build_model(shape, task)
+
+
+def test_the_embeddings_of_a_large_vocabulary_need_memory_too(monkeypatch):
+    config = SimpleNamespace(
+        vocab_size=50_000, hidden_size=64, num_hidden_layers=2, intermediate_size=256
+    )
+    needed = 16 * (50_000 * 64 + 2 * 64 * (2 * 64 + 2 * 256))
+    machine = SimpleNamespace(total=needed)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    require_memory(config)
+    machine.total = needed - 1
+    with pytest.raises(LabError, match="billion parameters need"):
+        require_memory(config)

@@ -1,10 +1,11 @@
 """The task `pronounce`: the dictionary and the questions that it rejects."""
 
+import numpy as np
 import pytest
 from rapidfuzz.distance import Levenshtein
 
 import eval as judge
-from tasks.pronounce import Pronounce
+from tasks.pronounce import LONG, Pronounce, split_of
 
 
 @pytest.mark.parametrize("word", ["", "a" * 100_000, "\udcff"])
@@ -41,3 +42,16 @@ def test_far_words_are_two_edits_and_more_from_every_training_word():
         assert columns["far"][i] == (nearest >= 2), word
     assert 0 < columns["far"].sum() < len(rows)
     assert columns["wrong_far"].tolist() == (columns["far"] * columns["wrong"]).tolist()
+
+
+def test_a_word_may_be_invented_unless_it_is_evaluated():
+    task = Pronounce(limit=3000)
+    answer = [task.token_ids["AH"], task.token_ids["B"], task.end]
+    new = [f"zq{first}{second}x" for first in "aeiou" for second in "aeiou"]
+    assert not task.words.keys() & {*new}
+    assert {split_of(word) for word in new} >= {"train", "heldout"}  # says nothing of new words
+    for word in (*task.by_split["train"][:20], *new):
+        row = np.array([*task.prompt(word), *answer])
+        assert task.invented_prompt_length(row) == len(word) + 2, word
+    for word in (*task.by_split["heldout"][:20], *task.by_split["validation"][:20], "a" * LONG):
+        assert task.invented_prompt_length(np.array([*task.prompt(word), *answer])) is None, word

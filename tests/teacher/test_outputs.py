@@ -278,6 +278,20 @@ def test_invented_words_are_well_formed_and_never_from_an_unseen_split(make, tas
         assert word not in task.words or split_of(word) == "train"
 
 
+@pytest.mark.parametrize("prompts", ["invented", "extended"])
+def test_only_prompts_that_extend_the_data_may_not_repeat_it(prompts, make, rows, monkeypatch):
+    taken = []
+    write = outputs_module.shard_records
+
+    def shard_records(*arguments):
+        taken.append(len(arguments[4]))
+        return write(*arguments)
+
+    monkeypatch.setattr(outputs_module, "shard_records", shard_records)
+    make(replace(WRITTEN, prompts=prompts, transfer_rows=len(rows) + 8))
+    assert taken[0] == {"invented": 0, "extended": len(rows)}[prompts]
+
+
 def test_extended_prompts_are_those_of_the_data_and_then_invented_ones(
     make, teacher, task, rows, tmp_path
 ):

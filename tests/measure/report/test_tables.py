@@ -1,7 +1,8 @@
-"""Tables: in the console, the README and the report."""
+"""Tables: in the console, the documents and the report."""
 
 import json
 
+from experiment.reference import pages
 from measure.report.tables import (
     BLOCK,
     claim_cell,
@@ -9,6 +10,7 @@ from measure.report.tables import (
     in_a_cell,
     more_cells,
     more_headings,
+    per_seed_values,
     where_traces_pay,
     with_tables,
 )
@@ -41,17 +43,37 @@ def test_every_method_is_compared_with_the_same_two_and_corrected_for_all(method
     assert "after Dunnett's correction" in fact
 
 
-def test_the_numbers_in_the_readme_equal_those_in_results():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = {match[2] for match in BLOCK.finditer(readme)}
+def test_values_of_seeds_are_named_by_model_metric_and_other_split():
+    def entry(*values):
+        return {"quality": {"word_error_rate": {"per_seed": [*values]}}, "fidelity": {}}
+
+    result = {
+        "config": {"task": {"name": "pronounce"}},
+        "split": "heldout",
+        "teacher": entry(0.1) | {"long": entry(0.5)},
+        "students": {"text": entry(0.2, 0.3) | {"long": entry(0.6, 0.7)}},
+        "controls": {},
+        "verdicts": [],
+    }
+    assert per_seed_values(result) == {
+        "teacher word_error_rate": [0.1],
+        "teacher word_error_rate (long)": [0.5],
+        "text word_error_rate": [0.2, 0.3],
+        "text word_error_rate (long)": [0.6, 0.7],
+    }
+
+
+def test_the_numbers_in_documents_equal_those_in_results():
+    texts = [page.read_text(encoding="utf-8") for page in pages(ROOT)]
+    named = [match[2] for text in texts for match in BLOCK.finditer(text)]
     shown = {file.stem for file in (ROOT / "results").glob("*.json")} - {"trace-float64"}
-    assert named == shown
-    assert with_tables(readme, ROOT / "results") == readme
+    assert sorted(named) == sorted(shown)
+    assert [with_tables(text, ROOT / "results") for text in texts] == texts
 
 
-def test_a_changed_result_would_change_the_readme(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = [f for f in (ROOT / "results").glob("*.json") if f"results/{f.name} -->" in readme]
+def test_a_changed_result_would_change_the_documents(tmp_path):
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages(ROOT))
+    shown = [f for f in (ROOT / "results").glob("*.json") if f"results/{f.name} -->" in text]
     assert len(shown) >= 5
     for file in shown:
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -60,7 +82,7 @@ def test_a_changed_result_would_change_the_readme(tmp_path):
         for change in (0.0, 0.01):
             next(iter(result["teacher"]["quality"].values()))["mean"] += change
             (tmp_path / file.name).write_text(json.dumps(result), encoding="utf-8")
-            tables.append(with_tables(readme, tmp_path))
+            tables.append(with_tables(text, tmp_path))
         assert tables[0] != tables[1], file.name
         (tmp_path / file.name).unlink()
 
