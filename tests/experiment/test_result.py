@@ -48,3 +48,18 @@ def test_the_cost_of_a_student_includes_outputs_that_its_budget_does_not():
     assert found["flops_per_student_with_teacher"] == pytest.approx(
         {"1": 1.6, "10": 6.1 / 10, "100": 51.1 / 100}
     )
+
+
+def test_test_time_scaling_continues_the_answers_of_the_first_seed(monkeypatch):
+    monkeypatch.setattr(
+        result, "reasoning", lambda model, task, rows, texts, *_, seed: {"of": texts}
+    )
+    task = SimpleNamespace(steps={"heldout": [1]})
+    references = {name: SimpleNamespace(task=task, rows=None) for name in ("heldout", "long")}
+    evaluations = {
+        name: [SimpleNamespace(answers=SimpleNamespace(texts=(name, seed))) for seed in range(3)]
+        for name in references
+    }
+    assert result.reasoning_of(None, references, evaluations, True) == {
+        "reasoning": {"of": ("heldout", 0), "long": {"of": ("long", 0)}}
+    }

@@ -2,15 +2,19 @@
 
 import json
 
+import pytest
+
 from experiment.reference import pages
 from measure.report.tables import (
     BLOCK,
+    accuracies_by_steps,
     claim_cell,
     facts_of,
     in_a_cell,
     more_cells,
     more_headings,
     per_seed_values,
+    shared_with_others,
     where_traces_pay,
     with_tables,
 )
@@ -100,6 +104,34 @@ def test_a_claim_of_one_run_is_shown_with_the_committed_runs():
     expected = "+0.0 [-3.0, 0.4] worse here; 10 runs: +1.5 ± 0.5, ahead in 9"
     assert claim_cell(verdict, metric) == expected
     assert claim_cell(None, metric) == "-"
+
+
+def test_accuracies_by_steps_are_a_line_per_model_with_a_bar_between_the_splits():
+    def entry(*values):
+        steps = zip(range(1, 9), values, strict=True)
+        quality = {f"accuracy_{n}": {"mean": value} for n, value in steps}
+        return {"quality": {n: v for n, v in quality.items() if int(n[-1]) < 6}} | {
+            "long": {"quality": {n: v for n, v in quality.items() if int(n[-1]) > 5}}
+        }
+
+    result = {
+        "config": {"task": {"name": "reason"}},
+        "split": "heldout",
+        "teacher": entry(1, 0.99, 0.98, 0.97, 0.96, 0.2, 0.1, 0),
+        "students": {"text": entry(0.5, 0.4, 0.3, 0.2, 0.1, 0, 0, 0)},
+        "controls": {},
+    }
+    assert accuracies_by_steps(result) == [
+        "teacher: right answers % at 1, 2, ... steps: 100  99  98  97  96 | 20  10  0",
+        "text: right answers % at 1, 2, ... steps: 50  40  30  20  10 | 0  0  0",
+    ]
+
+
+@pytest.mark.parametrize("load", [None, 0.0, 0.05])
+def test_a_machine_that_was_hardly_shared_is_not_called_shared(load):
+    assert shared_with_others({"cost": {"load_of_others": load}}) == ""
+    expected = ", shared with other programs (20 % of its work)"
+    assert shared_with_others({"cost": {"load_of_others": 0.2}}) == expected
 
 
 def test_the_map_in_words_names_the_steps_of_each_result():
