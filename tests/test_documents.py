@@ -1,0 +1,118 @@
+"""Every number in the prose of the README and of docs/ is one that the project measures or sets."""
+
+import json
+import re
+import tomllib
+
+import pytest
+
+from experiment.check import TRACE_TOLERANCE
+from experiment.reading import read_config
+from experiment.reference import pages
+from measure.reasoning import VOTES
+from measure.statistics import LEVEL
+from student.recipe import FROM_TEXT, control_recipe
+from tasks import TASKS, load_task
+from tasks.pronounce import LONG, SPLITS, split_of
+from tests.helpers import ROOT
+
+WRITTEN_BY_COMMANDS = re.compile(r"<!-- \S+ -->.*?<!-- end -->|^Written by .*", re.DOTALL | re.M)
+CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
+NO_QUANTITY = re.compile(
+    r"\b(?:19|20)\d\d\b"  # a year
+    r"|\w*[A-Za-z_]\w*\d\w*|T\^2"  # a name: float64, T^2
+    r"|(?:^| )\d\. |\| \d \|"  # an item of a list, an exit code in a table
+)
+OF_NO_RUN = (  # what no file of the project can confirm
+    "for a GPU with 24 GB",
+    "(rows - 1)",
+    "n - 1 degrees of freedom",
+    "is above 0 for a perfectly calibrated model",
+)
+
+
+def result(name: str) -> dict:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def config(name: str):
+    return read_config(ROOT / "configs" / f"{name}.yaml")
+
+
+def of_setup_and_cost() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = result("quickstart")
+    stages, workers = found["cost"]["stages"], found["config"]["workers"]
+    minutes = sum(stage["seconds"] for stage in stages) / 60 / workers
+    gigabytes = workers * max(stage["peak_memory_mb"] for stage in stages) / 1000
+    cores = found["environment"]["trained"]["cores"]
+    return [
+        f"With Python {project['requires-python'].removeprefix('>=')} or newer",
+        f"about {minutes:.0f} minutes on {cores} cores, below {gigabytes + 0.5:.0f} GB of memory",
+    ]
+
+
+def of_words() -> list[str]:
+    task = load_task(config("quickstart").task)
+    count = sum(len(task.rows(split)) for split in SPLITS)
+    drawn = [split_of(f"{number:x}") for number in range(50_000)]
+    shares = [round(100 * drawn.count(split) / len(drawn)) for split in SPLITS]
+    labels = control_recipe("low_data", FROM_TEXT).control.label_fraction
+    return [
+        f"{round(count, -3):,} real words",
+        "{} % train, {} % validation (for all choices), {} % held-out".format(*shares),
+        f"words of {LONG} letters or more",
+        f"{100 * labels:.0f} % of those words",
+    ]
+
+
+def of_rules() -> list[str]:
+    return [
+        f"to {TRACE_TOLERANCE:.0e}".replace("e-0", "e-"),
+        f"{VOTES[0]} to {VOTES[-1]} votes",
+        f"The {100 * (1 - LEVEL):.0f} % interval",
+        f"Coverage of the nominal {100 * (1 - LEVEL):.0f} %",
+        f"significant at {100 * LEVEL:.0f} %",
+    ]
+
+
+def of_configs() -> list[str]:
+    digits, text, steps = config("digits"), config("text"), TASKS["reason"].steps
+    *cooler, hottest = sorted(recipe.temperature for recipe in digits.recipes.values())
+    task = load_task(digits.task)
+    count = sum(len(task.rows(split)) for split in ("train", "validation", "heldout"))
+    found = result("digits")
+    share = found["students"]["t4"]["params"] / found["teacher"]["params"]
+    assert 0.08 < share < 0.12
+    most = text.recipes["top_k"].outputs.k
+    trained, longer = steps["heldout"], steps["long"]
+    return [
+        f"{count:,} digits of MNIST",
+        f"a tenth of its size, temperatures {', '.join(f'{t:g}' for t in cooler)} and {hottest:g}",
+        f"the {most} most likely tokens",
+        f"problems of {trained[0]} to {trained[-1]} steps, and of {longer[0]} to {longer[-1]}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def prose() -> str:
+    """All pages but what commands write and code, on one line."""
+    texts = (page.read_text(encoding="utf-8") for page in pages(ROOT) if page.stem != GENERATED)
+    return " ".join(CODE.sub("", WRITTEN_BY_COMMANDS.sub("", "\n".join(texts))).split())
+
+
+GENERATED = "architectures"
+
+
+def test_every_number_in_the_prose_is_confirmed_by_the_project(prose):
+    confirmed = [*of_setup_and_cost(), *of_words(), *of_rules(), *of_configs()]
+    missing = [text for text in confirmed if text not in prose]
+    assert not missing
+    for text in (*confirmed, *OF_NO_RUN):
+        prose = prose.replace(text, "")
+    sentences = re.split(r"(?<=[.:;!?]) ", NO_QUANTITY.sub(" ", prose))
+    assert [sentence for sentence in sentences if re.search(r"\d", sentence)] == []
+
+
+def test_what_is_said_of_no_run_is_still_said(prose):
+    assert [text for text in OF_NO_RUN if text not in prose] == []
