@@ -501,14 +501,22 @@ def markdown(result: dict[str, Any]) -> str:
     for title, headings, rows in more_tables(result):
         lines += ["", f"{title}:", "", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
-    stages = result["cost"]["stages"]
-    where = result["environment"]["trained"]
-    facts = [
-        *facts_of(result),
-        f"{sum(stage['seconds'] for stage in stages) / 60:.0f} minutes of work, shared by "
-        f"{result['config']['workers']} processes of at most "
-        f"{max(stage['peak_memory_mb'] for stage in stages)} MB, on {where['cores']} cores of "
-        f"{where['cpu']}{shared_with_others(result)}; this run read the held-out split "
-        f"{times(result['heldout_reads'])}",
-    ]
+    facts = [*facts_of(result), work_line(result)]
     return "\n".join([*lines, "", *(f"- {fact}" for fact in facts), ""])
+
+
+def work_line(result: dict[str, Any]) -> str:
+    """How long the run took, on which machine, and what it read of the held-out split."""
+    minutes = {"tuning": 0.0, "work": 0.0}
+    for stage in result["cost"]["stages"]:
+        kind = "tuning" if stage["stage"] == "tuning" else "work"
+        minutes[kind] += stage["seconds"] / 60
+    tuned = f", after {minutes['tuning']:.0f} minutes of tuning" if minutes["tuning"] else ""
+    memory = max(stage["peak_memory_mb"] for stage in result["cost"]["stages"])
+    where = result["environment"]["trained"]
+    return (
+        f"{minutes['work']:.0f} minutes of work{tuned}, shared by {result['config']['workers']} "
+        f"processes of at most {memory} MB, on {where['cores']} cores of {where['cpu']}"
+        f"{shared_with_others(result)}; this run read the held-out split "
+        f"{times(result['heldout_reads'])}"
+    )

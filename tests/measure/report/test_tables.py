@@ -17,6 +17,7 @@ from measure.report.tables import (
     shared_with_others,
     where_traces_pay,
     with_tables,
+    work_line,
 )
 from tasks.task import Metric
 from tests.helpers import RECIPES, ROOT
@@ -125,6 +126,26 @@ def test_accuracies_by_steps_are_a_line_per_model_with_a_bar_between_the_splits(
         "teacher: right answers % at 1, 2, ... steps: 100  99  98  97  96 | 20  10  0",
         "text: right answers % at 1, 2, ... steps: 50  40  30  20  10 | 0  0  0",
     ]
+
+
+def test_the_work_of_a_run_is_told_from_its_tuning():
+    def stage(name, minutes, memory):
+        return {"stage": name, "seconds": 60 * minutes, "peak_memory_mb": memory}
+
+    stages = [stage("tuning", 14, 0), stage("teacher", 2, 700), stage("evaluation", 1, 800)]
+    result = {
+        "cost": {"stages": stages},
+        "config": {"workers": 2},
+        "environment": {"trained": {"cores": 4, "cpu": "a processor"}},
+        "heldout_reads": 1,
+    }
+    end = (
+        "shared by 2 processes of at most 800 MB, on 4 cores of a processor; this run read the "
+        "held-out split once"
+    )
+    assert work_line(result) == f"3 minutes of work, after 14 minutes of tuning, {end}"
+    del stages[0]
+    assert work_line(result) == f"3 minutes of work, {end}"
 
 
 @pytest.mark.parametrize("load", [None, 0.0, 0.05])
