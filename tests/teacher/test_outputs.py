@@ -252,6 +252,13 @@ def test_text_reveals_the_greedy_answers_and_nothing_more(make, teacher, task, r
         assert stored.rows.ids[i] == rows.ids[i]
 
 
+def test_the_tokens_that_a_teacher_writes_are_counted(make, rows, tmp_path):
+    stored = make(TEXT)
+    summary = finish_outputs(tmp_path / name_of(TEXT), row_count(TEXT, rows))
+    written = stored.rows.lengths - stored.rows.prompt_lengths
+    assert summary.tokens == written.sum() > 0
+
+
 def test_shuffled_outputs_give_every_row_those_of_another(make, rows):
     original, stored = make(DATA), make(DATA).shuffled(seed=0)
     places = {int(row): i for i, row in enumerate(rows.ids)}
