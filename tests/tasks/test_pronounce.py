@@ -55,3 +55,10 @@ def test_a_word_may_be_invented_unless_it_is_evaluated():
         assert task.invented_prompt_length(row) == len(word) + 2, word
     for word in (*task.by_split["heldout"][:20], *task.by_split["validation"][:20], "a" * LONG):
         assert task.invented_prompt_length(np.array([*task.prompt(word), *answer])) is None, word
+
+
+def test_the_question_of_a_row_is_its_word():
+    task = Pronounce(limit=500)
+    rows = task.rows("validation")
+    words = [task.by_id[int(row)] for row in rows.ids]
+    assert [task.question(rows, i) for i in range(len(rows))] == words
