@@ -27,7 +27,7 @@ COVERAGE = CONFIDENCE = 0.95
 MIN_SEEDS, MIN_TEACHERS = 10, 5
 MIN_HALF_WIDTH = 0.001  # a metric at its limit (0 of 6,298 words) has no deviation
 # Keys in which runs of one config may differ.
-PER_RUN = (*MACHINE_KEYS, "seeds", "teacher.seed")
+PER_REFERENCE = (*MACHINE_KEYS, "seeds", "teacher.seed")
 
 
 class Values(Shape):
@@ -156,7 +156,7 @@ def committed_differences(config: Config, folder: Path) -> dict[str, dict[str, f
     if not file.exists():
         return {}
     reference = read_result(file)
-    if not reference.get("bands") or other_configs(reference["config"], config, PER_RUN):
+    if not reference.get("bands") or other_configs(reference["config"], config, PER_REFERENCE):
         return {}
     return {key: in_committed_runs(found["values"]) for key, found in reference["bands"].items()}
 
@@ -185,7 +185,7 @@ def write_reference(run: Run, config: Config, others: list[Path], folder: Path) 
     results = [read_result(run.folder)]
     for other in others:
         results.append(read_result(other))
-        differing = other_configs(results[-1]["config"], config, PER_RUN)
+        differing = other_configs(results[-1]["config"], config, PER_REFERENCE)
         if differing:
             raise LabError(f"{other} is a run of another config: {differing[0]}")
     found = bands(results)

@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from experiment.check import TRACE_TOLERANCE
+from experiment.check import EXIT_CODES, MEANINGS, TRACE_TOLERANCE
 from experiment.reading import read_config
 from experiment.reference import pages
 from measure.reasoning import VOTES
@@ -17,12 +17,13 @@ from tasks import TASKS, load_task
 from tasks.pronounce import LONG, SPLITS, split_of
 from tests.helpers import ROOT
 
-WRITTEN_BY_COMMANDS = re.compile(r"<!-- \S+ -->.*?<!-- end -->|^Written by .*", re.DOTALL | re.M)
+WRITTEN_BY_COMMANDS = re.compile(r"<!-- \S+ -->.*?<!-- end -->", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 NO_QUANTITY = re.compile(
     r"\b(?:19|20)\d\d\b"  # a year
     r"|\w*[A-Za-z_]\w*\d\w*|T\^2"  # a name: float64, T^2
-    r"|(?:^| )\d\. |\| \d \|"  # an item of a list, an exit code in a table
+    r"|^\d\. |\| \d \|$",  # an item of a list; an exit code, for which see below
+    re.MULTILINE,
 )
 OF_NO_RUN = (  # what no file of the project can confirm
     "for a GPU with 24 GB",
@@ -98,9 +99,10 @@ def of_configs() -> list[str]:
 
 @pytest.fixture(scope="module")
 def prose() -> str:
-    """All pages but what commands write and code, on one line."""
+    """All pages but code, what commands write and what is no quantity, on one line."""
     texts = (page.read_text(encoding="utf-8") for page in pages(ROOT) if page.stem != GENERATED)
-    return " ".join(CODE.sub("", WRITTEN_BY_COMMANDS.sub("", "\n".join(texts))).split())
+    written = CODE.sub("", WRITTEN_BY_COMMANDS.sub("", "\n".join(texts)))
+    return " ".join(NO_QUANTITY.sub(" ", written).split())
 
 
 GENERATED = "architectures"
@@ -112,8 +114,14 @@ def test_every_number_in_the_prose_is_confirmed_by_the_project(prose):
     assert not missing
     for text in (*confirmed, *OF_NO_RUN):
         prose = prose.replace(text, "")
-    sentences = re.split(r"(?<=[.:;!?]) ", NO_QUANTITY.sub(" ", prose))
+    sentences = re.split(r"(?<=[.:;!?]) ", prose)
     assert [sentence for sentence in sentences if re.search(r"\d", sentence)] == []
+
+
+def test_the_exit_codes_of_a_check_are_those_that_it_returns():
+    page = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([A-D?]) \|.*\| (\d) \|$", page, re.MULTILINE)
+    assert {tier: int(code) for tier, code in rows} == {t: EXIT_CODES.get(t, 0) for t in MEANINGS}
 
 
 def test_what_is_said_of_no_run_is_still_said(prose):

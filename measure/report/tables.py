@@ -507,15 +507,14 @@ def markdown(result: dict[str, Any]) -> str:
 
 def work_line(result: dict[str, Any]) -> str:
     """How long the run took, on which machine, and what it read of the held-out split."""
-    minutes = {"tuning": 0.0, "work": 0.0}
-    for stage in result["cost"]["stages"]:
-        kind = "tuning" if stage["stage"] == "tuning" else "work"
-        minutes[kind] += stage["seconds"] / 60
-    tuned = f", after {minutes['tuning']:.0f} minutes of tuning" if minutes["tuning"] else ""
-    memory = max(stage["peak_memory_mb"] for stage in result["cost"]["stages"])
+    stages = result["cost"]["stages"]
+    tuning = sum(stage["seconds"] for stage in stages if stage["stage"] == "tuning") / 60
+    work = sum(stage["seconds"] for stage in stages) / 60 - tuning
+    tuned = f", after {tuning:.0f} minutes of tuning" if tuning else ""
+    memory = max(stage["peak_memory_mb"] for stage in stages)
     where = result["environment"]["trained"]
     return (
-        f"{minutes['work']:.0f} minutes of work{tuned}, shared by {result['config']['workers']} "
+        f"{work:.0f} minutes of work{tuned}, shared by {result['config']['workers']} "
         f"processes of at most {memory} MB, on {where['cores']} cores of {where['cpu']}"
         f"{shared_with_others(result)}; this run read the held-out split "
         f"{times(result['heldout_reads'])}"
