@@ -54,6 +54,7 @@ TRAIN = "tests/test_train.py"
 SETTINGS = "tests/test_settings.py"
 RECOUNT = "tests/experiment/test_recount.py"
 OBJECTIVES = "tests/student/test_objectives.py"
+HIDDEN = "tests/student/test_hidden.py"
 OUTPUTS = "tests/teacher/test_outputs.py"
 GRADED = "tests/tasks/test_graded.py"
 SET = "tests/student/test_training_set.py"
@@ -101,9 +102,9 @@ MODULES = {
     "measure/report/tables.py": [
         "tests/measure/report/test_tables.py", "tests/measure/test_savings.py", HAND_MADE,
     ],
-    "student/objectives.py": [OBJECTIVES, CHUNKED, TRAIN],
-    "student/hidden.py": ["tests/student/test_hidden.py", RECOUNT],
-    "student/loss.py": [OBJECTIVES, CHUNKED, "tests/student/test_hidden.py", TRAIN, SETTINGS],
+    "student/objectives.py": [OBJECTIVES, HIDDEN, CHUNKED, TRAIN],
+    "student/hidden.py": [HIDDEN, RECOUNT],
+    "student/loss.py": [OBJECTIVES, CHUNKED, HIDDEN, TRAIN, SETTINGS],
     "student/chunked.py": [CHUNKED],
     "student/training_set.py": [SET, TRAIN, OBJECTIVES],
     "student/on_policy.py": [ON_POLICY, RECOUNT],

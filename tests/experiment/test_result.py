@@ -25,29 +25,35 @@ def test_speed_is_the_median_time_of_one_answer_and_the_rate_of_a_batch(monkeypa
     assert speed["answers_per_second"] == pytest.approx(100)
 
 
-def test_the_cost_of_a_student_includes_outputs_that_its_budget_does_not():
-    """`charged: false` gives a student more steps, but the outputs are no cheaper."""
+def costs_by_hand(**of_teacher):
+    """A teacher, its outputs and a student, of 100, 10 and 50 units of everything."""
     one = "recipes={free: {access: logits, outputs: {charged: false}}}"
     plan = Plan(read_config(TINY, [one, "seeds=[0]", "controls=[]", "verdicts=[]"]))
-    flops = {"teacher": 100, "outputs/data-logits": 10, "students/free/seed-0": 50}
+    units = {"teacher": 100, "outputs/data-logits": 10, "students/free/seed-0": 50}
     ledger = {
-        stage: {
-            "flops": f,
-            "seconds": f,
-            "joules": f,
-            "money": f,
-            "joules_source": "by hand",
-            "steps": 1,
-        }
-        for stage, f in flops.items()
+        stage: dict.fromkeys(("flops", "seconds", "joules", "money"), count)
+        | {"joules_source": "by hand", "steps": 1}
+        for stage, count in units.items()
     }
+    ledger["teacher"] |= of_teacher
     stages = {"outputs/data-logits": {"rows": 12}}
     run = SimpleNamespace(cost_of=ledger.get, manifest={"stages": stages}, ledger=[])
-    found = result.costs(run, plan, {})
+    return result.costs(run, plan, {})
+
+
+def test_the_cost_of_a_student_includes_outputs_that_its_budget_does_not():
+    """`charged: false` gives a student more steps, but the outputs are no cheaper."""
+    found = costs_by_hand()
     assert found["fraction_of_teacher"]["flops"] == pytest.approx(0.6)
     assert found["flops_per_student_with_teacher"] == pytest.approx(
         {"1": 1.6, "10": 6.1 / 10, "100": 51.1 / 100}
     )
+
+
+def test_there_is_no_fraction_of_a_cost_that_is_unknown_or_zero():
+    assert set(costs_by_hand(steps=0)["fraction_of_teacher"].values()) == {None}  # pretrained
+    free = costs_by_hand(money=0)["fraction_of_teacher"]
+    assert (free["money"], free["seconds"]) == (None, pytest.approx(0.6))
 
 
 def test_test_time_scaling_continues_the_answers_of_the_first_seed(monkeypatch):

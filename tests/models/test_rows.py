@@ -104,3 +104,9 @@ def test_padding_never_reaches_the_loss(rows):
         near = model(batch.input_ids).logits[batch.counted]
         far = model(further).logits[:, : batch.input_ids.shape[1]][batch.counted]
     torch.testing.assert_close(near, far, rtol=0, atol=1e-6)
+
+
+def test_a_row_may_be_a_prompt_of_one_token_and_nothing_else():
+    assert Rows.build([7], [[1]], [[]]).lengths.tolist() == [1]
+    with pytest.raises(LabError, match="row 7 is empty"):
+        Rows.build([7], [[]], [[]])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -361,6 +362,15 @@ def test_votes_are_counted_in_groups_and_cost_their_share(task, monkeypatch):
     written = len(task.encode(" 07"))
     assert [p["tokens_per_problem"] for p in curve] == [written * votes for votes in VOTES]
     assert [p["flops_per_problem"] for p in curve] == [10 * written * votes for votes in VOTES]
+
+
+def test_a_point_of_a_curve_has_wilsons_interval_over_its_problems():
+    point = measure.reasoning.curve_point(4, 0.9, tokens=500, flops=1000, problems=50)
+    z, share = 1.959964, 0.9
+    middle = (share + z**2 / 100) / (1 + z**2 / 50)
+    half = z / (1 + z**2 / 50) * math.sqrt(share * (1 - share) / 50 + z**2 / 10_000)
+    assert point["ci95"] == pytest.approx([middle - half, middle + half], abs=1e-6)
+    assert (point["tokens_per_problem"], point["flops_per_problem"]) == (10, 20)
 
 
 def test_the_most_common_answer_wins_and_a_missing_answer_has_no_vote():
