@@ -17,6 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from experiment.command import before_imports, eval_parser, run_command
+
+if __name__ == "__main__":
+    before_imports(eval_parser())
+
 import numpy as np
 import torch
 from rich.console import Console
@@ -24,7 +29,6 @@ from rich.console import Console
 from configs.files import say, write_atomically, write_sealed
 from configs.schema import Config, LabError
 from experiment.check import artifacts_of, check_run, compare_runs, losses_of
-from experiment.command import run_command
 from experiment.cost import CountedForward, Stopwatch
 from experiment.environment import print_environment
 from experiment.experiment import (
@@ -66,22 +70,8 @@ SPEED_SAMPLE = 512  # rows
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, nargs="?", help="a finished run, e.g. runs/quickstart")
-    parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="print every model's answer")
-    parser.add_argument("--split", default="heldout", choices=["heldout", "validation"])
-    parser.add_argument(
-        "--check", nargs="?", const="", metavar="NAME", help="compare with results/<name>.json"
-    )
-    parser.add_argument("--selfcheck", action="store_true", help="check for silent errors")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar="RUN", help="two runs")
-    parser.add_argument("--environment", action="store_true", help="is this machine set up?")
-    parser.add_argument("--update", action="store_true", help="also write results/<name>.json")
-    parser.add_argument(
-        "--bands", nargs="+", type=Path, metavar="RUN", default=[], help="with --update: evaluated "
-        "runs of the same config from other seeds, for the band of every metric",
-    )  # fmt: skip
-    options = parser.parse_args(arguments)
+    parser = eval_parser()
+    options = parser.parse_intermixed_args(arguments)
     if not (options.run or options.compare or options.environment):
         parser.error("name a finished run, for example: python eval.py runs/quickstart")
     return run_command(lambda: story(options), "rerun the same command to evaluate again")
