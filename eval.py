@@ -12,12 +12,11 @@ Never trains. Make choices with --split validation; the held-out split is for th
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from experiment.command import before_imports, eval_parser, run_command
+from experiment.command import before_imports, command_line, eval_parser, run_command
 
 if __name__ == "__main__":
     before_imports(eval_parser())
@@ -73,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = eval_parser()
     options = parser.parse_intermixed_args(arguments)
     if not (options.run or options.compare or options.environment):
-        parser.error("name a finished run, for example: python eval.py runs/quickstart")
+        parser.error(
+            f"name a finished run, for example: {command_line('eval.py', 'runs/quickstart')}"
+        )
     return run_command(lambda: story(options), "rerun the same command to evaluate again")
 
 
@@ -210,7 +211,7 @@ def publish(
     print("\n".join(facts_of(result)))
     if split != "validation":
         say(f"\nreport  {run.folder / 'report.html'}\nfigures {run.folder / 'eval.json'}")
-        say(f"next: python eval.py {run.folder} --ask {shlex.join(task.examples)}")
+        say(f"next: {command_line('eval.py', run.folder, '--ask', *task.examples)}")
 
 
 def ask(run: Run, config: Config, questions: list[str]) -> None:

@@ -5,7 +5,10 @@ Imported before torch, whose import takes seconds.
 
 import argparse
 import os
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +20,8 @@ from safetensors import SafetensorError
 
 from configs.files import printable
 from configs.schema import LabError
+
+ROOT = Path(__file__).parent.parent
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -102,3 +107,23 @@ def ctrl_c(handler: Callable | signal.Handlers) -> Iterator[None]:
 
 def one_line(error: Exception) -> str:
     return printable("error: " + " ".join(str(error).splitlines()))
+
+
+def command_line(script: str, *arguments: object) -> str:
+    """A command for the reader's shell: it finds this Python and this script from where they are,
+    whether or not they have activated an environment."""
+    there = Path(sys.executable)
+    found = shutil.which("python")
+    if "UV" in os.environ:  # set by `uv run`, which finds the environment itself
+        python = ["uv", "run", "python"]
+    elif found and Path(found).parent == there.parent:
+        python = ["python"]
+    else:
+        python = [from_here(there)]
+    words = [*python, from_here(ROOT / script), *map(str, arguments)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def from_here(path: Path) -> str:
+    """Relative to the working directory if it lies in there, absolute otherwise."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -15,6 +15,7 @@ import yaml
 
 from configs.files import read_text, say, write_atomically
 from configs.schema import Config, LabError, Recipe, Try, Tuned
+from experiment.command import command_line
 from experiment.experiment import open_model, require_same_rows, teacher_task
 from experiment.plan import TEACHERS, Plan
 from experiment.reading import check_config, read_config
@@ -62,7 +63,7 @@ def tune(
         values = best.model_dump(exclude={"validation"}, exclude_none=True)
         shown = ", ".join(f"{key} {value:g}" for key, value in values.items())
         say(f"{name:<20} {shown}: {headline} {best.validation[headline]:.4f}")
-    say(f"the best tries are in force in {path}\nnext: python train.py {path}")
+    say(f"the best tries are in force in {path}\nnext: {command_line('train.py', path)}")
 
 
 def needs(config: Config, name: str, recipe: Recipe) -> list[str]:

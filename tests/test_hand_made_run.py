@@ -16,6 +16,7 @@ from rich.console import Console
 import eval as judge
 import tasks
 from configs.schema import Config
+from experiment.command import command_line
 from experiment.experiment import data_of, open_experiment, splits_of
 from experiment.plan import Plan
 from experiment.run import Run
@@ -324,7 +325,7 @@ def test_update_also_writes_the_result_to_results(made, tmp_path, monkeypatch, c
         assert text.endswith("\n<!-- end -->\nAfter")
     printed, folder = capsys.readouterr().out, made.run.folder
     assert f"report  {folder / 'report.html'}\nfigures {folder / 'eval.json'}\n" in printed
-    assert f"next: python eval.py {folder} --ask 22" in printed
+    assert f"next: {command_line('eval.py', folder, '--ask', 22)}" in printed
 
 
 # -- cost ------------------------------------------------------------------------------------------

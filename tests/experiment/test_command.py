@@ -12,7 +12,7 @@ import pytest
 import eval as judge
 from configs.files import printable
 from configs.schema import LabError
-from experiment.command import run_command
+from experiment.command import command_line, run_command
 from tests.helpers import ROOT
 
 ESCAPES = "\x1b[31m\x1b]0;title\x07\u202e\x9b2J\r"
@@ -93,7 +93,7 @@ def test_ctrl_c_during_imports_ends_without_a_traceback(script, tmp_path):
 
 TWICE = """
 import os, signal, time
-from experiment.command import run_command
+from experiment.command import command_line, run_command
 
 def work():
     try:
@@ -112,3 +112,27 @@ def test_ctrl_c_twice_is_as_calm_as_once():
     command = [sys.executable, "-c", TWICE]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "\nstopped; rerun to resume\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other quotes")
+def test_a_printed_command_works_where_the_reader_stands(tmp_path, monkeypatch):
+    """Before they have activated an environment, after, elsewhere, and with uv."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr("experiment.command.ROOT", tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.delenv("UV", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert command_line("eval.py", "runs/a b", "--ask", "it's") == (
+        ".venv/bin/python eval.py 'runs/a b' --ask 'it'\"'\"'s'"
+    )
+    monkeypatch.setenv("PATH", f"{python.parent}:/usr/bin")
+    assert command_line("eval.py", 3) == "python eval.py 3"
+    monkeypatch.setenv("UV", "/bin/uv")
+    assert command_line("eval.py") == "uv run python eval.py"
+    monkeypatch.delenv("UV")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert command_line("train.py") == f"python {tmp_path}/train.py"
