@@ -71,6 +71,8 @@ SPEED_SAMPLE = 512  # rows
 def main(arguments: list[str] | None = None) -> int:
     parser = eval_parser()
     options = parser.parse_intermixed_args(arguments)
+    if options.ask and not options.run and Path(options.ask[-1]).is_dir():
+        options.run = Path(options.ask.pop())  # --ask deepseek runs/quickstart
     if not (options.run or options.compare or options.environment):
         parser.error(
             f"name a finished run, for example: {command_line('eval.py', 'runs/quickstart')}"

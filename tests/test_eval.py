@@ -44,6 +44,15 @@ def test_ask_prints_every_models_answer(tiny_run, capsys):
     assert pronunciations[0][0] in printed  # the dictionary's own answer
 
 
+def test_a_run_is_found_by_its_name_and_behind_the_questions(copy, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    copy.rename(tmp_path / "runs" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["tiny", "--ask", "distill"], ["--ask", "distill", "runs/tiny"]):
+        assert judge.main(arguments) == 0
+        assert "teacher" in capsys.readouterr().out
+
+
 def test_held_out_rows_count_as_read_when_the_evaluation_begins(copy, monkeypatch):
     before = Run(copy).reload().manifest["heldout_reads"]
     monkeypatch.setattr(
