@@ -62,3 +62,8 @@ def test_held_out_rows_count_as_read_when_the_evaluation_begins(copy, monkeypatc
     assert Run(copy).reload().manifest["heldout_reads"] == before + 1
     assert judge.main([str(copy), "--split", "validation"]) == 130
     assert Run(copy).reload().manifest["heldout_reads"] == before + 1
+
+
+def test_figures_of_the_validation_split_are_never_committed(tiny_run, capsys):
+    assert judge.main([str(tiny_run), "--split", "validation", "--update"]) == 2
+    assert "results/ holds held-out figures; remove --split" in capsys.readouterr().err

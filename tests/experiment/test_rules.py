@@ -26,6 +26,14 @@ from tests.helpers import train_tiny
         (["teacher.model.settings.rope=1"], "model.settings.rope is not a setting of llama"),
         (["students.budget=0.000001"], "leaves no FLOPs for training"),
         (["nonsense"], "must read key=value"),
+        (
+            [
+                "recipes={t: {access: text, sequences: teacher, objective: cross_entropy}}",
+                "controls=[smoothed]",
+                "verdicts=[]",
+            ],
+            "it needs a recipe with access logits or hidden, and not sequences student",
+        ),
         (["students.budget=5"], "such as 0.05 for 5 %; for more than 1, set tflops instead"),
         (["recipes.distilled.temperature=1e6"], "above 0 and at most 100.0, where all outcomes"),
         (["seeds=[true]"], "seeds.0: found true, expected a number"),
