@@ -311,16 +311,20 @@ class Record:
         self.failed |= set(found["failed"])
 
     def tests_of(self, change: Change, seconds: float) -> list[str]:
-        """The tests that execute its statement, or anything in its module if the statement is
-        executed on import: the quickest first, as many as take these seconds, at least one."""
-        lines = self.lines[change.module]
+        """The tests that execute its statement; if it is executed on import, those that execute
+        anything in its module or whose file imports it. The quickest first, as many as take these
+        seconds, at least one."""
+        lines, importers = self.lines[change.module], set()
         statement = statement_at((ROOT / change.module).read_text("utf-8"), change.line)
         contexts = set().union(*(lines.get(number, ()) for number in statement))
-        contexts = contexts or set().union(*lines.values())
+        if not contexts:
+            contexts = set().union(*lines.values())
+            importers = {file for file in self.files() if imports(file, change.module)}
         tests = [
             test
             for test, fixtures in self.needs.items()
-            if test not in self.failed and not contexts.isdisjoint({test} | fixtures)
+            if test not in self.failed
+            if test.split("::")[0] in importers or not contexts.isdisjoint({test} | fixtures)
         ]
         tests.sort(key=lambda test: (self.cost([test]), test))
         planned = {}
@@ -330,10 +334,36 @@ class Record:
                 return tests[: max(1, tests.index(test))]
         return tests
 
+    def never_executed(self) -> str:
+        """The lines that no test executes, of all modules."""
+        found = []
+        for module in MODULES:
+            seen, code = self.lines[module], (ROOT / module).read_text("utf-8")
+            for node in ast.walk(ast.parse(code)):
+                counts = isinstance(node, ast.stmt) and not isinstance(node, ast.FunctionDef)
+                if counts and seen.keys().isdisjoint(statement_at(code, node.lineno)):
+                    found.append(f"{module}:{node.lineno}")
+        return ", ".join(found)
+
+    def files(self) -> set[str]:
+        return {test.split("::")[0] for test in self.needs}
+
     def cost(self, tests: list[str]) -> float:
         """Seconds of these tests and of the fixtures that they share."""
         fixtures = set().union(*(self.needs[test] for test in tests))
         return sum(self.seconds[name] for name in {*tests, *fixtures})
+
+
+def imports(file: str, module: str) -> bool:
+    """Whether a file of tests imports a module of the project."""
+    wanted = module.removesuffix(".py").replace("/", ".")
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return wanted in names
 
 
 def statement_at(code: str, line: int) -> range:
@@ -409,6 +439,7 @@ def main() -> int:
         try:
             list(pool.map(measure, files))
             print(f"not used, as they fail or are skipped here: {sorted(record.failed)}")
+            print(f"executed by no test: {record.never_executed()}", flush=True)
             list(pool.map(judge, changes))
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -605,3 +605,12 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_refused(task):
         task.prompt("")
     with pytest.raises(LabError, match=r"the question has 900 words, expected 1 to \d+"):
         task.prompt("pens " * 900)
+
+
+def test_operands_have_one_digit_and_values_at_most_two(task):
+    for problems in task.by_split.values():
+        for problem in problems:
+            assert 2 <= problem.start <= 99
+            assert all(2 <= abs(operand) <= 9 for operand in problem.operands)
+            values = np.cumsum([problem.start, *problem.operands])
+            assert 0 <= values.min() <= values.max() <= 99
