@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from configs.files import say, write_atomically, write_sealed
 from configs.schema import Config, LabError
@@ -57,8 +56,8 @@ from experiment.tries import tuned_for
 from experiment.workers import keep_freed_memory
 from measure.evaluate import Evaluation, TeacherReference, free_running
 from measure.laws import scaling_laws
+from measure.report.console import print_result
 from measure.report.page import render_report
-from measure.report.tables import console_tables, facts_of
 from models.rows import Rows
 from tasks import load_task
 from tasks.task import Task
@@ -207,10 +206,7 @@ def publish(
         first = {name: by_split[split][0] for name, by_split in evaluations.items()}
         report = render_report(run.metrics(), result, reference, first)
         write_atomically(run.folder / "report.html", report)
-    console = Console(width=150)
-    for table in console_tables(result):
-        console.print(table)
-    print("\n".join(facts_of(result)))
+    print_result(result)
     if split != "validation":
         say(f"\nreport  {run.folder / 'report.html'}\nfigures {run.folder / 'eval.json'}")
         say(f"next: {command_line('eval.py', run.folder, '--ask', *task.examples)}")

@@ -5,13 +5,11 @@ import json
 import math
 import re
 import statistics
-from io import StringIO
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 import eval as judge
 import tasks
@@ -21,7 +19,8 @@ from experiment.experiment import data_of, open_experiment, splits_of
 from experiment.plan import Plan
 from experiment.run import Run
 from experiment.stages import made_of
-from measure.report.tables import claims_table, console_table, facts_of, markdown
+from measure.report.console import print_result
+from measure.report.tables import claims_table, facts_of, markdown
 from models.classifier import MlpClassifier, MlpConfig
 from models.language import save_model
 from models.rows import Rows
@@ -393,12 +392,12 @@ def row_of(text: str, name: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
 
 
-def test_the_console_shows_means_with_their_intervals(made):
-    stream = StringIO()
-    Console(width=200, file=stream).print(console_table(made.result))
+def test_the_console_shows_means_with_their_intervals(made, capsys):
+    print_result(made.result)
+    printed = capsys.readouterr().out
     found = made.result["students"]["good"]["quality"]["error_rate"]
     low, high = (f"{100 * bound:.1f}" for bound in found["ci95"])
-    assert f"{100 * found['mean']:.1f} [{low}, {high}]" in stream.getvalue()
+    assert f"{100 * found['mean']:.1f} [{low}, {high}]" in printed
 
 
 def test_the_sentences_state_the_same_numbers(made):

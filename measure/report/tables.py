@@ -5,9 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from measure.laws import Law
 from measure.metrics import AGREEMENT, DIVERGENCE, metrics_in
 from measure.verdicts import NOT_DISTINGUISHED, claim_of, verdict_line
@@ -432,30 +429,16 @@ def savings_cell(need: dict[str, Any] | str) -> str:
     return f"{need['flops']['ratio']:.2f} [{low:.2f}, {high:.2f}] ({need['seconds']['ratio']:.2f})"
 
 
-def console_tables(result: dict[str, Any]) -> list[Table]:
-    """The models, then what was found about them."""
-    found = [console_table(result)]
-    for title, headings, rows in more_tables(result):
-        table = Table(box=box.ASCII, title=title)
-        for number, column in enumerate(headings):
-            table.add_column(column, justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*row)
-        found.append(table)
-    return found
-
-
-def console_table(result: dict[str, Any]) -> Table:
-    table = Table(box=box.ASCII, title=f"{result['config']['name']}, {result['split']} split")
-    table.add_column("")
+def models_table(result: dict[str, Any], interval: bool) -> ShownTable:
+    """A row per model: size, cost, and the metrics of the short table."""
     compared, columns = compared_in(result), columns_of(result, short=True)
-    for title in ("params", "TFLOPs", *map(heading, columns.values()), *more_headings(result)):
-        table.add_column(title, justify="right")
+    headings = ["", "parameters", "TFLOPs", *map(heading, columns.values()), *more_headings(result)]
+    rows = []
     for name, entry in models_in(result).items():
         size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
-        cells = cells_of(entry, columns, interval=not compared)
-        table.add_row(name, *size, *cells, *more_cells(result, name))
-    return table
+        cells = cells_of(entry, columns, interval=interval and not compared)
+        rows.append([name, *size, *cells, *more_cells(result, name)])
+    return f"{result['config']['name']}, {result['split']} split", headings, rows
 
 
 def with_tables(page: str, results: Path) -> str:
@@ -491,15 +474,11 @@ def is_current(result: dict[str, Any]) -> bool:
 
 def markdown(result: dict[str, Any]) -> str:
     """One result as a Markdown table and a list of facts."""
-    columns = columns_of(result, short=True)
-    headings = ["", "parameters", "TFLOPs", *map(heading, columns.values()), *more_headings(result)]
-    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    for name, entry in models_in(result).items():
-        size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
-        cells = [*cells_of(entry, columns, interval=False), *more_cells(result, name)]
-        lines.append(f"| {' | '.join([name, *size, *cells])} |")
-    for title, headings, rows in more_tables(result):
-        lines += ["", f"{title}:", "", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    lines = []
+    tables = [models_table(result, interval=False), *more_tables(result)]
+    for number, (title, headings, rows) in enumerate(tables):
+        lines += ["", f"{title}:", ""] if number else []
+        lines += [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
     facts = [*facts_of(result), work_line(result)]
     return "\n".join([*lines, "", *(f"- {fact}" for fact in facts), ""])
