@@ -56,7 +56,7 @@ from experiment.tries import tuned_for
 from experiment.workers import keep_freed_memory
 from measure.evaluate import Evaluation, TeacherReference, free_running
 from measure.laws import scaling_laws
-from measure.report.console import print_result
+from measure.report.console import print_answers, print_result
 from measure.report.page import render_report
 from models.rows import Rows
 from tasks import load_task
@@ -65,6 +65,7 @@ from teacher.source import prompts_for
 
 RESULTS = Path(__file__).parent / "results"
 SPEED_SAMPLE = 512  # rows
+ASKED = 6  # held-out questions of --ask
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,7 +93,7 @@ def story(options: argparse.Namespace) -> int:
     config = run.config()
     torch.set_num_threads(run.manifest["environment"]["threads"])
     keep_freed_memory()
-    if options.ask:
+    if options.ask is not None:
         ask(run, config, options.ask)
     elif options.check is not None:
         name = options.check or config.name
@@ -213,25 +214,21 @@ def publish(
 
 
 def ask(run: Run, config: Config, questions: list[str]) -> None:
-    """Print the answers of teacher, students and `baseline`, with their probabilities."""
+    """Print the answers of teacher, students and `baseline`; by default to held-out questions."""
     plan, task = Plan(config), load_task(config.task)
     own_task = teacher_task(config, run, task)
     names = ["teacher", *config.recipes, *(c for c in config.controls if c == "baseline")]
     models = {name: open_model(run, plan.stage(name)) for name in names}
-    for question in questions:
+    heldout = task.rows("heldout")
+    places = np.arange(ASKED) * len(heldout) // ASKED
+    for question in questions or [task.question(heldout, int(i)) for i in places]:
         answers = {}
         for name, model in models.items():
             asked = own_task if name == "teacher" else task
             rows = Rows.build([0], [asked.prompt(question)], [[]])
             answers[name] = free_running(model, asked, rows)
-        width = max(map(len, (*answers, "reference")))
-        text = min(100, max(len(answer.texts[0]) for answer in answers.values()))
-        lines = [question]
-        for name, answer in answers.items():
-            probability = np.exp(answer.log_probs[0])
-            lines.append(f"  {name:<{width}}  {answer.texts[0]:<{text}}  p = {probability:.3f}")
-        truths = " | ".join(task.truths(question)) or "(not listed)"
-        say("\n".join([*lines, f"  {'reference':<{width}}  {truths}"]))
+        print_answers(question, answers, task)
+    print("p: the probability that a model gives to its whole answer")
 
 
 if __name__ == "__main__":

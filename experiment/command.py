@@ -47,7 +47,10 @@ def eval_parser() -> argparse.ArgumentParser:
         "teacher, and at what cost?",
     )  # fmt: skip
     parser.add_argument("run", type=Path, nargs="?", help="a finished run, e.g. runs/quickstart")
-    parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="print every model's answer")
+    parser.add_argument(
+        "--ask", nargs="*", metavar="QUESTION", help="print every model's answer; default: to "
+        "held-out questions",
+    )  # fmt: skip
     parser.add_argument("--split", default="heldout", choices=["heldout", "validation"])
     parser.add_argument(
         "--check", nargs="?", const="", metavar="NAME", help="compare with results/<name>.json"
