@@ -219,6 +219,15 @@ def measured_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
     ]
     if not parts:
         return []
+    measured = (
+        "measured for outputs and one student, in % of the teacher's seconds / joules / money: "
+        f"{', '.join(parts)} (joules: {cost['joules_source']})"
+    )
+    if not had_the_machine(result):
+        measured = (
+            "seconds, joules and money are left out: other programs did "
+            f"{100 * cost['load_of_others']:.0f} % of the machine's work meanwhile"
+        )
     main = next(iter(result["students"]))
     totals = cost["flops_per_student_with_teacher"]
     with_teacher = ", ".join(
@@ -226,8 +235,7 @@ def measured_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
         for count, share in totals.items()
     )
     return [
-        "measured for outputs and one student, in % of the teacher's seconds / joules / money: "
-        f"{', '.join(parts)} (joules: {cost['joules_source']})",
+        measured,
         f"with the teacher's training charged, in FLOPs of it per student ({main}): {with_teacher}",
     ]
 
@@ -410,23 +418,26 @@ def savings_tables(result: dict[str, Any]) -> list[ShownTable]:
         metric, reference = metrics[name], saved["reference"]
         title = f"Cost at the same {metric.heading}, as a ratio to {reference}'s"
         kinds = [curve for curve in saved["curves"] if curve != reference]
-        headings = ["", heading(metric), *(f"{kind}: FLOPs (seconds)" for kind in kinds)]
+        seconds = had_the_machine(result)
+        unit = "FLOPs (seconds)" if seconds else "FLOPs"
+        headings = ["", heading(metric), *(f"{kind}: {unit}" for kind in kinds)]
         rows = []
         for student, needs in targets.items():
             value = value_in(result["students"][student], name)["mean"]
-            cells = [savings_cell(needs[kind]) for kind in kinds]
+            cells = [savings_cell(needs[kind], seconds) for kind in kinds]
             rows.append([student, fixed(metric.scale * value, metric.digits), *cells])
         found.append((title, headings, rows))
     return found
 
 
-def savings_cell(need: dict[str, Any] | str) -> str:
+def savings_cell(need: dict[str, Any] | str, seconds: bool) -> str:
     """`0.45 [0.41, 0.50] (0.62)`, or what is not known within the budgets that were tried."""
     if isinstance(need, str):
         known = {"less": "below the least tried", "more": "above the most tried"}
         return known.get(need, need)
     low, high = need["flops"]["ci95"]
-    return f"{need['flops']['ratio']:.2f} [{low:.2f}, {high:.2f}] ({need['seconds']['ratio']:.2f})"
+    flops = f"{need['flops']['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{flops} ({need['seconds']['ratio']:.2f})" if seconds else flops
 
 
 def models_table(result: dict[str, Any], interval: bool) -> ShownTable:
@@ -455,10 +466,17 @@ def with_tables(page: str, results: Path) -> str:
     return BLOCK.sub(block, page)
 
 
+def had_the_machine(result: dict[str, Any]) -> bool:
+    """Whether a run had the machine to itself, so that its seconds can be compared."""
+    return (result["cost"].get("load_of_others") or 0.0) <= 0.05
+
+
 def shared_with_others(result: dict[str, Any]) -> str:
     """Nothing, for a run that had the machine to itself."""
-    load = result["cost"].get("load_of_others") or 0.0
-    return f", shared with other programs ({100 * load:.0f} % of its work)" if load > 0.05 else ""
+    if had_the_machine(result):
+        return ""
+    load = 100 * result["cost"]["load_of_others"]
+    return f", shared with other programs ({load:.0f} % of its work)"
 
 
 def times(count: int) -> str:
