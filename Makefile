@@ -41,7 +41,12 @@ lint: $(VENV)/.installed-test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 
+SUPPORTED := import sys; sys.version_info >= (3, 11) or sys.exit(f"error: {sys.executable} is \
+	Python {sys.version.split()[0]}; 3.11 or later is needed: make PYTHON=/path/to/python3.11")
+
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(SUPPORTED)'
+	@$(RUN) -c '$(SUPPORTED)' 2> /dev/null || rm -rf $(VENV)  # made with an older one
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -c constraints.txt -e .
 	touch $@

@@ -12,19 +12,21 @@ Never trains. Make choices with --split validation; the held-out split is for th
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+from experiment.command import before_imports, command_line, eval_parser, run_command
+
+if __name__ == "__main__":
+    before_imports(eval_parser())
+
 import numpy as np
 import torch
-from rich.console import Console
 
 from configs.files import say, write_atomically, write_sealed
 from configs.schema import Config, LabError
 from experiment.check import artifacts_of, check_run, compare_runs, losses_of
-from experiment.command import run_command
 from experiment.cost import CountedForward, Stopwatch
 from experiment.environment import print_environment
 from experiment.experiment import (
@@ -54,8 +56,8 @@ from experiment.tries import tuned_for
 from experiment.workers import keep_freed_memory
 from measure.evaluate import Evaluation, TeacherReference, free_running
 from measure.laws import scaling_laws
+from measure.report.console import print_answers, print_result
 from measure.report.page import render_report
-from measure.report.tables import console_tables, facts_of
 from models.rows import Rows
 from tasks import load_task
 from tasks.task import Task
@@ -63,27 +65,18 @@ from teacher.source import prompts_for
 
 RESULTS = Path(__file__).parent / "results"
 SPEED_SAMPLE = 512  # rows
+ASKED = 6  # held-out questions of --ask
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, nargs="?", help="a finished run, e.g. runs/quickstart")
-    parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="print every model's answer")
-    parser.add_argument("--split", default="heldout", choices=["heldout", "validation"])
-    parser.add_argument(
-        "--check", nargs="?", const="", metavar="NAME", help="compare with results/<name>.json"
-    )
-    parser.add_argument("--selfcheck", action="store_true", help="check for silent errors")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar="RUN", help="two runs")
-    parser.add_argument("--environment", action="store_true", help="is this machine set up?")
-    parser.add_argument("--update", action="store_true", help="also write results/<name>.json")
-    parser.add_argument(
-        "--bands", nargs="+", type=Path, metavar="RUN", default=[], help="with --update: evaluated "
-        "runs of the same config from other seeds, for the band of every metric",
-    )  # fmt: skip
-    options = parser.parse_args(arguments)
+    parser = eval_parser()
+    options = parser.parse_intermixed_args(arguments)
+    if options.ask and not options.run and Path(options.ask[-1]).is_dir():
+        options.run = Path(options.ask.pop())  # --ask deepseek runs/quickstart
     if not (options.run or options.compare or options.environment):
-        parser.error("name a finished run, for example: python eval.py runs/quickstart")
+        parser.error(
+            f"name a finished run, for example: {command_line('eval.py', 'runs/quickstart')}"
+        )
     return run_command(lambda: story(options), "rerun the same command to evaluate again")
 
 
@@ -100,7 +93,7 @@ def story(options: argparse.Namespace) -> int:
     config = run.config()
     torch.set_num_threads(run.manifest["environment"]["threads"])
     keep_freed_memory()
-    if options.ask:
+    if options.ask is not None:
         ask(run, config, options.ask)
     elif options.check is not None:
         name = options.check or config.name
@@ -214,35 +207,28 @@ def publish(
         first = {name: by_split[split][0] for name, by_split in evaluations.items()}
         report = render_report(run.metrics(), result, reference, first)
         write_atomically(run.folder / "report.html", report)
-    console = Console(width=150)
-    for table in console_tables(result):
-        console.print(table)
-    print("\n".join(facts_of(result)))
+    print_result(result)
     if split != "validation":
         say(f"\nreport  {run.folder / 'report.html'}\nfigures {run.folder / 'eval.json'}")
-        say(f"next: python eval.py {run.folder} --ask {shlex.join(task.examples)}")
+        say(f"next: {command_line('eval.py', run.folder, '--ask', *task.examples)}")
 
 
 def ask(run: Run, config: Config, questions: list[str]) -> None:
-    """Print the answers of teacher, students and `baseline`, with their probabilities."""
+    """Print the answers of teacher, students and `baseline`; by default to held-out questions."""
     plan, task = Plan(config), load_task(config.task)
     own_task = teacher_task(config, run, task)
     names = ["teacher", *config.recipes, *(c for c in config.controls if c == "baseline")]
     models = {name: open_model(run, plan.stage(name)) for name in names}
-    for question in questions:
+    heldout = task.rows("heldout")
+    places = np.arange(ASKED) * len(heldout) // ASKED
+    for question in questions or [task.question(heldout, int(i)) for i in places]:
         answers = {}
         for name, model in models.items():
             asked = own_task if name == "teacher" else task
             rows = Rows.build([0], [asked.prompt(question)], [[]])
             answers[name] = free_running(model, asked, rows)
-        width = max(map(len, (*answers, "reference")))
-        text = min(100, max(len(answer.texts[0]) for answer in answers.values()))
-        lines = [question]
-        for name, answer in answers.items():
-            probability = np.exp(answer.log_probs[0])
-            lines.append(f"  {name:<{width}}  {answer.texts[0]:<{text}}  p = {probability:.3f}")
-        truths = " | ".join(task.truths(question)) or "(not listed)"
-        say("\n".join([*lines, f"  {'reference':<{width}}  {truths}"]))
+        print_answers(question, answers, task)
+    print("p: the probability that a model gives to its whole answer")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,17 @@
 Rerun the same command to resume. Evaluate the run with eval.py.
 """
 
-import argparse
 import math
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+from experiment.command import before_imports, run_command, train_parser
+
+if __name__ == "__main__":
+    before_imports(train_parser())
 
 import psutil
 import torch
@@ -22,7 +26,6 @@ from torch import nn
 
 from configs.schema import Config, LabError, Recipe, Training
 from experiment.budget import check_budgets, steps_within_budget
-from experiment.command import run_command
 from experiment.cost import CountedForward, cpu_seconds, load_of_others
 from experiment.environment import environment
 from experiment.experiment import (
@@ -70,18 +73,7 @@ from teacher.outputs import finish_outputs, make_outputs, sha256_of_outputs
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="a YAML file, such as those in configs/")
-    parser.add_argument("overrides", nargs="*", help="key=value, such as teacher.epochs=2")
-    parser.add_argument("--runs", default="runs", type=Path, help="where run folders are kept")
-    parser.add_argument(
-        "--fresh", action="store_true", help="copy no teacher or outputs from other runs"
-    )
-    parser.add_argument(
-        "--tune", action="store_true", help="try what the config's section tune names on the "
-        "validation split, and write the best into the config",
-    )  # fmt: skip
-    options = parser.parse_intermixed_args(arguments)
+    options = train_parser().parse_intermixed_args(arguments)
 
     def start() -> int:
         if options.tune:

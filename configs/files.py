@@ -176,9 +176,10 @@ def read_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise LabError(
-            f"{source}: not plain YAML{where}: {getattr(error, 'problem', None) or error}"
-        ) from None
+        problem = getattr(error, "problem", None) or str(error)
+        if "'\\t'" in problem:
+            problem = "a tab, which YAML does not accept; indent with spaces"
+        raise LabError(f"{source}: not plain YAML{where}: {problem}") from None
 
 
 def printable(text: object) -> str:

@@ -194,8 +194,18 @@ class Students(Section):
     training: Training = Training()
     # FLOPs of the teacher's outputs and one student: as a fraction of the teacher's training FLOPs
     # or, where the teacher was not trained here, in TFLOPs.
-    budget: float | None = Field(None, gt=0, le=10)
+    budget: float | None = Field(None, gt=0)
     tflops: float | None = Field(None, gt=0)
+
+    @field_validator("budget")
+    @classmethod
+    def a_fraction(cls, value: float | None) -> float | None:
+        if value is not None and value > 1:
+            raise ValueError(
+                f"found {value:g}, expected a fraction of the teacher's training FLOPs, such as "
+                f"{value / 100:g} for {value:g} %; for more than 1, set tflops instead"
+            )
+        return value
 
 
 class Verdict(Section):

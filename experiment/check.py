@@ -193,9 +193,7 @@ def compare_runs(a: Run, b: Run) -> list[str]:
     }
     lines = []
     for cause, found in causes.items():
-        lines.append(f"{cause:<9} {'same' if not found else '; '.join(found[:3])}")
-        if len(found) > 3:
-            lines[-1] += f"; and {len(found) - 3} more"
+        lines.append(f"{cause:<9} {'; '.join(found) or 'same'}")
     hashes = artifacts_of(a), artifacts_of(b)
     common = [key for key in hashes[0] if key in hashes[1]]
     same = [key for key in common if hashes[0][key] == hashes[1][key]]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from configs.schema import Config, Verdict, nearest
+from configs.schema import CONTROLS, Config, Verdict, nearest
 from measure.metrics import metrics_of
 from tasks.task import Metric, Task
 
@@ -19,10 +19,10 @@ def check_claims(config: Config, task: type[Task]) -> Iterator[str]:
     for verdict in config.verdicts:
         for name in verdict.names:
             if name not in names | {"teacher"}:
-                yield (
-                    f"verdict {verdict.claim!r}: no student or control {name!r}"
-                    f"{nearest(name, names | {'teacher'})}"
-                )
+                advice = nearest(name, names | {"teacher"})
+                if name in CONTROLS:
+                    advice = f"; add {name} to controls, or remove the verdict"
+                yield f"verdict {verdict.claim!r}: no student or control {name!r}{advice}"
         yield from check_threshold(verdict, metrics[verdict.metric])
     stated = [(v.claim, v.metric, v.split, v.threshold) for v in config.verdicts]
     for claim, metric, *_ in {one for one in stated if stated.count(one) > 1}:

@@ -1,13 +1,77 @@
-"""Run a command: errors become one line and an exit code."""
+"""What train.py and eval.py share as commands: their options, their errors, and Ctrl-C.
 
+Imported before torch, whose import takes seconds.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
+from pathlib import Path
+from threading import current_thread, main_thread
 
 from safetensors import SafetensorError
 
 from configs.files import printable
 from configs.schema import LabError
+
+ROOT = Path(__file__).parent.parent
+
+
+def train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "train.py", description="Train a teacher, produce its outputs, train students and controls."
+    )
+    parser.add_argument("config", help="a YAML file, such as those in configs/")
+    parser.add_argument("overrides", nargs="*", help="key=value, such as teacher.epochs=2")
+    parser.add_argument("--runs", default="runs", type=Path, help="where run folders are kept")
+    parser.add_argument(
+        "--fresh", action="store_true", help="copy no teacher or outputs from other runs"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="try what the config's section tune names on the "
+        "validation split, and write the best into the config",
+    )  # fmt: skip
+    return parser
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "eval.py", description="Evaluate a finished run: how closely do the students match the "
+        "teacher, and at what cost?",
+    )  # fmt: skip
+    parser.add_argument("run", type=Path, nargs="?", help="a finished run, e.g. runs/quickstart")
+    parser.add_argument(
+        "--ask", nargs="*", metavar="QUESTION", help="print every model's answer; default: to "
+        "held-out questions",
+    )  # fmt: skip
+    parser.add_argument("--split", default="heldout", choices=["heldout", "validation"])
+    parser.add_argument(
+        "--check", nargs="?", const="", metavar="NAME", help="compare with results/<name>.json"
+    )
+    parser.add_argument("--selfcheck", action="store_true", help="check for silent errors")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="RUN", help="two runs")
+    parser.add_argument("--environment", action="store_true", help="is this machine set up?")
+    parser.add_argument("--update", action="store_true", help="also write results/<name>.json")
+    parser.add_argument(
+        "--bands", nargs="+", type=Path, metavar="RUN", default=[], help="with --update: evaluated "
+        "runs of the same config from other seeds, for the band of every metric",
+    )  # fmt: skip
+    return parser
+
+
+def before_imports(parser: argparse.ArgumentParser) -> None:
+    """Answer --help and mistakes at once, stop on Ctrl-C without a traceback, and let threads that
+    wait sleep: if they spin, one other busy process makes a small model many times slower."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parser.parse_intermixed_args()
 
 
 def run_command(command: Callable[[], int], when_stopped: str) -> int:
@@ -16,7 +80,8 @@ def run_command(command: Callable[[], int], when_stopped: str) -> int:
         if isinstance(stream, TextIOWrapper):  # in a notebook it is something else
             stream.reconfigure(errors="backslashreplace")  # where a terminal lacks a letter
     try:
-        return command()
+        with ctrl_c(signal.default_int_handler):
+            return command()
     except LabError as error:
         print(one_line(error), file=sys.stderr)
         return 2
@@ -30,5 +95,38 @@ def run_command(command: Callable[[], int], when_stopped: str) -> int:
         return 130
 
 
+@contextmanager
+def ctrl_c(handler: Callable | signal.Handlers) -> Iterator[None]:
+    """What Ctrl-C does meanwhile. Processes started meanwhile ignore it if `handler` does."""
+    if current_thread() is not main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def one_line(error: Exception) -> str:
     return printable("error: " + " ".join(str(error).splitlines()))
+
+
+def command_line(script: str, *arguments: object) -> str:
+    """A command for the reader's shell: it finds this Python and this script from where they are,
+    whether or not they have activated an environment."""
+    there = Path(sys.executable)
+    found = shutil.which("python")
+    if "UV" in os.environ:  # set by `uv run`, which finds the environment itself
+        python = ["uv", "run", "python"]
+    elif found and Path(found).parent == there.parent:
+        python = ["python"]
+    else:
+        python = [from_here(there)]
+    words = [*python, from_here(ROOT / script), *map(str, arguments)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def from_here(path: Path) -> str:
+    """Relative to the working directory if it lies in there, absolute otherwise."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

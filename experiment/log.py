@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.files import printable, read_sealed, write_sealed
+from experiment.command import command_line
 from experiment.cost import Elapsed
 from experiment.experiment import Experiment
 from experiment.run import Run
@@ -150,7 +151,7 @@ def print_summary(run: Run) -> None:
     text = (
         f"teacher    {run.teacher}\nstudents   {run.folder / 'students'}\n"
         f"cost       {run.folder / 'ledger.json'} ({minutes:.1f} minutes in all)\n\n"
-        f"next: python eval.py {run.folder}"
+        f"next: {command_line('eval.py', run.folder)}"
     )
     width = max(80, *(len(line) + 4 for line in text.splitlines()))  # commands stay on one line
     title = Text(f"trained {printable(run.folder)}")

@@ -1,6 +1,6 @@
 """Read a config: YAML with overrides on top, checked, or rejected in one line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,11 @@ from pydantic import ValidationError
 
 from configs.files import read_text, read_yaml
 from configs.schema import Config, LabError, Section, nearest
+from experiment.command import from_here
 from experiment.rules import objections
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+EXAMPLE = "configs/quickstart.yaml"
 
 
 def read_config(
@@ -19,13 +23,14 @@ def read_config(
 
     Raises LabError with one line that names the file, the key, what was found and what to do.
     """
-    path = Path(path)
+    path = config_file(path)
     if not path.is_file():
         near = nearest(path.name, [found.name for found in path.parent.glob("*.yaml")])
         raise LabError(f"no config file {path}{near}")
     settings = read_yaml(read_text(path), str(path))
     if not isinstance(settings, dict):
-        raise LabError(f"{path} holds {type(settings).__name__}, expected keys and values")
+        found = "nothing" if settings is None else type(settings).__name__
+        raise LabError(f"{path} holds {found}, expected keys and values as in {EXAMPLE}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -47,9 +52,30 @@ def check_config(settings: dict, source: str) -> Config:
     except ValidationError as error:
         message = explain(error.errors()[0])  # which may quote line breaks from the file
         raise LabError(f"{source}: {' '.join(message.splitlines())}") from None
+    for key, value in misread(settings, config.model_dump()):
+        raise LabError(f"{source}: {key}: found {str(value).lower()}, expected a number")
     for objection in objections(config):
         raise LabError(f"{source}: {' '.join(objection.splitlines())}")
     return config
+
+
+def config_file(path: str | Path) -> Path:
+    """A config that is given by its name alone is one of those in configs/."""
+    path, named = Path(path), CONFIGS / f"{path}.yaml"
+    is_name = len(path.parts) == 1 and not path.suffix and not path.exists()
+    return Path(from_here(named)) if is_name and named.is_file() else path
+
+
+def misread(given: Any, read: Any, key: str = "") -> Iterator[tuple[str, bool]]:
+    """(key, value) of every true or false that was read as a number."""
+    if isinstance(given, bool) and not isinstance(read, bool):
+        yield key, given
+    elif isinstance(given, dict) and isinstance(read, dict):
+        for name in given.keys() & read.keys():
+            yield from misread(given[name], read[name], f"{key}.{name}".strip("."))
+    elif isinstance(given, list) and isinstance(read, list | tuple):
+        for number, (one, other) in enumerate(zip(given, read, strict=False)):
+            yield from misread(one, other, f"{key}.{number}")
 
 
 def explain(error: Any) -> str:
@@ -66,6 +92,10 @@ def explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message
+    if error["type"] == "string_pattern_mismatch":
+        return f"{key}: found {error['input']!r}, expected letters, digits, '.', '_' and '-' only"
+    if error["type"] == "too_short":
+        return f"{key}: found {error['input']!r}, expected at least {error['ctx']['min_length']}"
     if error["type"] == "missing":
         return f"{key}: missing; this key is needed"
     return f"{key}: found {error['input']!r}; {message[0].lower()}{message[1:]}"

@@ -30,6 +30,7 @@ from tasks import TASKS
 from tasks.task import Task
 from teacher.access import ACCESS
 
+HOTTEST = 100.0  # temperature
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -124,8 +125,12 @@ def check_objective(recipe: Recipe) -> Iterator[str]:
                 f"objective weights sum to {total:g} at {progress:g} of the training, expected "
                 "above 0 and at most 1"
             )
-    if extremes(recipe.temperature)[0] <= 0:
-        yield f"temperature {recipe.temperature} must stay above 0"
+    low, high = extremes(recipe.temperature)
+    if low <= 0 or high > HOTTEST:
+        yield (
+            f"temperature {recipe.temperature} must stay above 0 and at most {HOTTEST}, where all "
+            "outcomes look alike"
+        )
 
 
 def check_access(recipe: Recipe) -> Iterator[str]:

@@ -135,7 +135,9 @@ class Run:
     def finished(cls, folder: str | Path) -> "Run":
         """Open a finished run for reading. LabError if it is missing, unfinished or of another
         schema."""
-        run = cls(folder)
+        run, by_name = cls(folder), cls(Path("runs") / folder)
+        if not run.folder.is_dir() and by_name.folder.is_dir():
+            run = by_name
         if not run.folder.is_dir():
             raise LabError(f"no run folder {run.folder}; train.py CONFIG makes one under runs/")
         run.reload()

@@ -1,5 +1,6 @@
 """Stages: run them in this process or in workers, and record what they cost and made."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,15 +36,26 @@ def run_stages(experiment: Experiment, jobs: dict[str, tuple]) -> None:
     With `workers` above 1 that many processes share the threads. The result of a stage does not
     depend on when it runs, nor on what runs beside it.
     """
-    run, config = experiment.run, experiment.config
+    run, config, started = experiment.run, experiment.config, time.monotonic()
     waiting = {stage: job for stage, job in jobs.items() if not run.stage_done(stage)}
-    if config.workers == 1 or len(jobs) == 1:
-        for stage, (function, *arguments) in waiting.items():
-            record_stage(experiment, stage, function(experiment, stage, *arguments))
-        return
-    tasks = {stage: (work, function, stage, *rest) for stage, (function, *rest) in waiting.items()}
-    for stage, result in side_by_side(tasks, config.workers, open_worker, (config, run.folder)):
+    results = ((s, function(experiment, s, *rest)) for s, (function, *rest) in waiting.items())
+    if config.workers > 1 and len(jobs) > 1:
+        work_of = {s: (work, function, s, *rest) for s, (function, *rest) in waiting.items()}
+        results = side_by_side(work_of, config.workers, open_worker, (config, run.folder))
+    for done, (stage, result) in enumerate(results, start=1):
         record_stage(experiment, stage, result)
+        if experiment.is_main and done < len(waiting):
+            left = (time.monotonic() - started) / done * (len(waiting) - done)
+            say(f"{stage} is done, {done} of {len(waiting)}; {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """About how long something takes, for people."""
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    if seconds < 5400:
+        return f"about {seconds / 60:.0f} minutes"
+    return f"about {seconds / 3600:.1f} h"
 
 
 def record_stage(experiment: Experiment, stage: str, result: StageResult) -> None:

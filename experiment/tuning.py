@@ -15,9 +15,10 @@ import yaml
 
 from configs.files import read_text, say, write_atomically
 from configs.schema import Config, LabError, Recipe, Try, Tuned
+from experiment.command import command_line
 from experiment.experiment import open_model, require_same_rows, teacher_task
 from experiment.plan import TEACHERS, Plan
-from experiment.reading import check_config, read_config
+from experiment.reading import check_config, config_file, read_config
 from experiment.run import Run
 from experiment.tries import NOT_TUNED, rank, sha256_of_tuned, tries_of
 from measure.evaluate import TeacherReference
@@ -32,6 +33,7 @@ def tune(
 ) -> None:
     """Try, and write the section `tuned` at the end of the config. train: (config, run folder).
     Overrides may change how it runs on this machine, not what is tuned."""
+    path = config_file(path)
     config = read_config(path, overrides, without=("tuned",))
     if sha256_of_tuned(config) != sha256_of_tuned(read_config(path, without=("tuned",))):
         raise LabError(
@@ -62,7 +64,7 @@ def tune(
         values = best.model_dump(exclude={"validation"}, exclude_none=True)
         shown = ", ".join(f"{key} {value:g}" for key, value in values.items())
         say(f"{name:<20} {shown}: {headline} {best.validation[headline]:.4f}")
-    say(f"the best tries are in force in {path}\nnext: python train.py {path}")
+    say(f"the best tries are in force in {path}\nnext: {command_line('train.py', path)}")
 
 
 def needs(config: Config, name: str, recipe: Recipe) -> list[str]:

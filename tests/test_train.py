@@ -11,6 +11,7 @@ import train
 from configs.schema import LabError, Recipe, Training
 from experiment import training_state
 from experiment.checkpoints import load_checkpoint
+from experiment.command import command_line
 from experiment.experiment import loss_of, open_experiment
 from models.language import build_model, initialise, load_model, parameter_count
 from models.rows import batch_order, collate
@@ -214,5 +215,5 @@ def test_the_training_ends_with_where_things_are_and_the_next_command(tmp_path, 
     few = ("seeds=[0]", "controls=[baseline]", "verdicts=[]", "teacher.epochs=1")
     assert train_tiny(tmp_path, *few, "recipes={plain: {access: logits}}") == 0
     printed = capsys.readouterr().out
-    for line in ("cost       ", "next: python eval.py "):
-        assert f"{line}{tmp_path / 'tiny'}" in printed
+    assert f"cost       {tmp_path / 'tiny'}" in printed
+    assert f"next: {command_line('eval.py', tmp_path / 'tiny')}" in printed

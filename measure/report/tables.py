@@ -5,9 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from measure.laws import Law
 from measure.metrics import AGREEMENT, DIVERGENCE, metrics_in
 from measure.verdicts import NOT_DISTINGUISHED, claim_of, verdict_line
@@ -222,6 +219,15 @@ def measured_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
     ]
     if not parts:
         return []
+    measured = (
+        "measured for outputs and one student, in % of the teacher's seconds / joules / money: "
+        f"{', '.join(parts)} (joules: {cost['joules_source']})"
+    )
+    if not had_the_machine(result):
+        measured = (
+            "seconds, joules and money are left out: other programs did "
+            f"{100 * cost['load_of_others']:.0f} % of the machine's work meanwhile"
+        )
     main = next(iter(result["students"]))
     totals = cost["flops_per_student_with_teacher"]
     with_teacher = ", ".join(
@@ -229,8 +235,7 @@ def measured_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
         for count, share in totals.items()
     )
     return [
-        "measured for outputs and one student, in % of the teacher's seconds / joules / money: "
-        f"{', '.join(parts)} (joules: {cost['joules_source']})",
+        measured,
         f"with the teacher's training charged, in FLOPs of it per student ({main}): {with_teacher}",
     ]
 
@@ -413,49 +418,38 @@ def savings_tables(result: dict[str, Any]) -> list[ShownTable]:
         metric, reference = metrics[name], saved["reference"]
         title = f"Cost at the same {metric.heading}, as a ratio to {reference}'s"
         kinds = [curve for curve in saved["curves"] if curve != reference]
-        headings = ["", heading(metric), *(f"{kind}: FLOPs (seconds)" for kind in kinds)]
+        seconds = had_the_machine(result)
+        unit = "FLOPs (seconds)" if seconds else "FLOPs"
+        headings = ["", heading(metric), *(f"{kind}: {unit}" for kind in kinds)]
         rows = []
         for student, needs in targets.items():
             value = value_in(result["students"][student], name)["mean"]
-            cells = [savings_cell(needs[kind]) for kind in kinds]
+            cells = [savings_cell(needs[kind], seconds) for kind in kinds]
             rows.append([student, fixed(metric.scale * value, metric.digits), *cells])
         found.append((title, headings, rows))
     return found
 
 
-def savings_cell(need: dict[str, Any] | str) -> str:
+def savings_cell(need: dict[str, Any] | str, seconds: bool) -> str:
     """`0.45 [0.41, 0.50] (0.62)`, or what is not known within the budgets that were tried."""
     if isinstance(need, str):
         known = {"less": "below the least tried", "more": "above the most tried"}
         return known.get(need, need)
     low, high = need["flops"]["ci95"]
-    return f"{need['flops']['ratio']:.2f} [{low:.2f}, {high:.2f}] ({need['seconds']['ratio']:.2f})"
+    flops = f"{need['flops']['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{flops} ({need['seconds']['ratio']:.2f})" if seconds else flops
 
 
-def console_tables(result: dict[str, Any]) -> list[Table]:
-    """The models, then what was found about them."""
-    found = [console_table(result)]
-    for title, headings, rows in more_tables(result):
-        table = Table(box=box.ASCII, title=title)
-        for number, column in enumerate(headings):
-            table.add_column(column, justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*row)
-        found.append(table)
-    return found
-
-
-def console_table(result: dict[str, Any]) -> Table:
-    table = Table(box=box.ASCII, title=f"{result['config']['name']}, {result['split']} split")
-    table.add_column("")
+def models_table(result: dict[str, Any], interval: bool) -> ShownTable:
+    """A row per model: size, cost, and the metrics of the short table."""
     compared, columns = compared_in(result), columns_of(result, short=True)
-    for title in ("params", "TFLOPs", *map(heading, columns.values()), *more_headings(result)):
-        table.add_column(title, justify="right")
+    headings = ["", "parameters", "TFLOPs", *map(heading, columns.values()), *more_headings(result)]
+    rows = []
     for name, entry in models_in(result).items():
         size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
-        cells = cells_of(entry, columns, interval=not compared)
-        table.add_row(name, *size, *cells, *more_cells(result, name))
-    return table
+        cells = cells_of(entry, columns, interval=interval and not compared)
+        rows.append([name, *size, *cells, *more_cells(result, name)])
+    return f"{result['config']['name']}, {result['split']} split", headings, rows
 
 
 def with_tables(page: str, results: Path) -> str:
@@ -472,10 +466,17 @@ def with_tables(page: str, results: Path) -> str:
     return BLOCK.sub(block, page)
 
 
+def had_the_machine(result: dict[str, Any]) -> bool:
+    """Whether a run had the machine to itself, so that its seconds can be compared."""
+    return (result["cost"].get("load_of_others") or 0.0) <= 0.05
+
+
 def shared_with_others(result: dict[str, Any]) -> str:
     """Nothing, for a run that had the machine to itself."""
-    load = result["cost"].get("load_of_others") or 0.0
-    return f", shared with other programs ({100 * load:.0f} % of its work)" if load > 0.05 else ""
+    if had_the_machine(result):
+        return ""
+    load = 100 * result["cost"]["load_of_others"]
+    return f", shared with other programs ({load:.0f} % of its work)"
 
 
 def times(count: int) -> str:
@@ -491,15 +492,11 @@ def is_current(result: dict[str, Any]) -> bool:
 
 def markdown(result: dict[str, Any]) -> str:
     """One result as a Markdown table and a list of facts."""
-    columns = columns_of(result, short=True)
-    headings = ["", "parameters", "TFLOPs", *map(heading, columns.values()), *more_headings(result)]
-    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    for name, entry in models_in(result).items():
-        size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
-        cells = [*cells_of(entry, columns, interval=False), *more_cells(result, name)]
-        lines.append(f"| {' | '.join([name, *size, *cells])} |")
-    for title, headings, rows in more_tables(result):
-        lines += ["", f"{title}:", "", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    lines = []
+    tables = [models_table(result, interval=False), *more_tables(result)]
+    for number, (title, headings, rows) in enumerate(tables):
+        lines += ["", f"{title}:", ""] if number else []
+        lines += [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
     facts = [*facts_of(result), work_line(result)]
     return "\n".join([*lines, "", *(f"- {fact}" for fact in facts), ""])

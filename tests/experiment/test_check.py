@@ -149,6 +149,14 @@ def test_a_metric_that_is_not_a_number_makes_no_band():
         bands(results)
 
 
+def test_a_metric_that_some_run_lacks_has_no_band():
+    results = [result(seed=seed) for seed in range(10)]
+    results[3]["students"]["distilled"]["quality"] = {"word_error_rate": {"per_seed": [None]}}
+    assert set(bands(results)) == {
+        "distilled sequence_agreement", "distilled beats baseline: sequence_agreement",
+    }  # fmt: skip
+
+
 def test_a_metric_at_its_limit_may_move_by_a_word_or_two():
     there = {**reference(), "bands": bands([result(agreement=1.0, seed=s) for s in range(10)])}
     assert check(result(agreement=1 - 2 / 6298, sha256="b"), there)[0] == "C"

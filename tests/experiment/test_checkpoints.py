@@ -60,3 +60,8 @@ def test_a_torn_checkpoint_is_skipped_with_a_message(tmp_path, capsys):
     assert meta == {"step": 2, "flops": 2}
     assert tensors["w"].tolist() == [2.0] * 3
     assert "is damaged" in capsys.readouterr().out
+    files[0].write_bytes(b"")
+    assert load_checkpoint(tmp_path) is None
+    assert "every checkpoint in" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "nowhere") is None
+    assert capsys.readouterr().out == ""

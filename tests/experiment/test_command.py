@@ -1,6 +1,7 @@
 """What reaches the terminal."""
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -11,7 +12,7 @@ import pytest
 import eval as judge
 from configs.files import printable
 from configs.schema import LabError
-from experiment.command import run_command
+from experiment.command import command_line, run_command
 from tests.helpers import ROOT
 
 ESCAPES = "\x1b[31m\x1b]0;title\x07\u202e\x9b2J\r"
@@ -57,3 +58,81 @@ def test_a_terminal_without_a_letter_shows_its_code(copy):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+HELP = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    assert not {"torch", "numpy", "transformers"} & sys.modules.keys()
+"""
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_is_shown_before_the_imports_that_take_seconds(script):
+    command = [sys.executable, "-c", HELP, str(ROOT / script)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {script} ")
+
+
+INTERRUPT = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_ctrl_c_during_imports_ends_without_a_traceback(script, tmp_path):
+    (tmp_path / "torch.py").write_text(INTERRUPT, "utf-8")
+    command = [sys.executable, str(ROOT / script), "configs/tiny.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+TWICE = """
+import os, signal, time
+from experiment.command import command_line, run_command
+
+def work():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(9)
+    finally:  # a second Ctrl-C while the first cleans up
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(9)
+
+raise SystemExit(run_command(work, "rerun to resume"))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
+def test_ctrl_c_twice_is_as_calm_as_once():
+    command = [sys.executable, "-c", TWICE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "\nstopped; rerun to resume\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other quotes")
+def test_a_printed_command_works_where_the_reader_stands(tmp_path, monkeypatch):
+    """Before they have activated an environment, after, elsewhere, and with uv."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr("experiment.command.ROOT", tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.delenv("UV", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert command_line("eval.py", "runs/a b", "--ask", "it's") == (
+        ".venv/bin/python eval.py 'runs/a b' --ask 'it'\"'\"'s'"
+    )
+    monkeypatch.setenv("PATH", f"{python.parent}:/usr/bin")
+    assert command_line("eval.py", 3) == "python eval.py 3"
+    monkeypatch.setenv("UV", "/bin/uv")
+    assert command_line("eval.py") == "uv run python eval.py"
+    monkeypatch.delenv("UV")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert command_line("train.py") == f"python {tmp_path}/train.py"

@@ -1,9 +1,12 @@
 """The cost ledger."""
 
+import sys
 from itertools import count
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from configs.schema import Cost
 from experiment import cost, stages
@@ -104,3 +107,35 @@ def test_the_load_of_others_is_what_this_process_did_not_use():
     total, own = (now - then for now, then in zip(cost.cpu_seconds(), before, strict=True))
     assert own > 0
     assert total >= 0
+
+
+def test_what_workers_used_is_not_known_everywhere(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert cost.load_of_others((0.0, 0.0), workers=2) is None
+    assert cost.load_of_others((0.0, 0.0), workers=1) is not None
+
+
+def test_energy_is_read_in_joules(tmp_path, monkeypatch):
+    """A CPU counts microjoules, a GPU millijoules; without a counter there is no figure."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cost, "RAPL", tmp_path / "energy_uj")
+    assert cost.read_energy() is None
+    (tmp_path / "energy_uj").write_text("2500000\n", "utf-8")
+    assert cost.read_energy() == 2.5
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    counter = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda device: f"device {device}",
+        nvmlDeviceGetTotalEnergyConsumption={"device 1": 4000}.__getitem__,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", counter)
+    assert cost.read_energy() == 4.0
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+    assert cost.read_energy() is None
+
+
+def test_the_peak_of_a_gpu_is_that_of_its_own_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+    assert cost.peak_memory() == 123

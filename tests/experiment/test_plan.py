@@ -58,3 +58,11 @@ def test_gold_is_the_first_recipe_with_the_datas_answers_and_its_cost():
     assert gold.student.budget_fraction == 0.5
     assert plan.prerequisites(gold) == plan.prerequisites(distilled)
     assert plan.request(gold) is None
+
+
+def test_the_softest_recipe_is_the_first_that_stores_distributions():
+    plan = Plan(read_config(TINY))
+    assert plan.softest is plan.recipes["distilled"]
+    only = ["recipes={text: {access: text, sequences: teacher, objective: cross_entropy}}"]
+    without = Plan(read_config(TINY, [*only, "controls=[baseline]", "verdicts=[]"]))
+    assert without.softest is None

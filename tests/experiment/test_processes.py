@@ -11,10 +11,11 @@ import psutil
 import pytest
 
 import train
+from configs.schema import LabError
 from experiment.check import losses_of
 from experiment.run import Run
 from teacher import outputs
-from tests.helpers import ROOT, fit
+from tests.helpers import ROOT, TINY, fit
 
 
 def kill_at_a_checkpoint(command: list[str], checkpoints: Path) -> None:
@@ -56,6 +57,19 @@ def test_outputs_are_finished_when_all_processes_have_written_their_shards(lab, 
     stage = lab.plan.request(recipe).stage
     train.produce_outputs(dataclasses.replace(lab, accelerator=two), stage, recipe, fresh=True)
     assert lab.run.manifest["stages"][stage]["rows"] == len(lab.rows) > 200
+
+
+def test_several_processes_are_not_launched_beside_workers(tmp_path, monkeypatch, capsys):
+    two = SimpleNamespace(num_processes=2, is_main_process=True)
+    monkeypatch.setattr(train, "Accelerator", lambda cpu: two)
+    assert train.main([TINY, "workers=2", "--runs", str(tmp_path)]) == 2
+    assert "2 processes were launched and workers is 2" in capsys.readouterr().err
+
+
+def test_a_batch_too_small_for_all_processes_is_refused(lab):
+    many = SimpleNamespace(num_processes=1000, device=lab.accelerator.device)
+    with pytest.raises(LabError, match="rows cannot be shared by 1000 processes; launch fewer"):
+        fit(dataclasses.replace(lab, accelerator=many), steps=1)
 
 
 @pytest.mark.slow

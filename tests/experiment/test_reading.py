@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import train
 from configs.files import read_yaml
 from configs.schema import Config, LabError, Schedule, extremes, value_at
-from experiment.reading import check_config, read_config
+from experiment.reading import check_config, config_file, read_config
 from tests.helpers import ROOT, TINY
 
 READ = read_config(TINY)
@@ -126,3 +126,29 @@ def test_a_config_that_is_not_text_is_rejected(tmp_path, capsys):
     (tmp_path / "bad.yaml").write_bytes(b"name: \xff\xfe")
     assert train.main([str(tmp_path / "bad.yaml")]) == 2
     assert "is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds nothing, expected keys and values as in configs/quickstart.yaml"),
+        ("- a\n", "holds list, expected keys and values"),
+        ("name: x\n\tseeds: [0]\n", "at line 2: a tab, which YAML does not accept; indent with"),
+        ("name: x\nname: y\n", "the key 'name' is given twice"),
+    ],
+)
+def test_what_is_no_config_says_what_it_is(content, message, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(content, "utf-8")
+    with pytest.raises(LabError, match=message):
+        read_config(file)
+
+
+def test_a_config_is_found_by_its_name_alone(tmp_path, monkeypatch):
+    assert read_config("tiny") == READ
+    monkeypatch.chdir(tmp_path)
+    assert config_file("tiny") == ROOT / "configs" / "tiny.yaml"
+    Path("tiny").touch()
+    assert config_file("tiny") == Path("tiny")
+    assert config_file("quick") == Path("quick")
+    assert config_file("elsewhere/tiny") == Path("elsewhere/tiny")

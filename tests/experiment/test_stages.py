@@ -1,7 +1,9 @@
 """Stages: what another run made from the same inputs is copied."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+from experiment import stages
 from experiment.experiment import teacher_made_from
 from experiment.reading import read_config
 from experiment.run import Run
@@ -49,3 +51,18 @@ def test_another_teacher_is_not_taken_for_this_one(lab):
     other = replace(lab, run=Run(lab.run.folder))
     other.run.manifest["data"] = lab.run.manifest["data"] | {"rows": "others"}
     assert teacher_made_from(other, 0) != first
+
+
+def test_a_run_says_what_is_done_and_how_long_the_rest_takes(lab, monkeypatch, capsys):
+    clock = iter([0.0, 10.0, 300.0])
+    monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(stages, "record_stage", lambda *_: None)
+    jobs = {f"student {n}": (lambda *_: None,) for n in range(3)}
+    stages.run_stages(lab, jobs)
+    assert capsys.readouterr().out.splitlines() == [
+        "student 0 is done, 1 of 3; about 20 s left",
+        "student 1 is done, 2 of 3; about 2 minutes left",
+    ]
+    assert stages.duration(89) == "about 89 s"
+    assert stages.duration(5399) == "about 90 minutes"
+    assert stages.duration(5400) == "about 1.5 h"

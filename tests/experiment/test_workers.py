@@ -1,11 +1,13 @@
 """Worker processes that share the threads."""
 
 import platform
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from experiment.workers import side_by_side
 from tests.helpers import ROOT, tensor_hashes, train_tiny
 
 
@@ -16,6 +18,23 @@ def test_two_workers_train_the_same_models_as_one(tiny_run, tmp_path):
     found, whole = tensor_hashes(tmp_path / "tiny"), tensor_hashes(tiny_run)
     assert len(found) == 5
     assert found.items() <= whole.items()
+
+
+WHILE_IMPORTED = signal.getsignal(signal.SIGINT)
+
+
+def opened():
+    """A worker imports this module to find this function, before it can set any handler."""
+
+
+def ctrl_c_while_imported():
+    return WHILE_IMPORTED
+
+
+def test_a_worker_leaves_ctrl_c_to_its_parent_from_its_first_import_on():
+    found = dict(side_by_side({"job": (ctrl_c_while_imported,)}, 1, opened, ()))
+    assert found == {"job": signal.SIG_IGN}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # Steps that free 8 MB and take as much again; prints the number of page faults.

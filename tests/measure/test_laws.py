@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from measure import laws
 from measure.laws import Law, fit_law, law_of, minimum_interval, scaling_laws
 from measure.statistics import joint_draws
 from tests.helpers import drawn
@@ -109,3 +110,33 @@ def test_a_bound_of_the_minimum_beyond_the_sizes_is_not_given():
     assert found == pytest.approx([near.minimum_at] * 2)
     assert minimum_interval([near] * 90 + [none] * 10, X) == [pytest.approx(near.minimum_at), None]
     assert minimum_interval([beyond] * 100, X) == [None, None]
+
+
+def test_a_law_of_a_whole_study_has_intervals_around_it():
+    law, generator = Law(0.002, 1.2, 0.3, 0.9), np.random.default_rng(0)
+    row = 0.03 * generator.standard_normal(200)
+    estimates = [drawn(generator, 5, 200, value, 0.001, row=row) for value in law(X)]
+    found = study([estimate.mean for estimate in estimates], estimates)
+    for value, (low, high) in zip(found["law"], found["law_ci95"], strict=True):
+        assert low < value < high
+    low, high = found["minimum_ci95"]
+    assert low < found["minimum_at"] < high
+    assert found["identified"]
+
+
+def test_a_minimum_whose_interval_leaves_the_sizes_is_not_identified(monkeypatch):
+    monkeypatch.setattr(laws, "minimum_interval", lambda *_: [0.1, None])
+    law, generator = Law(0.002, 1.2, 0.3, 0.9), np.random.default_rng(0)
+    estimates = [drawn(generator, 5, 50, value, 0.001) for value in law(X)]
+    found = study([estimate.mean for estimate in estimates], estimates)
+    assert found["minimum_ci95"] == [0.1, None]
+    assert not found["identified"]
+
+
+def test_a_fit_that_starts_near_a_law_finds_the_same():
+    law = Law(0.002, 1.2, 0.3, 0.9)
+    found = fit_law(X, law(X), has_minimum=True, near=law)
+    assert (found.a, found.b, found.c, found.d) == pytest.approx((0.002, 1.2, 0.3, 0.9), rel=1e-4)
+    falling = Law(0.05, 0.5, 0.01, 0.0)
+    found = fit_law(X, falling(X), near=falling)
+    assert (found.a, found.b, found.c) == pytest.approx((0.05, 0.5, 0.01), rel=1e-3)

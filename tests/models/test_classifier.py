@@ -9,6 +9,7 @@ from configs.schema import LabError, Model
 from models.language import build_model, initialise, load_model, logits_at, save_model
 from models.rows import collate
 from tasks.digits import Digits
+from tasks.pronounce import Pronounce
 
 TASK = SimpleNamespace(name="digits", tokenizer=None, vocabulary=10, longest_row=785)
 
@@ -105,3 +106,8 @@ def test_a_setting_that_it_does_not_have_is_rejected_in_one_line(settings, reaso
 def test_a_language_model_cannot_read_images():
     with pytest.raises(LabError, match="reads text"):
         build_model(Model(hidden_size=8, num_hidden_layers=1, num_attention_heads=1), TASK)
+
+
+def test_a_classifier_cannot_read_text():
+    with pytest.raises(LabError, match="'mlp' classifies images, but task pronounce is text"):
+        build_model(Model(architecture="mlp"), Pronounce(limit=100))

@@ -17,8 +17,10 @@ from models.language import (
     Averaged,
     build_model,
     initialise,
+    linear_head,
     load_model,
     parameter_count,
+    pretrained_layers,
     require_memory,
     take_layers,
 )
@@ -126,6 +128,9 @@ def test_a_student_may_start_from_layers_of_its_teacher():
     for name, tensor in ours.items():
         source = name.replace("layers.1.", "layers.2.")
         assert torch.equal(tensor, theirs[source]), name
+    student.model.layers = torch.nn.ModuleDict({"a": student.model.layers[0]})
+    with pytest.raises(LabError, match="the layers of llama cannot be recognised by name"):
+        take_layers(student, teacher, [1, 3])
 
 
 def test_a_model_is_refused_only_by_a_machine_that_cannot_hold_it(monkeypatch):
@@ -156,3 +161,20 @@ def test_the_embeddings_of_a_large_vocabulary_need_memory_too(monkeypatch):
     machine.total = needed - 1
     with pytest.raises(LabError, match="billion parameters need"):
         require_memory(config)
+
+
+def test_only_the_config_of_a_pretrained_model_is_read_for_its_layers(tiny_run, tmp_path):
+    config = (tiny_run / "teacher" / "config.json").read_text("utf-8")
+    (tmp_path / "config.json").write_text(config, "utf-8")
+    assert pretrained_layers(str(tmp_path)) == 1
+    with pytest.raises(LabError, match=r"model\.pretrained .*nowhere' cannot be loaded"):
+        pretrained_layers(str(tmp_path / "nowhere"))
+
+
+def test_logits_that_are_not_linear_in_the_last_states_have_no_linear_head():
+    task = Pronounce(limit=100)
+    model = build_model(read_config(TINY).teacher.model, task)
+    assert linear_head(model).weight is model.lm_head.weight
+    model.config.final_logit_softcapping = 30.0
+    assert linear_head(model) is None
+    assert linear_head(torch.nn.Linear(2, 2)) is None

@@ -40,6 +40,12 @@ def test_too_little_memory_is_not_called_damage(message, folder, monkeypatch):
             read(folder)
 
 
+def test_a_folder_without_weights_is_rejected_by_their_name(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(LabError, match=r"holds no model\.safetensors"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("damage", ["missing", "unexpected"])
 def test_a_model_without_all_of_its_weights_is_rejected_by_their_name(damage, folder):
     """As with prefixes that a compiled model leaves: part of it would be random."""

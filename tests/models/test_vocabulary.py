@@ -11,14 +11,20 @@ from transformers import AutoTokenizer
 
 import eval as judge
 import train
-from configs.schema import LabError, Recipe
+from configs.schema import LabError, Model, Recipe
 from experiment.cost import CountedForward
 from experiment.experiment import open_experiment, outputs_of, teacher_of
 from experiment.reading import read_config
 from experiment.run import Run
-from models.language import load_model, sha256_of_files
+from measure.evaluate import TeacherReference
+from measure.reasoning import thinking_curve, voting_curve
+from models.language import Averaged, build_model, initialise, load_model, sha256_of_files
 from models.rows import collate
-from tests.helpers import TINY
+from student.on_policy import OnPolicy
+from tasks.pronounce import Pronounce
+from tasks.reason import Reason
+from teacher.source import LocalModel
+from tests.helpers import MODEL, TINY
 
 
 def test_a_student_with_another_vocabulary_is_rejected(copy, capsys):
@@ -77,3 +83,79 @@ def test_rows_that_pad_the_matrices_of_a_model_change_nothing(tmp_path):
     torch.testing.assert_close(
         signal.log_probs.float().exp().sum(-1), torch.ones(len(signal.targets)), atol=2e-3, rtol=0
     )
+
+
+class Padded(torch.nn.Linear):
+    """The head of a model, with three more outcomes, each of which it prefers to all others."""
+
+    def __init__(self, head):
+        outcomes, width = head.weight.shape
+        super().__init__(width, outcomes + 3)
+        with torch.no_grad():
+            self.weight.copy_(torch.cat([head.weight, torch.zeros(3, width)]))
+            self.bias.copy_(torch.tensor([0.0] * outcomes + [1000.0] * 3))
+
+
+PRONOUNCE, REASON = Pronounce(limit=300), Reason(limit=300)
+
+
+def written_by(model, rows):
+    recipe = Recipe(access="logits", sequences="student", objective="forward_kl")
+    policy = OnPolicy(
+        rows, CountedForward(model), None, CountedForward, recipe, 0, 8, 20, 2, PRONOUNCE.vocabulary
+    )
+    written = policy.written(model, step=3)
+    batch = collate(written.rows, np.arange(len(written.rows)), 0)
+    return [written.rows.tokens, written.signal(batch).log_probs]
+
+
+def compared_by(model, rows):
+    evaluation = TeacherReference(model, PRONOUNCE, rows).evaluate(model)
+    return [evaluation.answers.log_probs, *evaluation.columns.values()]
+
+
+def answers_of_source(answers):
+    return [part for row in answers for part in (row.tokens, row.log_probs)]
+
+
+USES = {
+    "scoring": lambda model, rows: answers_of_source(LocalModel(model, PRONOUNCE).score(rows)),
+    "answering": lambda model, rows: answers_of_source(
+        LocalModel(model, PRONOUNCE).answer(rows, 1.0, True, torch.Generator())
+    ),
+    "inventing": lambda model, rows: answers_of_source(
+        LocalModel(model, PRONOUNCE).invent(5, 1.0, True, torch.Generator(), set())
+    ),
+    "writing to be scored": written_by,
+    "evaluating": compared_by,
+    "averaging": lambda model, rows: answers_of_source(
+        LocalModel(Averaged([model, model], PRONOUNCE.vocabulary), PRONOUNCE).score(rows)
+    ),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_what_pads_the_matrices_of_a_model_is_never_an_outcome(use, tiny_run):
+    rows, found = PRONOUNCE.rows("train").take(np.arange(12)), []
+    for padded in (False, True):
+        model = load_model(tiny_run / "teacher")
+        if padded:
+            model.lm_head = Padded(model.lm_head)
+            assert int(model(torch.tensor([[1]])).logits.argmax()) >= PRONOUNCE.vocabulary
+        found.append([np.asarray(part) for part in USES[use](model, rows)])
+    for part, other in zip(*found, strict=True):
+        np.testing.assert_allclose(part, other, rtol=1e-5, atol=1e-6)
+
+
+def test_what_pads_the_matrices_of_a_model_is_no_vote():
+    model = initialise(build_model(Model(**MODEL), REASON), 0).eval()
+    rows, found = REASON.rows("heldout").take(np.arange(2)), []
+    for padded in (False, True):
+        if padded:
+            model.lm_head = Padded(model.lm_head)
+        counted = CountedForward(model)
+        found.append(
+            (thinking_curve(counted, REASON, rows), voting_curve(counted, REASON, rows, 0))
+        )
+    for curve, other in zip(*found, strict=True):
+        assert [p["tokens_per_problem"] for p in curve] == [p["tokens_per_problem"] for p in other]

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import Recipe
+from configs.schema import LabError, Recipe
 from models.rows import Rows, collate, row_id
 from student.objectives import cross_entropy, forward_kl
 from student.recipe import control_recipe
-from student.training_set import lowest_ids, smoothed_labels
+from student.training_set import lowest_ids, smoothed_labels, without_reasoning
 
 V = 60
 
@@ -56,3 +56,23 @@ def test_a_control_takes_only_what_its_name_says_from_the_teacher():
     assert shuffled.control.shuffled
     assert shuffled.objective == student.objective
     assert shuffled.temperature == 0.5
+
+
+def test_answers_are_kept_without_the_reasoning_before_them(rows):
+    """The reasoning ends with token 21; a row without it has no answer."""
+
+    class Reasons:
+        def without_reasoning(self, tokens):
+            return tokens[tokens.index(21) + 1 :] if 21 in tokens else None
+
+    answered = [i for i in range(50) if 21 in rows.completion(i).tolist()]
+    assert 0 < len(answered) < 50
+    kept = without_reasoning(rows, Reasons())
+    assert kept.ids.tolist() == rows.ids[answered].tolist()
+    for place, i in enumerate(answered):
+        assert kept.prompt(place).tolist() == rows.prompt(i).tolist()
+        after = rows.completion(i).tolist()
+        assert kept.completion(place).tolist() == after[after.index(21) + 1 :]
+    none = rows.take(np.array([i for i in range(50) if i not in answered]))
+    with pytest.raises(LabError, match="no row has an answer after its reasoning"):
+        without_reasoning(none, Reasons())

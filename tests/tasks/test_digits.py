@@ -1,6 +1,7 @@
 """The task `digits`: its rows, its questions, and the files it rejects."""
 
 import gzip
+import hashlib
 import importlib.util
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from configs.schema import LabError
+from models.rows import row_id
 from tasks import digits
 from tasks.digits import PIXELS, SPLITS, Digits
 
@@ -183,6 +185,15 @@ def test_the_official_test_set_is_held_out(folder, compressed):
     # The digit in both sets stays only in the test set.
     assert len(task.rows("heldout")) == 20
     assert len(task.rows("train")) + len(task.rows("validation")) == 119
+    # A twelfth of the training digits is for validation, by a hash of the image.
+    buckets = {
+        split: {
+            row_id(f"split {hashlib.sha256(task.images[i]).hexdigest()}") % 12
+            for i in task.members[split]
+        }
+        for split in ("train", "validation")
+    }
+    assert buckets == {"train": set(range(1, 12)), "validation": {0}}
 
 
 def test_all_of_mnist_is_read():

@@ -143,3 +143,10 @@ def test_the_bytes_of_a_row_are_those_of_its_text():
         text = task.render(rows.completion(i))
         found = task.grade(rows.ids[np.array([i])], ["anything"])["bytes"]
         assert found.tolist() == [len(text.encode("utf-8"))]
+
+
+def test_a_token_is_named_as_people_write_it(pronounce):
+    assert pronounce.token_name(pronounce.tokenizer.convert_tokens_to_ids("AE")) == "AE"
+    assert Digits.token_name(None, np.int64(7)) == "7"
+    task = Reason(limit=100)
+    assert task.token_name(task.token_ids["pens"]) == "pens"

@@ -134,6 +134,54 @@ def test_files_that_are_not_gsm8k_are_rejected_in_one_line(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n{"a": 1}\n')
     with pytest.raises(LabError, match="line 2: expected an object with question and answer"):
         read_problems(str(tmp_path), "train")
+    (tmp_path / "test.jsonl").write_text("\n")
+    with pytest.raises(LabError, match="is empty; expected a problem on every line"):
+        read_problems(str(tmp_path), "test")
+
+
+def test_without_a_folder_the_problems_come_from_the_hub(monkeypatch):
+    def load_dataset(*arguments, **options):
+        assert (arguments, options) == (("openai/gsm8k", "main"), {"split": "test"})
+        return made_up(2)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read_problems(None, "test") == made_up(2)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: 1 / 0)
+    with pytest.raises(LabError, match=r"cannot be loaded from the hub .*name it in task\.folder"):
+        read_problems(None, "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": "Why? " * 3000}, "a question of [0-9]+ tokens, expected at most"),
+        ({"answer": "He has 1. " * 3000 + "#### 1"}, "a solution of [0-9]+ tokens, expected fewer"),
+    ],
+)
+def test_problems_too_long_for_a_row_are_rejected_by_their_question(
+    change, message, folder, tmp_path
+):
+    for split in ("train", "test"):
+        problems = [made_up(1)[0] | change, *made_up(12)[1:]]
+        lines = "".join(json.dumps(problem) + "\n" for problem in problems)
+        (tmp_path / f"{split}.jsonl").write_text(lines, "utf-8")
+    task = Gsm8k(folder=str(tmp_path), tokenizer=str(folder / "small"))
+    with pytest.raises(LabError, match=message):
+        task.rows("heldout")
+
+
+def test_a_tokenizer_without_an_end_or_a_pad_mark(folder, tmp_path):
+    """Without an end an answer could not end; padding is never looked at, so any mark does."""
+    for mark in ("eos", "pad"):
+        changed = Path(shutil.copytree(folder / "small", tmp_path / mark))
+        settings = json.loads((changed / "tokenizer_config.json").read_text("utf-8"))
+        settings.pop(f"{mark}_token")
+        (changed / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    with pytest.raises(LabError, match="has no EOS token: an answer could not end"):
+        Gsm8k(folder=str(folder), tokenizer=str(tmp_path / "eos"))
+    assert Gsm8k(folder=str(folder), tokenizer=str(tmp_path / "pad")).pad is not None
+    with pytest.raises(LabError, match=r"task\.tokenizer .*nowhere' cannot be loaded"):
+        Gsm8k(folder=str(folder), tokenizer=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.slow

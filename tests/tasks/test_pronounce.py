@@ -5,7 +5,8 @@ import pytest
 from rapidfuzz.distance import Levenshtein
 
 import eval as judge
-from tasks.pronounce import LONG, Pronounce, split_of
+from configs.schema import LabError
+from tasks.pronounce import LONG, LONGEST_PROMPT, Pronounce, split_of
 
 
 @pytest.mark.parametrize("word", ["", "a" * 100_000, "\udcff"])
@@ -22,7 +23,6 @@ def test_unknown_letters_are_rejected_by_ask(tiny_run, capsys):
 
 
 def test_another_dictionary_is_rejected_by_name(tmp_path):
-    from configs.schema import LabError
     from tasks.pronounce import dictionary_file, read_dictionary
 
     other = tmp_path / "other.dict"
@@ -62,3 +62,16 @@ def test_the_question_of_a_row_is_its_word():
     rows = task.rows("validation")
     words = [task.by_id[int(row)] for row in rows.ids]
     assert [task.question(rows, i) for i in range(len(rows))] == words
+
+
+def test_a_prompt_has_one_to_thirty_letters():
+    task = Pronounce(limit=100)
+    assert len(task.prompt("a")) == 3
+    assert len(task.prompt("a" * 30)) == LONGEST_PROMPT == 32
+    for word in ("", "a" * 31):
+        with pytest.raises(LabError, match=f"has {len(word)} letters, expected 1 to 30"):
+            task.prompt(word)
+    with pytest.raises(LabError, match=r"^'a{20}\.\.\.' has 50 letters"):
+        task.prompt("a" * 50)
+    with pytest.raises(LabError, match=r"^'a{49}' has 49 letters"):
+        task.prompt("a" * 49)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import eval as judge
 import measure.reasoning
 import train
-from configs.schema import Model, Recipe
+from configs.schema import LabError, Model, Recipe
 from experiment.cost import CountedForward
 from experiment.experiment import new_model, new_student, open_experiment, training_set_of
 from experiment.plan import Plan
@@ -333,7 +333,7 @@ def test_cut_reasoning_costs_only_the_tokens_written(task, monkeypatch):
     model = Scripted(words)
     monkeypatch.setattr(measure.reasoning, "answers_of", model.answers_of)
     curve = measure.reasoning.thinking_curve(model, task, rows)
-    assert [point["amount"] for point in curve] == list(THINKING_TOKENS)
+    assert [point["amount"] for point in curve] == [0, 4, 8, 12, 16, 24, 32, 48, 64]
     assert [point["accuracy"] for point in curve] == [
         float(budget >= 8) for budget in THINKING_TOKENS
     ]
@@ -585,3 +585,32 @@ def test_reasoning_that_cannot_work_is_rejected_in_one_line(overrides, message, 
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_limit_is_shared_by_the_numbers_of_steps():
+    """1,001 training problems of 1 to 5 steps: 201 of each, or fewer where fewer exist; the other
+    splits are a fifth of that for each number."""
+    few = Reason(limit=1001).by_split
+    counts = {
+        split: np.bincount([len(p.operands) for p in problems], minlength=9)[1:].tolist()
+        for split, problems in few.items()
+    }
+    assert counts["train"] == [201] * 5 + [0] * 3
+    assert counts["validation"] == counts["heldout"] == [40] * 5 + [0] * 3
+    assert counts["long"] == [0] * 5 + [40] * 3
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_refused(task):
+    with pytest.raises(LabError, match=r"the question has 0 words, expected 1 to \d+"):
+        task.prompt("")
+    with pytest.raises(LabError, match=r"the question has 900 words, expected 1 to \d+"):
+        task.prompt("pens " * 900)
+
+
+def test_operands_have_one_digit_and_values_at_most_two(task):
+    for problems in task.by_split.values():
+        for problem in problems:
+            assert 2 <= problem.start <= 99
+            assert all(2 <= abs(operand) <= 9 for operand in problem.operands)
+            values = np.cumsum([problem.start, *problem.operands])
+            assert 0 <= values.min() <= values.max() <= 99

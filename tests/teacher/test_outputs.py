@@ -1,5 +1,6 @@
 """The teacher's outputs on disk: what is stored is what the teacher computed, for the right row."""
 
+import copy
 import hashlib
 import json
 import random
@@ -26,7 +27,7 @@ from teacher.outputs import (
     finish_outputs,
     make_outputs,
 )
-from teacher.shards import Outputs
+from teacher.shards import Outputs, read_provenance, write_provenance
 from teacher.source import LocalModel
 from tests.helpers import edited
 
@@ -542,3 +543,33 @@ def test_a_million_rows_take_no_more_memory_than_ten_thousand(tmp_path):
     )  # fmt: skip
     for a_few, a_million in zip(few, many, strict=True):  # in writing, in reading
         assert int(a_million) <= 1.10 * int(a_few)
+
+
+def test_outputs_are_read_only_when_all_shards_are_there(make, tmp_path, rows):
+    make(DATA)
+    folder = tmp_path / name_of(DATA)
+    binding = read_provenance(folder)["binding"]
+    last = max(folder.glob("shard-*"))
+    last.rename(tmp_path / "elsewhere")
+    write_provenance(folder, binding, None)
+    with pytest.raises(LabError, match="shard 3 is missing; "):
+        finish_outputs(folder, len(rows))
+    with pytest.raises(LabError, match="is not finished; run train"):
+        Outputs(folder, binding)
+
+
+def test_outputs_of_more_rows_than_asked_for_are_refused(make, tmp_path, rows):
+    make(DATA)
+    with pytest.raises(LabError, match="holds more than the 70 rows of these outputs"):
+        finish_outputs(tmp_path / name_of(DATA), 70)
+
+
+def test_a_teacher_that_invents_nothing_well_formed_is_rejected(task, teacher):
+    mute = copy.deepcopy(teacher)
+    mute.lm_head = torch.nn.Linear(mute.config.hidden_size, task.vocabulary)
+    torch.nn.init.zeros_(mute.lm_head.weight)
+    with torch.no_grad():
+        mute.lm_head.bias.copy_(100.0 * (torch.arange(task.vocabulary) == task.end))
+    invented = LocalModel(mute, task).invent(5, 1.0, False, torch.Generator(), set())
+    with pytest.raises(LabError, match=r"rarely invents well-formed words \(0 of 512 tries\)"):
+        list(invented)

@@ -1,16 +1,19 @@
 """Tables: in the console, the documents and the report."""
 
 import json
+import re
 
 import pytest
 
 from experiment.reference import pages
+from measure.laws import Law
 from measure.report.tables import (
     BLOCK,
     accuracies_by_steps,
     claim_cell,
     facts_of,
     in_a_cell,
+    law_line,
     more_cells,
     more_headings,
     per_seed_values,
@@ -167,3 +170,67 @@ def test_the_map_in_words_names_the_steps_of_each_result():
         "at 2",
         "c against b by number of steps (exploratory, 4 cells): worse at 1",
     ]
+
+
+def law(study, **changed):
+    found = {
+        "x": {"few": 1000, "many": 3000},
+        "law": [40.0, 0.5, 0.25, 0.0],
+        "law_ci95": [[30, 50], [0.4, 0.6], [0.2, 0.3], [0, 0]],
+        "residuals": {"few": 0.011, "many": -0.049},
+    }
+    students = {
+        name: {"fidelity": {"kl_teacher_student": {"mean": kl}}}
+        for name, kl in (("few", 0.5), ("many", 0.3))
+    }
+    result = {"config": {"task": {"name": "pronounce"}}, "students": students}
+    return law_line(result, study, found | changed)
+
+
+def test_a_law_is_a_line_with_its_intervals_residuals_and_the_closest_student():
+    assert law("rows") == (
+        f"KL to teacher = {Law(40.0, 0.5, 0.25, 0.0)} nats, x the number of different words; 95 % "
+        "intervals in this order 30 to 50, 0.4 to 0.6, 0.2 to 0.3; residuals at most 5 %; of those "
+        "tried, many is closest to the teacher"
+    )
+    line = law("rows", law=None)
+    assert line.endswith("different words: too few students for a law; many is closest")
+    turning = {"law": [0.1, 0.5, 0.2, 0.9], "identified": True, "minimum_at": 0.123}
+    line = law("size", **turning, minimum_ci95=[0.09, 0.161])
+    assert "x the student's share of the teacher's parameters; " in line
+    assert "0.2 to 0.3, 0 to 0; residuals" in line
+    assert "minimum at 0.12 [0.09, 0.16]; of those tried" in line
+    assert "minimum at 0.12 [0.12, 0.12]" in law("size", **turning)
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        ({"a": 0.1, "b": 0.3}, "without one of the students it lies between 0.1 and 0.3"),
+        ({"a": 0.1, "b": None}, "0.1 and 0.1, or not within the sizes tried (1 times)"),
+        ({"a": None, "b": None}, "without any one of the students there is none"),
+    ],
+)
+def test_a_minimum_that_one_student_decides_is_not_given(without, said):
+    line = law("size", law=[0.1, 0.5, 0.2, 0.9], identified=False, minimum_without=without)
+    assert "the place of a minimum is not identified: " in line
+    assert f"{said}; of those tried" in line
+
+
+def test_learning_rates_tuned_for_another_version_are_named(tiny_run):
+    result = json.loads((tiny_run / "eval.json").read_text("utf-8"))
+    line = "the learning rates in force were tuned for another version of this config"
+    assert line not in facts_of(result | {"tuned": True})
+    assert line in facts_of(result | {"tuned": False})
+
+
+def test_students_of_a_curve_have_no_line_of_their_own(tiny_run):
+    """Gaps and costs would repeat what the tables of savings say."""
+    result = json.loads((tiny_run / "eval.json").read_text("utf-8"))
+    main, second = [*result["students"]][:2]
+    curve = {"curves": {"kind": {second: 1.0, main: 0.5}}}
+    result["savings"] = {**curve, "labels": {second: 3, main: 1}, "answers": {second: 0, main: 0}}
+    facts = facts_of(result)
+    assert "different rows that students read: kind 1 to 3 labels" in facts
+    assert not any(re.search(rf"\b{second}\b", fact) for fact in facts if "closes" in fact)
+    assert not any(re.search(rf"\b{second}\b", fact) for fact in facts if "set to" in fact)
