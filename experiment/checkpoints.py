@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
 from configs.files import Shape, differences, flush_to_disk, require_shape, say
@@ -95,7 +95,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
             continue
         header = int.from_bytes(content[:8], "little")
         meta = json.loads(json.loads(content[8 : 8 + header])["__metadata__"]["lab"])
-        return load_file(file), meta
+        return load(content), meta
     if damaged:
         say(f"every checkpoint in {folder} is damaged; the stage starts again")
     return None

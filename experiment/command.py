@@ -70,7 +70,8 @@ def before_imports(parser: argparse.ArgumentParser) -> None:
     """Answer --help and mistakes at once, stop on Ctrl-C without a traceback, and let threads that
     wait sleep: if they spin, one other busy process makes a small model many times slower."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a job in the background has it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     parser.parse_intermixed_args()
 
 
@@ -98,7 +99,8 @@ def run_command(command: Callable[[], int], when_stopped: str) -> int:
 @contextmanager
 def ctrl_c(handler: Callable | signal.Handlers) -> Iterator[None]:
     """What Ctrl-C does meanwhile. Processes started meanwhile ignore it if `handler` does."""
-    if current_thread() is not main_thread():  # which alone may set handlers
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored or current_thread() is not main_thread():  # which alone may set handlers
         yield
         return
     before = signal.signal(signal.SIGINT, handler)

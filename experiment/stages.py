@@ -107,15 +107,33 @@ def register_pretrained(experiment: Experiment, stage: str, model: nn.Module) ->
 
 
 def usage_of(task: Task) -> str:
-    """For the model card: how to ask a language model of this task."""
+    """For the model card: how to ask a language model of this task, and its data's licence."""
+    licence = f"\nTrained on {task.data_licence}.\n" if task.data_licence else ""
     if task.tokenizer is None:
-        return ""
-    tokens = task.tokenizer.convert_ids_to_tokens(task.prompt(task.examples[0]))
-    return (
-        f"\nA prompt is a list of token ids, such as those of `{' '.join(tokens)}`, with nothing "
-        f"added. Answers are decoded greedily up to `{task.tokenizer.eos_token}`; `eval.py RUN "
-        "--ask` does both.\n"
-    )
+        return licence
+    question = task.examples[0]
+    prompt = task.prompt(question)
+    tokens = task.tokenizer.convert_ids_to_tokens(prompt)
+    shown = "tokenizer.decode(answer[0, len(ids):], skip_special_tokens=True)"
+    if task.tokenizer.decode(prompt) != task.render(prompt):  # it would glue the words together
+        shown = (
+            '" ".join(tokenizer.convert_ids_to_tokens(answer[0, len(ids):], '
+            "skip_special_tokens=True))"
+        )
+    return f"""{licence}
+To ask it `{question}`, in its folder:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+ids = tokenizer.convert_tokens_to_ids({tokens})
+answer = model.generate(torch.tensor([ids]), max_new_tokens={task.longest_answer}, do_sample=False)
+print({shown})
+```
+"""
 
 
 def made_of(folder: Path, model: nn.Module) -> dict[str, Any]:

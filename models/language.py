@@ -298,7 +298,16 @@ def load_model(folder: Path) -> nn.Module:
     ends = end_marks(model)
     if ends and ends != [end := load_tokenizer(folder).eos_token_id]:
         add_up_end_marks(model, end, ends)
-    return model.eval()
+    return unmapped(model).eval()
+
+
+def unmapped(model: nn.Module) -> nn.Module:
+    """A loaded model with tensors of its own. Views of the file would change with it, and Windows
+    can neither replace nor remove a file that is mapped."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def cannot_read(place: Path, error: Exception) -> LabError:

@@ -184,6 +184,10 @@ class Digits(Task):
     def end(self) -> int:
         return -1
 
+    @property
+    def data_licence(self) -> str:
+        return "" if self.settings.folder else "MNIST (CC BY-SA 3.0)"
+
     def token_name(self, token: int) -> str:
         return str(int(token))
 

@@ -192,6 +192,10 @@ class Gsm8k(Task):
     def by_id(self) -> dict[int, dict[str, str]]:
         return {self.id_of(p): p for problems in self.by_split.values() for p in problems}
 
+    @property
+    def data_licence(self) -> str:
+        return "" if self.settings.folder else "GSM8K (MIT)"
+
     def id_of(self, problem: dict[str, str]) -> int:
         return row_id(f"gsm8k {problem['question']}")
 

@@ -167,6 +167,10 @@ class Pronounce(Task):
             ],
         )
 
+    @property
+    def data_licence(self) -> str:
+        return "the CMU Pronouncing Dictionary (BSD, two clauses)"
+
     def prompt(self, word: str) -> list[int]:
         """`lab` -> the ids of `<s> l a b =`. LabError for a letter without a token."""
         word = word.lower()

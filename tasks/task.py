@@ -106,6 +106,11 @@ class Task:
     def __init__(self, **settings: Any) -> None:
         self.settings = self.Settings(**settings)
 
+    @property
+    def data_licence(self) -> str:
+        """The data and their licence, for model cards; nothing for data of one's own."""
+        return ""
+
     @classmethod
     def objections(cls, settings: Section) -> Iterator[str]:
         """What is wrong with these settings; each line begins with the key."""

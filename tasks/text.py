@@ -189,6 +189,10 @@ class Text(Task):
                 completions.append(row[asks:])
         return Rows.build(list(number_of), prompts, completions), number_of
 
+    @property
+    def data_licence(self) -> str:
+        return "" if self.settings.path else "the World English Bible (public domain)"
+
     def token_name(self, token: int) -> str:
         return self.tokenizer.decode([int(token)])
 

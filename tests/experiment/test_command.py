@@ -78,6 +78,14 @@ def test_help_is_shown_before_the_imports_that_take_seconds(script):
     assert done.stdout.startswith(f"usage: {script} ")
 
 
+def run_in_the_foreground(command, **options):
+    """A job in the background would ignore Ctrl-C, and so would what it starts."""
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options,
+    )  # fmt: skip
+
+
 INTERRUPT = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
 
 
@@ -86,8 +94,7 @@ INTERRUPT = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.
 def test_ctrl_c_during_imports_ends_without_a_traceback(script, tmp_path):
     (tmp_path / "torch.py").write_text(INTERRUPT, "utf-8")
     command = [sys.executable, str(ROOT / script), "configs/tiny.yaml"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = run_in_the_foreground(command, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
@@ -109,9 +116,20 @@ raise SystemExit(run_command(work, "rerun to resume"))
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
 def test_ctrl_c_twice_is_as_calm_as_once():
-    command = [sys.executable, "-c", TWICE]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_in_the_foreground([sys.executable, "-c", TWICE], cwd=ROOT)
     assert (done.returncode, done.stderr) == (130, "\nstopped; rerun to resume\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
+def test_a_job_in_the_background_goes_on_at_ctrl_c():
+    """A shell lets it ignore Ctrl-C, which is meant for what runs in the foreground."""
+    code = INTERRUPT.replace("9", "0") + "print('went on')"
+    work = TWICE.split("def work")[0] + f"raise SystemExit(run_command(lambda: exec({code!r}), ''))"
+    done = subprocess.run(
+        [sys.executable, "-c", work], cwd=ROOT, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="other quotes")

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ import torch
 
 import eval as judge
 from configs.files import write_atomically
-from experiment.checkpoints import save_checkpoint
+from experiment.checkpoints import load_checkpoint, save_checkpoint
 from experiment.run import Run
 from models.classifier import MlpClassifier, MlpConfig
-from models.language import save_model
+from models.language import load_model, save_model
 from teacher.shards import Record, write_shard
 from tests.helpers import PART, ROOT, TINY, edited, tensor_hashes, train_tiny
 
@@ -145,6 +146,19 @@ def test_a_file_is_on_disk_before_it_gets_its_name(write, tmp_path, monkeypatch)
     assert last == "named"
     written = [file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()]
     assert sorted(before) == sorted(written)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what is mapped")
+@pytest.mark.parametrize(
+    ("write", "read"), [(a_checkpoint, load_checkpoint), (a_model, load_model)], ids=["c", "m"]
+)
+def test_a_file_that_was_read_can_be_removed_on_windows(write, read, tmp_path):
+    """There a file that is still mapped cannot be."""
+    write(tmp_path)
+    folder = next(file for file in tmp_path.rglob("*.safetensors")).parent
+    kept = read(folder)
+    assert kept
+    assert str(folder) not in Path("/proc/self/maps").read_text("utf-8")
 
 
 def test_a_run_folder_may_be_moved(copy, tmp_path):

@@ -39,6 +39,19 @@ def test_transformers_loads_every_saved_model(tiny_run):
     assert "Student `distilled`" in card
     assert teacher[:16] in card
     assert "data `pronounce`" in card
+    assert "Trained on the CMU Pronouncing Dictionary (BSD, two clauses)." in card
+
+
+def test_the_code_in_a_model_card_answers_as_ask_does(tiny_run, monkeypatch, capsys):
+    folder = tiny_run / "students" / "distilled" / "seed-0"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    exec(code, {})
+    answer = capsys.readouterr().out.strip()
+    assert judge.main([str(tiny_run), "--ask", "deepseek"]) == 0
+    (line,) = [ln for ln in capsys.readouterr().out.splitlines() if ln.startswith("| distilled")]
+    assert line.split("|")[2].strip() == answer != ""
 
 
 def test_students_of_one_seed_start_from_the_same_weights():

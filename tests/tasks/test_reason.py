@@ -520,10 +520,8 @@ def test_ask_prints_thinking_and_answer(run, capsys):
     assert judge.main([str(run.folder), "--ask", PENS]) == 0
     output = capsys.readouterr().out
     assert "<think> 7+5=12;12-3=9 </think> 9" in output
-    for name in ("teacher", "traces", "answers", "grpo"):
-        assert f"  {name} " in output
-    places = {line.index("  p = ") for line in output.splitlines() if "  p = " in line}
-    assert len(places) == 1  # a column, however long the answers are
+    for name in ("right answer", "teacher", "traces", "answers", "grpo"):
+        assert f"\n| {name} " in output
     assert judge.main([str(run.folder), "--ask", "A dog eats 3 pens. How many?"]) == 2
     assert "'dog' is not in the vocabulary" in capsys.readouterr().err
 
