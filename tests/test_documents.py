@@ -144,3 +144,22 @@ def test_what_the_readme_concludes_is_what_the_committed_runs_show():
     assert against["logits"][1] == 10
     assert all(0 < count < 10 for count in (against["logits"][0], *against["logits"][2:]))
     assert against["hidden"] == [10] * 4
+
+
+def test_what_is_concluded_from_savings_is_what_its_intervals_show():
+    def ends(metric, kind, budget):
+        return result("savings")["savings"]["needs"][metric][f"baseline_{budget}"][kind]
+
+    def interval(metric, kind, budget):
+        return ends(metric, kind, budget)["flops"]["ci95"]
+
+    words, between = "word_error_rate", (4, 8, 16)
+    assert all(ends(words, kind, 32) == "more" for kind in ("text", "logits", "hidden"))
+    assert all(interval(words, "hidden", budget)[1] < 1 for budget in between)
+    assert interval(words, "hidden", 2)[0] <= 1 <= interval(words, "hidden", 2)[1]
+    for kind in ("text", "logits"):
+        assert interval(words, kind, 2)[0] > 1
+        assert all(interval(words, kind, budget)[1] > 1 for budget in between)
+        assert interval("sequence_agreement", kind, 32)[1] < 1
+        answered = [name for name in result("savings")["savings"]["labels"] if kind in name]
+        assert {result("savings")["savings"]["labels"][name] for name in answered} == {0}
