@@ -108,7 +108,7 @@ class OutputsRequest:
     def indices(self, rows: Rows, start: int = 0, size: int | None = None) -> np.ndarray:
         """The rows of the data to answer: evenly spaced, as rows may be in alphabetical order."""
         count = self.rows_from_data(rows)
-        size = count - start if size is None else size
+        size = count if size is None else size
         return np.arange(start, start + size) * len(rows) // count
 
     def rows_of_shard(self, longest_answer: int, vocabulary: int) -> int:

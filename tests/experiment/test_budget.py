@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import train
-from experiment.budget import affordable_steps, expected_steps
+from configs.schema import Recipe
+from experiment.budget import affordable_steps, expected_steps, flops_left
 from experiment.plan import Plan
 
 
@@ -79,3 +80,18 @@ def test_a_budget_that_the_outputs_exceed_affords_no_step():
         return affordable_steps(flops, flops, np.array([5]), order, most, hidden)
 
     assert [steps(most) for most in (-1, 9, 35)] == [0, 0, 3]
+
+
+def test_a_budget_is_what_is_left_after_outputs_and_an_assistant():
+    costs = {"teacher": 1000.0, "outputs/a": 30.0, "students/b/seed-0": 50.0}
+    students = SimpleNamespace(budget=0.2, tflops=None)
+    experiment = SimpleNamespace(
+        config=SimpleNamespace(students=students),
+        run=SimpleNamespace(cost_of=lambda stage: {"flops": costs[stage]}),
+        plan=SimpleNamespace(prerequisites=lambda recipe: ["outputs/a", "students/b/seed-0"]),
+    )
+    whole, half = Recipe(), Recipe(student={"budget_fraction": 0.5})
+    assert flops_left(experiment, whole) == pytest.approx(0.2 * 1000 - 30 - 50)
+    assert flops_left(experiment, half) == pytest.approx(0.5 * 0.2 * 1000 - 30 - 50)
+    students.tflops = 1e-9
+    assert flops_left(experiment, whole) == pytest.approx(1000 - 30 - 50)

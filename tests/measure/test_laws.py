@@ -5,7 +5,7 @@ import pytest
 
 from measure import laws
 from measure.laws import Law, fit_law, law_of, minimum_interval, scaling_laws
-from measure.statistics import joint_draws
+from measure.statistics import Estimate, joint_draws
 from tests.helpers import drawn
 
 
@@ -140,3 +140,26 @@ def test_a_fit_that_starts_near_a_law_finds_the_same():
     falling = Law(0.05, 0.5, 0.01, 0.0)
     found = fit_law(X, falling(X), near=falling)
     assert (found.a, found.b, found.c) == pytest.approx((0.05, 0.5, 0.01), rel=1e-3)
+
+
+def test_joint_draws_of_models_with_common_seeds_vary_together():
+    """The seeds that both have move both; the rest is their own."""
+    generator = np.random.default_rng(0)
+    deviation, rows = 0.02 * generator.standard_normal(6), np.zeros((6, 50))
+    estimates = [Estimate(level + deviation, rows) for level in (0.3, 0.6)]
+    draws = joint_draws(estimates, 2000)
+    assert draws[:, 0].std() == pytest.approx(estimates[0].standard_error(), rel=0.1)
+    assert (draws[:, 0] - draws[:, 1]).std() < 0.05 * draws[:, 0].std()
+
+
+def test_the_interval_of_a_law_leaves_out_a_fortieth_on_both_sides(monkeypatch):
+    at = Law(0.002, 1.2, 0.3, 0.9)
+    fits = iter(range(201))
+
+    def fit(x, y, has_minimum=False, near=None):
+        return Law(float(next(fits)), at.b, at.c, at.d) if near else at
+
+    monkeypatch.setattr(laws, "fit_law", fit)
+    monkeypatch.setattr(laws, "LAW_DRAWS", 201)
+    estimates = [Estimate(np.array([v, v, v]), np.zeros((3, 5))) for v in at(X)]
+    assert study(at(X), estimates)["law_ci95"][0] == pytest.approx([5.0, 195.0])

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 import train
-from configs.schema import Recipe
+from configs.schema import Model, Recipe
 from experiment.cost import CountedForward
 from experiment.run import Run
-from models.language import load_model
+from models.language import build_model, initialise, load_model
 from models.rows import Rows, collate
-from student.on_policy import OnPolicy
+from student.on_policy import OnPolicy, write
 from tasks.pronounce import Pronounce
-from tests.helpers import METHODS, TINY
+from tests.helpers import METHODS, MODEL, TINY
 
 
 def test_a_student_writes_in_exactly_the_steps_of_its_schedule(tmp_path):
@@ -105,3 +105,24 @@ def test_interrupted_on_policy_training_resumes_exactly(methods_run, tmp_path, m
     found = Run.finished(tmp_path / "methods").manifest["stages"]
     for stage, made in methods_run.manifest["stages"].items():
         assert found[stage]["sha256"] == made["sha256"], stage
+
+
+def test_a_step_is_charged_for_its_own_writing_and_scoring():
+    """Not for what the teacher computed before: the same step costs the same again."""
+    task = Pronounce(limit=300)
+    settings = Model(**MODEL)
+    teacher = CountedForward(initialise(build_model(settings, task), 0))
+    student = initialise(build_model(settings, task), 1)
+    recipe = Recipe(access="logits", sequences="student")
+    policy = OnPolicy(
+        task.rows("train"), teacher, None, CountedForward, recipe, 0, 16, 20, task.end,
+        task.vocabulary,
+    )  # fmt: skip
+    first, again = policy.written(student, step=3), policy.written(student, step=3)
+    writer = CountedForward(student)
+    write(writer, policy.rows.take(policy.order(3)), policy, torch.Generator().manual_seed(0))
+    scored = CountedForward(teacher.model)
+    batch = collate(first.rows, np.arange(16), pad=task.end)
+    scored(batch.input_ids, use_cache=False)
+    assert first.flops == again.flops
+    assert scored.flops < first.flops < 3 * (scored.flops + writer.flops)

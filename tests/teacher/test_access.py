@@ -38,3 +38,13 @@ def test_a_live_signal_teaches_what_the_stored_one_does(access, generator):
     torch.testing.assert_close(
         forward_kl(student, live), forward_kl(student, stored), atol=5e-3, rtol=5e-3
     )
+
+
+def test_draws_are_independent_of_each_other(generator):
+    """A likely outcome is drawn again and again: there may be more draws than outcomes."""
+    log_probs = torch.tensor([[0.7, 0.2, 0.1], [0.05, 0.05, 0.9]]).log()
+    signal = ACCESS["sampled"].reveal(log_probs, torch.zeros(2, dtype=torch.long), 4000, generator)
+    assert signal.indices.shape == (2, 4000)
+    counts = torch.stack([torch.bincount(row, minlength=3) for row in signal.indices])
+    torch.testing.assert_close(counts / 4000, log_probs.exp(), atol=0.025, rtol=0)
+    torch.testing.assert_close(signal.weights.sum(-1), torch.ones(2))

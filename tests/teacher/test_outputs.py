@@ -573,3 +573,12 @@ def test_a_teacher_that_invents_nothing_well_formed_is_rejected(task, teacher):
     invented = LocalModel(mute, task).invent(5, 1.0, False, torch.Generator(), set())
     with pytest.raises(LabError, match=r"rarely invents well-formed words \(0 of 512 tries\)"):
         list(invented)
+
+
+def test_every_row_counts_once_towards_the_progress(task, teacher, rows, tmp_path):
+    for recipe in (DATA, TEXT, replace(WRITTEN, prompts="extended", transfer_rows=len(rows) + 20)):
+        seen = []
+        binding = recipe.binding("teacher-sha", "tokenizer-sha", rows, 0)
+        source = source_of(teacher, task, recipe)
+        make_outputs(tmp_path / recipe.name, source, rows, recipe, binding, seen.append)
+        assert sum(seen) == row_count(recipe, rows)
