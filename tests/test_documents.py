@@ -163,3 +163,20 @@ def test_what_is_concluded_from_savings_is_what_its_intervals_show():
         assert interval("sequence_agreement", kind, 32)[1] < 1
         answered = [name for name in result("savings")["savings"]["labels"] if kind in name]
         assert {result("savings")["savings"]["labels"][name] for name in answered} == {0}
+
+
+NOT_OURS = {"command not found", "No module named 'numpy'", "nan", "inf"}
+
+
+def test_every_message_in_troubleshooting_is_one_that_the_project_prints():
+    """Their wording may change: then the page must."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = {
+        message
+        for row in re.findall(r"^\| (.*?) \|", page, re.MULTILINE)
+        for message in re.findall(r"`([^`]*)`", row)
+    }
+    assert len(quoted) > 15
+    files = [ROOT / "Makefile", *ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+    code = "".join(re.sub(r'"\s*f?"', "", file.read_text(encoding="utf-8")) for file in files)
+    assert [message for message in sorted(quoted - NOT_OURS) if message not in code] == []

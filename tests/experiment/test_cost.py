@@ -62,9 +62,8 @@ def test_workers_side_by_side_pay_for_the_machine_once():
         patch.object(cost.time, "perf_counter", lambda: float(next(clock))),
         patch.object(cost, "read_energy", lambda: float(next(meter))),
     ):
-        alone, *workers = (
-            Stopwatch(Cost(price_per_hour=0.4), 1, share).read(0.0) for share in (1.0, 0.5, 0.5)
-        )
+        alone = Stopwatch(Cost(price_per_hour=0.4), 1).read(0.0)
+        workers = [Stopwatch(Cost(price_per_hour=0.4), 1, 0.5).read(0.0) for _ in range(2)]
     assert alone["money"] == pytest.approx(0.4)
     assert sum(worker["money"] for worker in workers) == pytest.approx(alone["money"])
     assert alone["joules"] == sum(worker["joules"] for worker in workers) == 1000

@@ -7,6 +7,7 @@ from experiment import stages
 from experiment.experiment import teacher_made_from
 from experiment.reading import read_config
 from experiment.run import Run
+from experiment.training_state import TrainingState
 from tests.helpers import TINY, train_tiny
 
 CHANGED = (
@@ -66,3 +67,10 @@ def test_a_run_says_what_is_done_and_how_long_the_rest_takes(lab, monkeypatch, c
     assert stages.duration(89) == "about 89 s"
     assert stages.duration(5399) == "about 90 minutes"
     assert stages.duration(5400) == "about 1.5 h"
+
+
+def test_progress_is_in_steps_or_where_a_student_writes_itself_in_flops():
+    by_flops = SimpleNamespace(flops=5.0, max_flops=20.0, step=3, steps=4)
+    assert TrainingState.progress.fget(by_flops) == 0.25
+    by_steps = SimpleNamespace(flops=5.0, max_flops=None, step=3, steps=4)
+    assert TrainingState.progress.fget(by_steps) == 0.75

@@ -582,3 +582,13 @@ def test_every_row_counts_once_towards_the_progress(task, teacher, rows, tmp_pat
         source = source_of(teacher, task, recipe)
         make_outputs(tmp_path / recipe.name, source, rows, recipe, binding, seen.append)
         assert sum(seen) == row_count(recipe, rows)
+
+
+def test_states_are_standardised_dimension_by_dimension(make):
+    stored = make(HIDDEN_DATA)
+    (values,) = [values for values, _ in stored.columns["hidden"]][:1]
+    states = torch.from_numpy(values.reshape(-1, stored.layers, stored.width).copy()).float()
+    found = stored.standardise(states)
+    assert found.shape[1:] == (2, 32)
+    assert float(found.mean(0).abs().max()) < 0.3  # of the first shard; measured over all of them
+    assert 0.7 < float(found.std(0).min()) < float(found.std(0).max()) < 1.3
