@@ -18,6 +18,7 @@ from scipy import stats
 
 from configs.files import Shape, differences, read_json, read_sealed, write_atomically, write_json
 from configs.schema import MACHINE_KEYS, Config, LabError
+from experiment.command import command_line
 from experiment.reading import check_config
 from experiment.run import Run
 from measure.report.tables import per_seed_values, with_tables
@@ -90,6 +91,9 @@ def read_result(path: Path) -> dict[str, Any]:
     """The evaluation of a run (its folder) or a committed result (a file). LabError if it is
     damaged or was changed."""
     if path.is_dir():
+        if not (path / "eval.json").exists():
+            command = command_line("eval.py", path)
+            raise LabError(f"{path} is not evaluated yet; run {command} first")
         return read_sealed(path / "eval.json", Result)
     return read_json(path, Result)
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Union
 
 import numpy as np
 from scipy import special
@@ -81,10 +80,8 @@ class Estimate:
     def mean(self) -> float:
         return float(self.per_seed.mean())
 
-    def __sub__(self, other: Union["Estimate", float]) -> "Estimate":
+    def __sub__(self, other: "Estimate") -> "Estimate":
         """The paired difference, by seed and by row; see `paired`."""
-        if not isinstance(other, Estimate):
-            return replace(self, per_seed=self.per_seed - other)
         first, second = paired(self, other)
         return Estimate(first.per_seed - second.per_seed, first.influence - second.influence)
 

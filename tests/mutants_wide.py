@@ -359,7 +359,7 @@ class Record:
 
 
 def imports(file: str, module: str) -> bool:
-    """Whether a file of tests imports a module of the project."""
+    """Whether a file of tests imports a module of the project, or the package that collects it."""
     wanted = module.removesuffix(".py").replace("/", ".")
     names = set()
     for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))):
@@ -367,7 +367,7 @@ def imports(file: str, module: str) -> bool:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return wanted in names
+    return bool(names & {wanted, wanted.rpartition(".")[0]})
 
 
 def statement_at(code: str, line: int) -> range:

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 import train
-from configs.schema import Recipe
+from configs.schema import LabError, Recipe
+from experiment import budget
 from experiment.budget import affordable_steps, expected_steps, flops_left
+from experiment.experiment import loss_of
 from experiment.plan import Plan
+from models.language import build_model
 
 
 def test_every_student_and_control_spends_the_budget_and_no_more(tiny_run):
@@ -49,8 +52,8 @@ def test_every_method_costs_the_same_with_everything_that_it_needs(methods_run):
 
 
 def test_a_budget_that_cannot_work_is_rejected_before_anything_trains(tmp_path, capsys):
-    for budget in ("students.budget=0.001", "students.budget=0.01"):
-        assert train.main(["configs/tiny.yaml", budget, "--runs", str(tmp_path)]) == 2
+    for override in ("students.budget=0.001", "students.budget=0.01"):
+        assert train.main(["configs/tiny.yaml", override, "--runs", str(tmp_path)]) == 2
         assert "leaves no FLOPs for training" in capsys.readouterr().err
         assert not (tmp_path / "tiny" / "config.yaml").exists()
 
@@ -95,3 +98,14 @@ def test_a_budget_is_what_is_left_after_outputs_and_an_assistant():
     assert flops_left(experiment, half) == pytest.approx(0.5 * 0.2 * 1000 - 30 - 50)
     students.tflops = 1e-9
     assert flops_left(experiment, whole) == pytest.approx(1000 - 30 - 50)
+
+
+def test_what_the_estimate_let_pass_is_refused_before_its_student_trains(lab, monkeypatch):
+    """Outputs may cost more than the estimate from shapes said."""
+    monkeypatch.setattr(budget, "flops_left", lambda *_: 1.0)
+    recipe = lab.config.recipes["distilled"]
+    model = build_model(lab.config.students.model, lab.task)
+    data = train.teacher_training_set(lab, 0)
+    loss = loss_of(lab, recipe, lab.config.students.training)
+    with pytest.raises(LabError, match=r"distilled: students\.budget 0\.6 leaves no FLOPs"):
+        budget.steps_within_budget(lab, "distilled", recipe, model, data, loss)

@@ -411,6 +411,10 @@ def test_a_run_of_another_config_cannot_be_checked(committed, tiny_run, capsys):
     assert "did you mean 'tiny'?" in capsys.readouterr().err
 
 
+def without(lines, stage):
+    return [line for line in lines if line["stage"] != stage]
+
+
 def test_compare_names_the_causes_in_order_and_the_step_where_losses_part(
     tiny_run, tmp_path, capsys
 ):
@@ -434,6 +438,12 @@ def test_compare_names_the_causes_in_order_and_the_step_where_losses_part(
     assert compare_runs(a, a)[-1] == "losses    equal"
     assert judge.main(["--compare", str(tiny_run), str(other)]) == 0
     assert capsys.readouterr().out.splitlines() == report
+    last = read_lines(other)[-1]["stage"]
+    shutil.rmtree(other)
+    shutil.copytree(tiny_run, other)
+    edit_log(other, lambda lines: lines.__setitem__(slice(None), without(lines, last)))
+    for first, second in ((a, Run.finished(other)), (Run.finished(other), a)):
+        assert f"diverge: {last} by step" in compare_runs(first, second)[-1]  # in one run alone
     edit_log(other, lambda lines: lines.__delitem__(slice(2, None)))
     assert " and nothing)" in compare_runs(a, Run.finished(other))[-1]
 

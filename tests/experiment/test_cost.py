@@ -10,7 +10,7 @@ import torch
 
 from configs.schema import Cost
 from experiment import cost, stages
-from experiment.cost import Stopwatch, TrainingFlops
+from experiment.cost import CountedForward, Stopwatch, TrainingFlops
 from experiment.experiment import Experiment
 from experiment.run import Run
 from models.language import (
@@ -86,6 +86,16 @@ def test_a_stage_is_charged_its_share_of_the_machine(workers, lab):
     assert isinstance(stages.worker_experiment, Experiment)
     assert stages.worker_experiment.stopwatch().share == 1 / workers
     assert lab.stopwatch().share == 1
+
+
+def test_a_counted_model_begins_with_no_flops_and_adds_up(lab):
+    model = build_model(lab.config.teacher.model, lab.task)
+    counted, ids = CountedForward(model), torch.zeros((2, 9), dtype=torch.long)
+    assert counted.flops == 0
+    counted(ids, use_cache=False)
+    once = counted.flops
+    counted(ids, use_cache=False)
+    assert counted.flops == 2 * once > 0
 
 
 def test_counting_leaves_no_gradient_in_the_model_that_is_trained(lab, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import eval as judge
+from experiment.command import command_line
 from models.rows import weight_of
 from student.loss import Loss
 from teacher.shards import Outputs
@@ -121,3 +122,10 @@ def test_a_weak_student_raises_no_false_alarm(tiny_run, tmp_path, capsys):
     code, output = findings(copy, capsys)
     assert code == 0, output
     assert "lower, but the intervals overlap; more held-out rows would decide it" in output
+
+
+def test_a_run_is_evaluated_before_it_is_checked_for_silent_errors(copy, capsys):
+    (copy / "eval.json").unlink()
+    assert judge.main([str(copy), "--selfcheck"]) == 2
+    command = command_line("eval.py", copy)
+    assert f"{copy} is not evaluated yet; run {command} first" in capsys.readouterr().err

@@ -40,6 +40,15 @@ def test_too_little_memory_is_not_called_damage(message, folder, monkeypatch):
             read(folder)
 
 
+def test_another_error_is_not_called_too_little_memory(folder, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("bad header")
+
+    monkeypatch.setattr(language.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(LabError, match=r"cannot be read \(RuntimeError: bad header\); "):
+        load_model(folder)
+
+
 def test_a_folder_without_weights_is_rejected_by_their_name(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(LabError, match=r"holds no model\.safetensors"):

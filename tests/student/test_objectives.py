@@ -96,6 +96,8 @@ def test_uld_depends_on_sorted_probabilities_only(generator):
     assert uld(wider, dense(teacher)).abs().max() < 1e-12
     assert uld(teacher, dense(wider)).abs().max() < 1e-12
     assert uld(draw(generator), dense(teacher)).min() > 0
+    one, other = (torch.tensor([p]).log() for p in ([0.5, 0.3, 0.2], [0.2, 0.2, 0.6]))
+    assert float(uld(one, dense(other))) == pytest.approx(0.1 + 0.1)
 
 
 def sampled(logits: torch.Tensor, draws: int, generator: torch.Generator) -> Signal:
