@@ -314,7 +314,7 @@ class Record:
     def tests_of(self, change: Change, seconds: float) -> list[str]:
         """The tests that execute its statement; if it is executed on import, those that execute
         anything in its module or whose file imports it. Those of the module's own file first, then
-        the quickest, as many as take these seconds, at least one."""
+        of its folder, the quickest first: as many as take these seconds, at least one."""
         lines, importers = self.lines[change.module], set()
         statement = statement_at((ROOT / change.module).read_text("utf-8"), change.line)
         contexts = set().union(*(lines.get(number, ()) for number in statement))
@@ -328,8 +328,14 @@ class Record:
             if test.split("::")[0] in importers or not contexts.isdisjoint({test} | fixtures)
         ]
         folder, _, name = change.module.rpartition("/")
-        own = f"{Path('tests', folder, f'test_{name}').as_posix()}::"
-        tests.sort(key=lambda test: (not test.startswith(own), self.cost([test]), test))
+        near = (f"tests/{folder}/test_{name}::", f"tests/{folder}/") if folder else ("tests/test_",)
+        tests.sort(
+            key=lambda test: (
+                next((i for i, start in enumerate(near) if test.startswith(start)), len(near)),
+                self.cost([test]),
+                test,
+            )
+        )
         planned = {}
         for test in tests:
             planned |= dict.fromkeys([test, *self.needs[test]])

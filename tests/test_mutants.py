@@ -147,8 +147,8 @@ MUTANTS = {
     ),
     "a teacher in training mode": (
         "models/language.py",
-        "return model.eval()",
-        "return model.train()",
+        "return unmapped(model).eval()",
+        "return unmapped(model).train()",
         "test_train.py::test_a_loaded_teacher_is_not_in_training_mode_and_keeps_no_gradients",
     ),
     "a teacher with gradients": (
