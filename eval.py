@@ -219,7 +219,8 @@ def ask(run: Run, config: Config, questions: list[str]) -> None:
     own_task = teacher_task(config, run, task)
     names = ["teacher", *config.recipes, *(c for c in config.controls if c == "baseline")]
     models = {name: open_model(run, plan.stage(name)) for name in names}
-    heldout = task.rows("heldout")
+    splits = {s: task.rows(s) for s in ("train", "validation", *task.evaluation_splits)}
+    heldout = splits["heldout"]
     places = np.arange(ASKED) * len(heldout) // ASKED
     for question in questions or [task.question(heldout, int(i)) for i in places]:
         answers = {}
@@ -227,7 +228,7 @@ def ask(run: Run, config: Config, questions: list[str]) -> None:
             asked = own_task if name == "teacher" else task
             rows = Rows.build([0], [asked.prompt(question)], [[]])
             answers[name] = free_running(model, asked, rows)
-        print_answers(question, answers, task)
+        print_answers(question, answers, task, splits)
     print("p: the probability that a model gives to its whole answer")
 
 

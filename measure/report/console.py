@@ -13,6 +13,7 @@ from rich.text import Text
 from configs.files import say
 from measure.evaluate import Answers
 from measure.report.tables import facts_of, models_table, more_tables
+from models.rows import Rows
 from tasks.task import Task
 
 NO_TERMINAL = 120  # columns, where the output goes to a file
@@ -34,7 +35,9 @@ def print_result(result: dict[str, Any]) -> None:
         print(textwrap.fill(fact, width, subsequent_indent="  ", break_on_hyphens=False))
 
 
-def print_answers(question: str, answers: dict[str, Answers], task: Task) -> None:
+def print_answers(
+    question: str, answers: dict[str, Answers], task: Task, splits: dict[str, Rows]
+) -> None:
     """What each model answers to one question, and which of the answers are right."""
     width, truths = terminal_width(), task.truths(question)
     rows = [["right answer", shortened(" | ".join(truths), width) or "not known", "", ""]]
@@ -42,7 +45,7 @@ def print_answers(question: str, answers: dict[str, Answers], task: Task) -> Non
         (text,), (log_prob,) = answer.texts, answer.log_probs
         mark = grade_of(text, truths, task)
         rows.append([model, shortened(text, width), mark, f"{np.exp(log_prob):.3f}"])
-    say(f"\n{question} ({split_of(question, task)})")
+    say(f"\n{question} ({place_in(splits, task.prompt(question))})")
     for table in fitting(["", "answer", "grade", "p"], rows, width, left=3):
         Console(width=width).print(table)
 
@@ -61,11 +64,9 @@ def grade_of(text: str, truths: list[str], task: Task) -> str:
     return "right" if text in truths else "wrong"
 
 
-def split_of(question: str, task: Task) -> str:
-    """Where a question is in the data, and whether models have seen it in training."""
-    asked = task.prompt(question)
-    for split in ("train", "validation", *task.evaluation_splits):
-        rows = task.rows(split)
+def place_in(splits: dict[str, Rows], asked: list[int]) -> str:
+    """Where a prompt is in the data, and whether models have seen it in training."""
+    for split, rows in splits.items():
         candidates = np.flatnonzero(rows.prompt_lengths == len(asked))
         if any(rows.prompt(i).tolist() == asked for i in candidates):
             return "seen in training" if split == "train" else f"{split}, not seen in training"

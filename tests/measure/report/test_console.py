@@ -44,7 +44,7 @@ def test_answers_are_graded_where_right_ones_are_known():
 def test_a_long_answer_leaves_room_for_its_grade(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     answers, task = {"teacher": Answers(["L AE B " * 40], np.array([-1.0]))}, Pronounce(limit=100)
-    print_answers(next(iter(task.words)), answers, task)
+    print_answers(next(iter(task.words)), answers, task, {})
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert "... | wrong | 0.368 |" in printed
