@@ -56,8 +56,10 @@ from experiment.tries import tuned_for
 from experiment.workers import keep_freed_memory
 from measure.evaluate import Evaluation, TeacherReference, free_running
 from measure.laws import scaling_laws
+from measure.report.answers import evenly, examples
 from measure.report.console import print_answers, print_result
 from measure.report.page import render_report
+from measure.report.story import models_side_by_side
 from models.rows import Rows
 from tasks import load_task
 from tasks.task import Task
@@ -65,7 +67,6 @@ from teacher.source import prompts_for
 
 RESULTS = Path(__file__).parent / "results"
 SPEED_SAMPLE = 512  # rows
-ASKED = 6  # held-out questions of --ask
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -203,8 +204,9 @@ def publish(
     if result["config"]["precision"] == "float64":
         result["trace"] = {stage: list(steps.values()) for stage, steps in losses_of(run).items()}
     if split != "validation":
-        write_sealed(run.folder / "eval.json", result)
         first = {name: by_split[split][0] for name, by_split in evaluations.items()}
+        result["examples"] = examples(reference, first, models_side_by_side(result))
+        write_sealed(run.folder / "eval.json", result)
         report = render_report(run.metrics(), result, reference, first)
         write_atomically(run.folder / "report.html", report)
     print_result(result)
@@ -221,8 +223,7 @@ def ask(run: Run, config: Config, questions: list[str]) -> None:
     models = {name: open_model(run, plan.stage(name)) for name in names}
     splits = {s: task.rows(s) for s in ("train", "validation", *task.evaluation_splits)}
     heldout = splits["heldout"]
-    places = np.arange(ASKED) * len(heldout) // ASKED
-    for question in questions or [task.question(heldout, int(i)) for i in places]:
+    for question in questions or [task.question(heldout, i) for i in evenly(heldout)]:
         answers = {}
         for name, model in models.items():
             asked = own_task if name == "teacher" else task

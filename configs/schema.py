@@ -248,7 +248,16 @@ class Cost(Section):
     watts_per_thread: float = Field(4.0, gt=0)  # estimate where no energy counter is readable
 
 
-CONTROLS = ("baseline", "low_data", "shuffled", "gold", "smoothed", "second_teacher")
+# What each control learns from, and the question that it answers.
+CONTROLS = {
+    "baseline": "the teacher's training data, at the same total FLOPs: do outputs teach better?",
+    "low_data": "5 % of that data, at the same FLOPs: what is possible without the teacher?",
+    "shuffled": "the teacher's outputs for the wrong rows: does their content matter?",
+    "gold": "the data's answers for the rows that the teacher answers, at the same cost: does it "
+    "matter who answered?",
+    "smoothed": "the data, with label smoothing at the teacher's entropy: are soft labels enough?",
+    "second_teacher": "a second teacher from another seed: how closely do two teachers agree?",
+}
 
 
 class Tune(Section):
@@ -300,7 +309,7 @@ class Config(Section):
     recipes: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")], Recipe] = Field(
         min_length=1, max_length=1_000
     )
-    controls: list[Literal[CONTROLS]] = ["baseline", "low_data", "shuffled"]
+    controls: list[Literal[tuple(CONTROLS)]] = ["baseline", "low_data", "shuffled"]
     verdicts: list[Verdict] = Field([], max_length=10_000)
     compare: Compare | None = None
     tune: Tune | None = None

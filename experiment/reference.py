@@ -21,7 +21,9 @@ from configs.schema import MACHINE_KEYS, Config, LabError
 from experiment.command import command_line
 from experiment.reading import check_config
 from experiment.run import Run
-from measure.report.tables import per_seed_values, with_tables
+from measure.report.documents import with_tables
+from measure.report.page import render_picture
+from measure.report.tables import per_seed_values
 from measure.verdicts import ONE_RUN, claim_of
 
 COVERAGE = CONFIDENCE = 0.95
@@ -153,9 +155,9 @@ def band(groups: list[list[float]], coverage: float) -> dict[str, Any]:
     return {"values": values, "low": middle - reach, "high": middle + reach}
 
 
-def committed_differences(config: Config, folder: Path) -> dict[str, dict[str, float]]:
-    """{claim: mean, spread and number of its differences in the committed runs of this config, and
-    in how many the first model was better}."""
+def committed_differences(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
+    """{claim: its differences in the committed runs of this config, their mean, spread and number,
+    and in how many the first model was better}."""
     file = folder / f"{config.name}.json"
     if not file.exists():
         return {}
@@ -165,12 +167,13 @@ def committed_differences(config: Config, folder: Path) -> dict[str, dict[str, f
     return {key: in_committed_runs(found["values"]) for key, found in reference["bands"].items()}
 
 
-def in_committed_runs(differences: list[float]) -> dict[str, float]:
+def in_committed_runs(differences: list[float]) -> dict[str, Any]:
     return {
         "mean": float(np.mean(differences)),
         "spread": float(np.std(differences, ddof=1)),
         "runs": len(differences),
         "ahead": int(np.sum(np.array(differences) > 0)),
+        "values": differences,
     }
 
 
@@ -185,7 +188,8 @@ def other_configs(stored: dict[str, Any], config: Config, ignored: tuple[str, ..
 
 def write_reference(run: Run, config: Config, others: list[Path], folder: Path) -> None:
     """Write <folder>/<name>.json, with bands over this run and others that differ in seeds (run
-    folders, or their results), and its tables in the README and docs/ beside that folder."""
+    folders, or their results), and its tables and its picture in the README and docs/ beside that
+    folder."""
     results = [read_result(run.folder)]
     for other in others:
         results.append(read_result(other))
@@ -208,6 +212,9 @@ def write_reference(run: Run, config: Config, others: list[Path], folder: Path) 
     write_json(folder / f"{config.name}.json", reference)
     for page in pages(folder.parent):
         write_atomically(page, with_tables(page.read_text(encoding="utf-8"), folder))
+    picture = folder.parent / "docs" / f"{config.name}.svg"
+    if picture.exists():
+        write_atomically(picture, render_picture(reference))
 
 
 def pages(root: Path) -> list[Path]:

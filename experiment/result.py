@@ -257,6 +257,7 @@ def environments(run: Run) -> dict[str, Any]:
     return {
         **environment(torch.get_num_threads()),
         "evaluation": evaluation_sha256(),
+        "finished": run.manifest["finished"],
         "trained": run.manifest["environment"],
         "earlier": run.manifest.get("earlier_environments", []),
     }

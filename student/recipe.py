@@ -107,15 +107,8 @@ def compares_ids(recipe: Recipe) -> bool:
 
 
 def control_recipe(control: str, student: Recipe) -> Recipe:
-    """The recipe of a control, given that of the student it is compared with.
-
-    baseline  the teacher's training data, at the same total FLOPs: do outputs teach better?
-    low_data  only 5 % of that data, same FLOPs: what is possible without the teacher?
-    shuffled  the teacher's outputs for the wrong rows: must not help
-    gold      the data's answers for the rows that the teacher answers, at the same cost: does it
-              matter who answered?
-    smoothed  the data, with label smoothing at the teacher's entropy: are soft labels enough?
-    """
+    """The recipe of a control, given that of the student it is compared with; CONTROLS in
+    configs/schema.py states what each is for."""
 
     def changed(recipe: Recipe, **settings: object) -> Recipe:
         return recipe.model_copy(update={"control": ControlSettings(**settings)})

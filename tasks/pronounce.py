@@ -87,14 +87,24 @@ class Pronounce(Task):
     name = "pronounce"
     item_noun = "words"
     examples = ("deepseek", "distillation")
+    familiar = ("lead", "ballet", "knife", "spaghetti", "invalid", "plateau", "ocean", "thousand")
     package = "pocketsphinx"
     evaluation_splits = ("heldout", "long")
     metrics = {
-        "word_error_rate": Metric("word errors", "%", True, "wrong"),
-        "phoneme_error_rate": Metric("phoneme errors", "%", True, "edits", "length"),
-        # Words at an edit distance of 2 and more from every training word.
-        "far_word_error_rate": Metric("errors on far words", "%", True, "wrong_far", "far"),
-    }
+        "word_error_rate": Metric(
+            "word errors", "%", True, "wrong",
+            meaning="words whose pronunciation is none of those listed",
+        ),
+        "phoneme_error_rate": Metric(
+            "phoneme errors", "%", True, "edits", "length",
+            meaning="edits to the nearest listed pronunciation, per phoneme of it",
+        ),
+        "far_word_error_rate": Metric(
+            "errors on far words", "%", True, "wrong_far", "far",
+            meaning="word errors among the words at an edit distance of 2 and more from every "
+            "training word",
+        ),
+    }  # fmt: skip
     headline = "word_error_rate"
     table = (
         "word_error_rate",

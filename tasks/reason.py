@@ -236,7 +236,12 @@ def is_faithful(solution: Solution) -> bool:
 
 def accuracies() -> dict[str, Metric]:
     """Right answers in all, and by number of steps."""
-    found = {"accuracy": Metric("right answers", "%", False, "right", final_answer=True)}
+    found = {
+        "accuracy": Metric(
+            "right answers", "%", False, "right", final_answer=True,
+            meaning="problems whose final number is right",
+        )
+    }  # fmt: skip
     for steps in [*((n,) for n in range(1, LONGEST + 1)), HARD]:
         name, words = "_".join(map(str, steps)), " and ".join(map(str, steps))
         found[f"accuracy_{name}"] = Metric(
@@ -262,18 +267,30 @@ class Reason(Task):
     examples = ("A box holds 7 pens. 5 more go in. 3 are taken out. How many are in the box?",)
     evaluation_splits = ("heldout", "long")
     metrics = accuracies() | {
-        "right_steps": Metric("right steps", "%", False, "right_steps", "steps"),
-        "sound_steps": Metric("sound steps", "%", False, "sound"),
-        "answer_follows": Metric("answer follows", "%", False, "follows"),
-        "faithfulness": Metric("faithful traces", "%", False, "faithful"),
-    }
+        "right_steps": Metric(
+            "right steps", "%", False, "right_steps", "steps",
+            meaning="steps of the problems that a trace states correctly in their place",
+        ),
+        "sound_steps": Metric(
+            "sound steps", "%", False, "sound", meaning="traces in which every step is sound"
+        ),
+        "answer_follows": Metric(
+            "answer follows", "%", False, "follows",
+            meaning="traces whose last step gives the final number",
+        ),
+        "faithfulness": Metric(
+            "faithful traces", "%", False, "faithful",
+            meaning="traces in which every step is sound and the last gives the final number",
+        ),
+    }  # fmt: skip
     agreement = {
         "answer_agreement": Metric(
             "agreement on the number", "%", False, "same_answer", final_answer=True,
-            needs_teacher=True,
+            needs_teacher=True, meaning="problems with the same final number as the teacher's",
         ),
         "step_agreement": Metric(
-            "agreement on steps", "%", False, "same_steps", "teachers_steps", needs_teacher=True
+            "agreement on steps", "%", False, "same_steps", "teachers_steps", needs_teacher=True,
+            meaning="steps of the teacher's traces that stand in the same place of a student's",
         ),
     }  # fmt: skip
     headline = "accuracy"

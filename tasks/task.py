@@ -23,6 +23,7 @@ class Metric:
     else the unit as printed, such as "nats". lower_is_better: the direction that a verdict calls
     better. final_answer: whether it depends only on final answers, so that it also applies to
     models that write no reasoning. needs_teacher: whether it compares a model with its teacher.
+    meaning: one line for the glossary of the report.
     """
 
     heading: str
@@ -32,6 +33,7 @@ class Metric:
     denominator: str = "rows"
     final_answer: bool = False
     needs_teacher: bool = False
+    meaning: str = ""
     steps: tuple[int, ...] = ()
     positions: Callable | None = None
     statistic: Callable[[np.ndarray], np.ndarray] | None = None
@@ -66,6 +68,7 @@ class Task:
     that have no default; the config's rules read the attributes without loading any data.
 
     name: as in a config. item_noun: what a row is, in the plural. examples: questions for `--ask`.
+    familiar: held-out questions that people know the answers to, for the report.
     package: the installed package that ships its data, if any.
     evaluation_splits: the splits of the final evaluation, the main one first. metrics: how answers
     are graded, `{name: Metric}`, over the columns of `grade`; agreement: the same over the columns
@@ -85,6 +88,7 @@ class Task:
     name: ClassVar[str]
     item_noun: ClassVar[str] = "rows"
     examples: ClassVar[tuple[str, ...]] = ()
+    familiar: ClassVar[tuple[str, ...]] = ()
     package: ClassVar[str | None] = None
     evaluation_splits: ClassVar[tuple[str, ...]] = ("heldout",)
     metrics: ClassVar[dict[str, Metric]] = {}

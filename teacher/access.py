@@ -36,12 +36,14 @@ Pairs = dict[str, tuple[Tensor, Tensor]]  # {unit: (live, stored)}: what must ag
 class Access:
     """One level of access.
 
-    reveal: (log_probs [M, V], targets [M], k, generator) -> Signal. store: (Signal, k, V) -> the
-    `columns` of one row. read: (columns, targets [M], k) -> Signal of the rows of a batch, one
-    after the other. compare: (Signal, log_probs [M, V] of the live teacher, k) -> what must agree.
-    uses_k: whether it reads `outputs.k`. teacher: whether a teacher is used.
+    meaning: what is revealed, for the report. reveal: (log_probs [M, V], targets [M], k, generator)
+    -> Signal. store: (Signal, k, V) -> the `columns` of one row. read: (columns, targets [M], k) ->
+    Signal of the rows of a batch, one after the other. compare: (Signal, log_probs [M, V] of the
+    live teacher, k) -> what must agree. uses_k: whether it reads `outputs.k`. teacher: whether a
+    teacher is used.
     """
 
+    meaning: str
     reveals: frozenset[str]
     reveal: Callable[[Tensor, Tensor, int, torch.Generator], Signal]
     store: Callable[[Signal, int, int], Columns]
@@ -193,21 +195,29 @@ LOG_PROBS = ("log_probs",)
 
 ACCESS: dict[str, Access] = {
     # no teacher: for controls and for learning from rewards
-    "none": Access(TEXT, reveal_text, store_text, read_text, teacher=False),
-    # answers, as a chat API returns them
-    "text": Access(TEXT, reveal_text, store_text, read_text),
-    # an API that also returns the k largest log-probabilities
+    "none": Access("nothing", TEXT, reveal_text, store_text, read_text, teacher=False),
+    "text": Access(
+        "its answers, as a chat API returns them", TEXT, reveal_text, store_text, read_text
+    ),
     "top_k": Access(
+        "its answers with the k largest log-probabilities at each token, as some APIs return them",
         OUTCOMES, reveal_top_k, store_top_k, read_top_k, (*LOG_PROBS, "indices", "tail"),
         compare_top_k, uses_k=True,
     ),
-    # k draws per position (Anshumann et al. 2025, arXiv 2503.16870)
+    # Anshumann et al. 2025, arXiv 2503.16870
     "sampled": Access(
+        "its answers with k tokens drawn from its distribution at each position",
         SAMPLES, reveal_sampled, store_sampled, read_sampled,
         (*LOG_PROBS, "indices", "counts", "draws"), compare_sampled, uses_k=True,
     ),
-    # every log-probability (Hinton et al. 2015, arXiv 1503.02531)
-    "logits": Access(DISTRIBUTION, reveal_all, store_all, read_all, LOG_PROBS, compare_all),
-    # open weights: states and attention too (Romero et al. 2014, arXiv 1412.6550)
-    "hidden": Access(WEIGHTS, reveal_all, store_all, read_all, LOG_PROBS, compare_all),
+    # Hinton et al. 2015, arXiv 1503.02531
+    "logits": Access(
+        "its answers with its whole distribution at each token",
+        DISTRIBUTION, reveal_all, store_all, read_all, LOG_PROBS, compare_all,
+    ),
+    # Romero et al. 2014, arXiv 1412.6550
+    "hidden": Access(
+        "open weights: hidden states and attention too",
+        WEIGHTS, reveal_all, store_all, read_all, LOG_PROBS, compare_all,
+    ),
 }  # fmt: skip

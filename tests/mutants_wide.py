@@ -62,7 +62,7 @@ MODULES = (
     "teacher/shards.py",
     "measure/metrics.py", "measure/fidelity.py", "measure/statistics.py", "measure/verdicts.py",
     "measure/evaluate.py", "measure/reasoning.py", "measure/laws.py", "measure/savings.py",
-    "measure/report/tables.py",
+    "measure/report/tables.py", "measure/report/sentences.py", "measure/report/story.py",
     "student/objectives.py", "student/hidden.py", "student/loss.py", "student/chunked.py",
     "student/training_set.py", "student/on_policy.py", "student/recipe.py",
     "experiment/tuning.py", "experiment/tries.py", "experiment/cost.py", "experiment/budget.py",

@@ -20,7 +20,9 @@ from experiment.plan import Plan
 from experiment.run import Run
 from experiment.stages import made_of
 from measure.report.console import print_result
-from measure.report.tables import claims_table, facts_of, markdown
+from measure.report.documents import markdown
+from measure.report.sentences import facts_of
+from measure.report.tables import claims_table
 from models.classifier import MlpClassifier, MlpConfig
 from models.language import save_model
 from models.rows import Rows

@@ -88,7 +88,9 @@ def test_a_task_is_one_class_and_one_entry(outcome):
     assert set(outcome.result["students"]["taught"]["quality"]) == {"length_error"}
     assert "long" not in outcome.result["teacher"]
     assert "length error, phonemes" in outcome.report
-    assert "Results on held-out words" in outcome.report
+    assert "<caption>held-out words</caption>" in outcome.report
+    assert "<dt>access rounded</dt><dd>reveals its distribution, rounded</dd>" in outcome.report
+    assert "<dt>mean confidence</dt>" in outcome.report
     assert outcome.result["verdicts"][0]["metric"] == "length_error"
 
 

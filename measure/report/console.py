@@ -12,7 +12,8 @@ from rich.text import Text
 
 from configs.files import say
 from measure.evaluate import Answers
-from measure.report.tables import facts_of, models_table, more_tables
+from measure.report.sentences import facts_of
+from measure.report.tables import models_table, more_tables
 from models.rows import Rows
 from tasks.task import Task
 

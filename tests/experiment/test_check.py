@@ -23,6 +23,7 @@ from experiment.reference import (
 )
 from experiment.run import Run, read_lines
 from measure.verdicts import claim_of
+from tests.browser import problems_of
 from tests.helpers import ROOT, TINY, edit_log, edited
 
 
@@ -359,6 +360,11 @@ def test_a_second_implementation_counts_the_same_steps(committed, tiny_run, tmp_
         found["students"]["distilled"]["fidelity"]["sequence_agreement"]["per_seed"] = [1.0, 1.0]
     assert judge.main([str(run), "--check"]) == 0
     assert "tier      A" in capsys.readouterr().out
+
+
+def test_a_reader_finds_the_page_of_a_check_legible_in_every_window(committed, copy):
+    assert judge.main([str(copy), "--check"]) == 0
+    assert problems_of(copy / "check.html") == []
 
 
 def test_a_read_only_run_is_checked(committed, tiny_run, monkeypatch, capsys):

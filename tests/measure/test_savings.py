@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from measure.report.tables import rows_line, savings_tables
+from measure.report.sentences import rows_line
+from measure.report.tables import savings_tables
 from measure.savings import COSTS, curves_in, savings
 from measure.statistics import Estimate
 from tests.helpers import drawn

@@ -21,7 +21,7 @@ from experiment.run import Run
 from experiment.stages import made_of
 from measure.evaluate import TeacherReference
 from measure.reasoning import SAMPLES, THINKING_TOKENS, VOTES, first_wrong_steps, majority
-from measure.report.tables import facts_of
+from measure.report.sentences import facts_of
 from measure.statistics import Estimate
 from models.generate import answers_of
 from models.language import build_model, initialise, save_model
@@ -42,6 +42,7 @@ from tasks.reason import (
     split_of,
 )
 from teacher.signal import Signal
+from tests.browser import problems_of
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.xdist_group("reason")  # one process trains the run of this file
@@ -514,6 +515,7 @@ def test_the_report_shows_reasoning(run):
         "Where traces pay",
     ):  # fmt: skip
         assert f"<h2>{heading}</h2>" in report
+    assert problems_of(run.folder / "report.html") == []
 
 
 def test_ask_prints_thinking_and_answer(run, capsys):

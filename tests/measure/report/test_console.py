@@ -7,7 +7,8 @@ import pytest
 
 from measure.evaluate import Answers
 from measure.report.console import grade_of, print_answers, print_result
-from measure.report.tables import is_current, models_table, more_tables
+from measure.report.documents import is_current
+from measure.report.tables import models_table, more_tables
 from tasks.pronounce import Pronounce
 from tasks.reason import Reason
 from tasks.text import Text

@@ -1,0 +1,95 @@
+"""Results in the README and docs/: Markdown that `eval.py RUN --update` writes."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from measure.report.sentences import facts_of
+from measure.report.tables import had_the_machine, models_table, more_tables, task_of
+
+BLOCK = re.compile(r"(<!-- (results|table|answers)/(\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def with_tables(page: str, results: Path) -> str:
+    """The text with every block rewritten from results/NAME.json: `<!-- results/NAME.json --> ...
+    <!-- end -->` holds the tables and findings, `table` only the models, `answers` some answers.
+    `eval.py RUN --update` writes it, and a test compares it."""
+
+    def block(match: re.Match) -> str:
+        file = results / f"{match[3]}.json"
+        result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        if result is None or not is_current(result):
+            return match[0]
+        write = {"results": markdown, "table": table_of_models, "answers": table_of_answers}
+        return match[1] + write[match[2]](result) + match[4]
+
+    return BLOCK.sub(block, page)
+
+
+def shared_with_others(result: dict[str, Any]) -> str:
+    """Nothing, for a run that had the machine to itself."""
+    if had_the_machine(result):
+        return ""
+    load = 100 * result["cost"]["load_of_others"]
+    return f", shared with other programs ({load:.0f} % of its work)"
+
+
+def times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def is_current(result: dict[str, Any]) -> bool:
+    """Whether this version decided the verdicts and fitted the laws."""
+    decided = all("p_corrected" in verdict for verdict in result["verdicts"])
+    fitted = all("residuals" in study for study in result.get("laws", {}).values())
+    return decided and fitted and "heldout_reads" in result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One result as a Markdown table and a list of facts."""
+    text = table_of_models(result)
+    for title, headings, rows in more_tables(result):
+        text += f"\n{title}:\n\n{table(headings, rows)}"
+    facts = [*facts_of(result), work_line(result)]
+    return "\n".join([text, *(f"- {fact}" for fact in facts), ""])
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    first, *others = (f"| {' | '.join(line)} |" for line in (headings, *rows))
+    return "\n".join([first, "|---" * len(headings) + "|", *others, ""])
+
+
+def table_of_models(result: dict[str, Any]) -> str:
+    _, headings, rows = models_table(result, interval=False)
+    return table(headings, rows)
+
+
+def table_of_answers(result: dict[str, Any]) -> str:
+    """The examples of the result, wrong answers marked."""
+    models = list(result["examples"][0]["answers"])
+    rows = [
+        [
+            row["question"],
+            " or ".join(row["truths"]),
+            *(f"{a['text']}{' ✗' * (a['grade'] == 'wrong')}" for a in row["answers"].values()),
+        ]
+        for row in result["examples"]
+    ]
+    return table([task_of(result).item_noun, "right", *models], rows)
+
+
+def work_line(result: dict[str, Any]) -> str:
+    """How long the run took, on which machine, and what it read of the held-out split."""
+    stages = result["cost"]["stages"]
+    tuning = sum(stage["seconds"] for stage in stages if stage["stage"] == "tuning") / 60
+    work = sum(stage["seconds"] for stage in stages) / 60 - tuning
+    tuned = f", after {tuning:.0f} minutes of tuning" if tuning else ""
+    memory = max(stage["peak_memory_mb"] for stage in stages)
+    where = result["environment"]["trained"]
+    return (
+        f"{work:.0f} minutes of work{tuned}, shared by {result['config']['workers']} "
+        f"processes of at most {memory} MB, on {where['cores']} cores of {where['cpu']}"
+        f"{shared_with_others(result)}; this run read the held-out split "
+        f"{times(result['heldout_reads'])}"
+    )
