@@ -25,7 +25,7 @@ from experiment.experiment import verify_stage
 from experiment.reference import other_configs, read_result
 from experiment.run import Run
 from measure.report.page import render_check
-from measure.report.tables import per_seed_values
+from measure.report.tables import models_table, per_seed_values
 from measure.verdicts import claim_of
 
 TRACE_TOLERANCE = 1e-9
@@ -205,7 +205,26 @@ def compare_runs(a: Run, b: Run) -> list[str]:
         lines.append(f"{'losses':<9} diverge: " + "; ".join(diverged[:3]))
     else:
         lines.append(f"{'losses':<9} equal")
-    return lines
+    return lines + compare_metrics(a, b)
+
+
+def compare_metrics(a: Run, b: Run) -> list[str]:
+    """A line for each model of both runs whose metrics differ as they are printed."""
+    if not all((run.folder / "eval.json").exists() for run in (a, b)):
+        return [f"{'metrics':<9} not compared: evaluate both runs first"]
+    (_, headings, rows), (_, others, there) = (
+        models_table(read_result(run.folder), interval=False) for run in (a, b)
+    )
+    if headings != others:
+        return [f"{'metrics':<9} not compared: the tasks have different ones"]
+    by_model = {row[0]: row for row in there}
+    lines = []
+    for row in rows:
+        cells = zip(headings, row, by_model.get(row[0], row), strict=True)
+        found = [f"{heading} {x} and {y}" for heading, x, y in cells if x != y]
+        if found:
+            lines.append(f"{'metrics':<9} {row[0]}: {', '.join(found)}")
+    return lines or [f"{'metrics':<9} equal, as printed"]
 
 
 def first_difference(stage: str, a: dict, b: dict) -> list[str]:

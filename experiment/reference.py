@@ -21,7 +21,7 @@ from configs.schema import MACHINE_KEYS, Config, LabError
 from experiment.command import command_line
 from experiment.reading import check_config
 from experiment.run import Run
-from measure.report.documents import with_tables
+from measure.report.documents import with_minutes, with_tables
 from measure.report.page import render_picture
 from measure.report.tables import per_seed_values
 from measure.verdicts import ONE_RUN, claim_of
@@ -212,6 +212,9 @@ def write_reference(run: Run, config: Config, others: list[Path], folder: Path) 
     write_json(folder / f"{config.name}.json", reference)
     for page in pages(folder.parent):
         write_atomically(page, with_tables(page.read_text(encoding="utf-8"), folder))
+    file = folder.parent / "configs" / f"{config.name}.yaml"
+    if file.exists():
+        write_atomically(file, with_minutes(file.read_text(encoding="utf-8"), reference))
     picture = folder.parent / "docs" / f"{config.name}.svg"
     if picture.exists():
         write_atomically(picture, render_picture(reference))

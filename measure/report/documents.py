@@ -1,6 +1,7 @@
 """Results in the README and docs/: Markdown that `eval.py RUN --update` writes."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from measure.report.sentences import facts_of
 from measure.report.tables import had_the_machine, models_table, more_tables, task_of
 
 BLOCK = re.compile(r"(<!-- (results|table|answers)/(\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
+ABOUT = re.compile(r"About \d+ minutes")
 
 
 def with_tables(page: str, results: Path) -> str:
@@ -25,6 +27,18 @@ def with_tables(page: str, results: Path) -> str:
         return match[1] + write[match[2]](result) + match[4]
 
     return BLOCK.sub(block, page)
+
+
+def with_minutes(config: str, result: dict[str, Any]) -> str:
+    """The text of a config with the minutes that its run took in `About 5 minutes`, rounded up; a
+    run that shared the machine says nothing about them."""
+    if not had_the_machine(result):
+        return config
+    seconds, workers = 0.0, result["config"]["workers"]
+    for stage in result["cost"]["stages"]:
+        side_by_side = workers if stage["stage"].startswith("students/") else 1
+        seconds += stage["seconds"] / side_by_side if stage["stage"] != "tuning" else 0
+    return ABOUT.sub(f"About {math.ceil(seconds / 60)} minutes", config, count=1)
 
 
 def shared_with_others(result: dict[str, Any]) -> str:

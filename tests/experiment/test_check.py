@@ -367,6 +367,22 @@ def test_a_reader_finds_the_page_of_a_check_legible_in_every_window(committed, c
     assert problems_of(copy / "check.html") == []
 
 
+def test_compare_names_every_metric_that_differs(tiny_run, copy, committed):
+    with edited(copy / "eval.json") as found:
+        found["students"]["distilled"]["quality"]["word_error_rate"]["mean"] = 0.123
+        found["teacher"]["params"] += 1000
+    a, b = Run.finished(tiny_run), Run.finished(copy)
+    result = json.loads((tiny_run / "eval.json").read_text("utf-8"))
+    before = 100 * result["students"]["distilled"]["quality"]["word_error_rate"]["mean"]
+    size = result["teacher"]["params"]
+    assert compare_runs(a, b)[-2:] == [
+        f"metrics   teacher: parameters {size:,} and {size + 1000:,}",
+        f"metrics   distilled: word errors % {before:.1f} and 12.3",
+    ]
+    (copy / "eval.json").unlink()
+    assert compare_runs(a, Run.finished(copy))[-1].startswith("metrics   not compared: evaluate")
+
+
 def test_a_read_only_run_is_checked(committed, tiny_run, monkeypatch, capsys):
     def refused(file, _):
         raise PermissionError(13, "Permission denied", str(file))
@@ -437,11 +453,12 @@ def test_compare_names_the_causes_in_order_and_the_step_where_losses_part(
     report = compare_runs(a, b)
     assert [line.split()[0] for line in report] == [
         "code", "config", "versions", "machine", "threads", "data", "seeds", "hashes", "losses",
+        "metrics",
     ]  # fmt: skip
     assert "torch: '" in report[2]
     assert report[4] == f"threads   threads: {a.manifest['environment']['threads']} there, 7 here"
-    assert f"{third['stage']} by step {third['step']}" in report[-1]
-    assert compare_runs(a, a)[-1] == "losses    equal"
+    assert f"{third['stage']} by step {third['step']}" in report[-2]
+    assert compare_runs(a, a)[-2:] == ["losses    equal", "metrics   equal, as printed"]
     assert judge.main(["--compare", str(tiny_run), str(other)]) == 0
     assert capsys.readouterr().out.splitlines() == report
     last = read_lines(other)[-1]["stage"]
@@ -449,9 +466,9 @@ def test_compare_names_the_causes_in_order_and_the_step_where_losses_part(
     shutil.copytree(tiny_run, other)
     edit_log(other, lambda lines: lines.__setitem__(slice(None), without(lines, last)))
     for first, second in ((a, Run.finished(other)), (Run.finished(other), a)):
-        assert f"diverge: {last} by step" in compare_runs(first, second)[-1]  # in one run alone
+        assert f"diverge: {last} by step" in compare_runs(first, second)[-2]  # in one run alone
     edit_log(other, lambda lines: lines.__delitem__(slice(2, None)))
-    assert " and nothing)" in compare_runs(a, Run.finished(other))[-1]
+    assert " and nothing)" in compare_runs(a, Run.finished(other))[-2]
 
 
 def test_environment_prints_what_a_bug_report_needs(capsys):

@@ -7,7 +7,14 @@ import pytest
 
 from experiment.reference import pages
 from measure.laws import Law
-from measure.report.documents import BLOCK, shared_with_others, with_tables, work_line
+from measure.report.documents import (
+    BLOCK,
+    is_current,
+    shared_with_others,
+    with_minutes,
+    with_tables,
+    work_line,
+)
 from measure.report.sentences import (
     accuracies_by_steps,
     facts_of,
@@ -76,6 +83,15 @@ def test_the_numbers_in_documents_equal_those_in_results():
     shown = {file.stem for file in (ROOT / "results").glob("*.json")} - {"trace-float64"}
     assert sorted(named) == sorted(shown)
     assert [with_tables(text, ROOT / "results") for text in texts] == texts
+
+
+def test_configs_state_the_minutes_of_their_committed_run():
+    for file in (ROOT / "results").glob("*.json"):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        config = ROOT / "configs" / file.with_suffix(".yaml").name
+        if is_current(result):
+            text = config.read_text(encoding="utf-8")
+            assert with_minutes(text, result) == text, file.stem
 
 
 def test_a_changed_result_would_change_the_documents(tmp_path):
@@ -148,6 +164,21 @@ def test_the_work_of_a_run_is_told_from_its_tuning():
     assert work_line(result) == f"3 minutes of work, after 14 minutes of tuning, {end}"
     del stages[0]
     assert work_line(result) == f"3 minutes of work, {end}"
+
+
+def test_the_minutes_in_a_config_are_those_of_its_run():
+    stages = [
+        {"stage": "tuning", "seconds": 9_000.0},
+        {"stage": "teacher", "seconds": 200.0},
+        {"stage": "students/text/seed-0", "seconds": 180.0},
+        {"stage": "students/text/seed-1", "seconds": 140.0},
+    ]
+    result = {"cost": {"stages": stages, "load_of_others": 0.01}, "config": {"workers": 2}}
+    text = "# A study. About 99 minutes on 2\n# cores. About 1 minutes of it for the teacher.\n"
+    written = with_minutes(text, result)
+    assert written == text.replace("99", "6")  # 200 s + 320 s / 2
+    result["cost"]["load_of_others"] = 0.3
+    assert with_minutes(text, result) == text
 
 
 @pytest.mark.parametrize("load", [None, 0.0, 0.05])
