@@ -36,6 +36,7 @@ test-all: $(VENV)/.installed-test
 
 benchmark: $(VENV)/.installed-test
 	$(RUN) -m tests.benchmarks.speed
+	$(RUN) -m tests.benchmarks.busy
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff format --check .
@@ -49,6 +50,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(RUN) -c '$(SUPPORTED)' 2> /dev/null || rm -rf $(VENV)  # made with an older one
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -c constraints.txt -e .
+	$(RUN) -m tasks.packaged
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

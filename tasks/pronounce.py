@@ -52,7 +52,7 @@ def dictionary_file() -> Path:
 
 def read_dictionary(file: Path) -> dict[str, list[str]]:
     """word -> its pronunciations, in their listed order. LabError if it is another dictionary."""
-    content = read_verified(file, SHA256)
+    content = read_verified(file, SHA256, is_text=True)
     words: dict[str, list[str]] = {}
     for line in content.decode("utf-8").splitlines():
         word, phonemes = line.split(maxsplit=1)

@@ -43,7 +43,7 @@ def read_packaged(file: Path) -> list[str]:
     The file is Python, and is parsed, not run: `Bible(version, text, {verse: start}, ...)`, where
     a verse is numbered book, chapter, verse as 1001001.
     """
-    content = read_verified(file, SHA256)
+    content = read_verified(file, SHA256, is_text=True)
     _, text, starts, *_ = ast.parse(content).body[-1].value.args
     text = ast.literal_eval(text).replace("`", "'")
     chapters: dict[int, int] = {}
