@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+from configs.files import say
 from configs.schema import LabError, Model, Recipe
 from experiment.experiment import Experiment, new_model
 from measure.metrics import metrics_of
@@ -35,8 +36,9 @@ def check_experiment(experiment: Experiment) -> None:
 
 
 def check_models(experiment: Experiment) -> None:
-    """Every kind of model is probed once, teacher and students alike."""
-    config = experiment.config
+    """Every kind of model is probed once, teacher and students alike. A student that is larger than
+    its teacher is no mistake, but is noted."""
+    config, sizes = experiment.config, {}
     models = {
         config.model_of(recipe).model_dump_json(): f"students of recipe {name}"
         for name, recipe in reversed(experiment.plan.recipes.items())
@@ -50,6 +52,11 @@ def check_models(experiment: Experiment) -> None:
             raise LabError(f"{what}: {error}") from None
         learns = what != "teacher" or config.teacher.epochs > 0
         probe(model, task_with_tokenizer_of(experiment.task, settings), what, learns)
+        sizes[what] = sum(parameter.numel() for parameter in model.parameters())
+    for what, size in sizes.items():
+        if size > sizes["teacher"] and experiment.is_main:
+            say(f"note: {what} have {size:,} parameters, more than the teacher's "
+                f"{sizes['teacher']:,}")  # fmt: skip
 
 
 def task_with_tokenizer_of(task: Task, settings: Model) -> ModelTask:
