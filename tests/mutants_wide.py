@@ -313,7 +313,8 @@ class Record:
 
     def tests_of(self, change: Change, seconds: float) -> list[str]:
         """The tests that execute its statement; if it is executed on import, those that execute
-        anything in its module or whose file imports it. Those of the module's own file first, then
+        anything in its module or whose file imports it. And the others of the module's own file of
+        tests: what one test makes and keeps, the next one reads. Those of the own file first, then
         of its folder, the quickest first: as many as take these seconds, at least one."""
         lines, importers = self.lines[change.module], set()
         statement = statement_at((ROOT / change.module).read_text("utf-8"), change.line)
@@ -321,20 +322,22 @@ class Record:
         if not contexts:
             contexts = set().union(*lines.values())
             importers = {file for file in self.files() if imports(file, change.module)}
-        tests = [
-            test
-            for test, fixtures in self.needs.items()
-            if test not in self.failed
-            if test.split("::")[0] in importers or not contexts.isdisjoint({test} | fixtures)
-        ]
         folder, _, name = change.module.rpartition("/")
         near = (f"tests/{folder}/test_{name}::", f"tests/{folder}/") if folder else ("tests/test_",)
-        tests.sort(
+        executing = {
+            test
+            for test, fixtures in self.needs.items()
+            if test.split("::")[0] in importers or not contexts.isdisjoint({test} | fixtures)
+        }
+        own = {test for test in self.needs if folder and test.startswith(near[0])}
+        tests = sorted(
+            (executing | own if executing else set()) - self.failed,
             key=lambda test: (
                 next((i for i, start in enumerate(near) if test.startswith(start)), len(near)),
+                test not in executing,
                 self.cost([test]),
                 test,
-            )
+            ),
         )
         planned = {}
         for test in tests:

@@ -244,6 +244,13 @@ def test_the_first_three_outside_are_named():
     )
 
 
+def test_no_bands_and_nothing_inside_the_bands_are_two_things():
+    assert "none are committed" in experiment.check.band_line([], [])
+    assert experiment.check.band_line([], ["a one"]) == (
+        "bands     0 of 1 metrics and differences inside, outside: a one"
+    )
+
+
 def test_a_claims_difference_must_lie_in_its_band_too():
     tier, lines = check(result(difference=-0.1, sha256="b"), reference())
     assert tier == "D"

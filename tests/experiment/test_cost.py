@@ -144,6 +144,14 @@ def test_energy_is_read_in_joules(tmp_path, monkeypatch):
     assert cost.read_energy() is None
 
 
+@pytest.mark.parametrize(("system", "bytes_each"), [("linux", 1024), ("darwin", 1)])
+def test_the_peak_of_a_process_is_in_bytes(system, bytes_each, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5_000))
+    monkeypatch.setattr(sys, "platform", system)
+    assert cost.peak_memory() == 5_000 * bytes_each
+
+
 def test_the_peak_of_a_gpu_is_that_of_its_own_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from configs.schema import LabError
-from models.rows import Rows, batch_order, collate, row_id
+from models.rows import Chunks, Rows, batch_order, collate, row_id
 
 
 @pytest.fixture
@@ -16,6 +16,17 @@ def rows() -> Rows:
         [[1, *range(10, 9 + p)] for p, _ in lengths],
         [[*range(50, 49 + c), 2] for _, c in lengths],
     )
+
+
+def test_arrays_are_read_as_if_they_were_one():
+    whole = np.arange(100, 112)
+    chunks = Chunks([whole[:5], whole[5:6], whole[6:]])
+    assert len(chunks) == 12
+    assert [chunks[place] for place in range(12)] == whole.tolist()
+    for bounds in ((0, 5), (1, 4), (5, 6), (6, 12), (8, 9)):  # a row lies in one of them
+        assert chunks[slice(*bounds)].tolist() == whole[slice(*bounds)].tolist()
+    mixed = np.array([11, 0, 5, 4, 6, 0])
+    assert chunks[mixed].tolist() == whole[mixed].tolist()
 
 
 def test_counted_positions_predict_the_completion_and_nothing_else(rows):

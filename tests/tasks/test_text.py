@@ -123,6 +123,7 @@ def test_the_shortest_documents_and_the_longest_prompts_make_rows(tmp_path, prom
     for split in SPLITS:
         rows = task.rows(split)
         assert (rows.lengths <= 64).all()
+        assert {*task.cut[split][1].values()} == {*range(len(task.documents[split]))}  # all of them
         assert (rows.prompt_lengths >= 1).all()
         assert (rows.lengths > rows.prompt_lengths).all()
 
@@ -190,6 +191,10 @@ def test_a_prompt_that_fills_the_row_is_rejected_in_one_line(task):
     assert len(task.prompt("a" * 10)) <= 11
     with pytest.raises(LabError, match="expected at most 62") as error:
         task.prompt("zq" * 400)
+    letters = next(n for n in range(200) if len(task.encode_answer("zq" * n)) == 62)
+    assert len(task.prompt("zq" * letters)) == 63  # there is room for a token
+    with pytest.raises(LabError, match="has 63 tokens"):
+        task.prompt("zq" * letters + "!")
     assert "\n" not in str(error.value)
 
 
