@@ -64,6 +64,20 @@ def test_the_loss_of_matched_states_does_not_depend_on_accumulation(lab, tmp_pat
     assert parameter_count(saved) == parameter_count(model)
 
 
+def test_a_float64_trace_holds_more_than_float32(lab):
+    """Its losses are compared to 1e-9."""
+    config = lab.config.model_copy(update={"precision": "float64"})
+    lab = dataclasses.replace(lab, config=config)
+    data, training = train.teacher_training_set(lab, 0), lab.config.teacher.training
+    model = initialise(build_model(lab.config.teacher.model, lab.task), 0).double()
+    loss = loss_of(lab, FROM_TEXT, training)
+    result = train.fit(lab, "teacher", model, data, loss, training, steps=3, seed=0, lineage="")
+    lab.run.record_stage("teacher", *result)
+    found = losses(lab, "teacher")
+    assert len(found) == 3
+    assert all(loss != float(np.float32(loss)) for loss in found)
+
+
 def test_the_logged_norm_is_that_of_the_mean_loss(lab):
     """Divided by the tokens once: AdamW would hide a second time, but clipping would stop."""
     fit(lab, steps=1)

@@ -1,5 +1,6 @@
 """Learning from hidden states: the losses, the projections, and their cost."""
 
+import copy
 import math
 
 import pytest
@@ -91,6 +92,13 @@ def test_relations_carry_a_gradient(student, generator):
     values = student.model.layers[1].self_attn.v_proj.weight
     (gradient,) = torch.autograd.grad(relations[:, :, 1].square().sum(), values)
     assert gradient.any()
+
+
+def test_projections_have_the_precision_of_their_student(student, generator):
+    ids = torch.randint(1, 70, (1, 4), generator=generator)
+    double = WithProjections(copy.deepcopy(student).double(), width=24, seed=0)
+    assert double(ids).projected.dtype == torch.float64
+    assert WithProjections(student, width=24, seed=0)(ids).projected.dtype == torch.float32
 
 
 def test_projections_do_not_change_the_logits(student, generator):
