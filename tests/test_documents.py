@@ -12,9 +12,11 @@ from experiment.reading import read_config
 from experiment.reference import pages
 from measure.reasoning import VOTES
 from measure.statistics import LEVEL
+from student.objectives import OBJECTIVES
 from student.recipe import FROM_TEXT, control_recipe
 from tasks import TASKS, load_task
 from tasks.pronounce import LONG, SPLITS, split_of
+from teacher.access import ACCESS
 from tests.helpers import ROOT
 
 WRITTEN_BY_COMMANDS = re.compile(r"<!-- \S+ -->.*?<!-- end -->", re.DOTALL)
@@ -180,3 +182,15 @@ def test_every_message_in_troubleshooting_is_one_that_the_project_prints():
     files = [ROOT / "Makefile", *ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
     code = "".join(re.sub(r'"\s*f?"', "", file.read_text(encoding="utf-8")) for file in files)
     assert [message for message in sorted(quoted - NOT_OURS) if message not in code] == []
+
+
+def test_every_objective_and_every_level_of_access_has_a_row_in_methods():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*)\|$", page, re.MULTILINE)
+    assert {name for name, _ in rows if name in OBJECTIVES} == set(OBJECTIVES)
+    shown = {name for name in ACCESS if f"`{name}`" in page or f"access: {name}" in page}
+    assert shown == set(ACCESS)
+    recipes = config("methods").recipes
+    named = {n for _, cell in rows for n in re.findall(r"`(\w+)`", cell)}
+    assert named - {"grpo", *OBJECTIVES} <= set(recipes)
+    assert "grpo" in config("reason").recipes
