@@ -78,11 +78,12 @@ class TrainingLog:
         loss = float(torch.stack(self.losses).mean())
         speed = self.tokens / (time.perf_counter() - self.started)
         line = {"loss": loss, "grad_norm": float(norm), "flops": flops, "tokens_per_s": speed}
-        end = f"/{self.steps:<6}" if self.steps else f" {min(1.0, progress):>6.1%}"
-        text = f"{self.stage:<26} step {step:>6}{end} loss {loss:8.4f} {speed:>8.0f} tok/s"
+        end = f"/{self.steps:<5}" if self.steps else f" {min(1.0, progress):>5.0%}"
+        name = self.stage.removeprefix("students/")
+        text = f"{name:<24} {step:>5}{end} loss {loss:.4f} {speed:>6.0f} tok/s"
         if validations_by(progress) > self.validations:
             line["validation_nll"] = validation_nll(model, self.task, self.validation)
-            text += f"  validation {line['validation_nll']:.4f}"
+            text += f" validation {line['validation_nll']:.4f}"
             self.validations = validations_by(progress)
         self.run.log(self.stage, step=step, **line)
         tqdm.write(text)

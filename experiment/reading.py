@@ -25,7 +25,10 @@ def read_config(
     """
     path = config_file(path)
     if not path.is_file():
-        near = nearest(path.name, [found.name for found in path.parent.glob("*.yaml")])
+        known = [found.name for found in path.parent.glob("*.yaml")]
+        if len(path.parts) == 1:
+            known += [found.stem for found in CONFIGS.glob("*.yaml")]
+        near = nearest(path.name, known)
         raise LabError(f"no config file {path}{near}")
     settings = read_yaml(read_text(path), str(path))
     if not isinstance(settings, dict):

@@ -8,7 +8,8 @@ import torch
 
 from configs.files import sha256_of_json
 from configs.schema import LabError
-from models.language import load_model
+from experiment.log import TrainingLog
+from models.language import build_model, initialise, load_model
 from models.rows import collate
 from tests.helpers import fit
 
@@ -24,6 +25,21 @@ def test_the_validation_loss_is_that_of_the_answer_tokens_whatever_was_trained(l
         )
     *_, logged = (line["validation_nll"] for line in lab.run.metrics())
     assert logged == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_lines_of_a_training_fit_a_terminal_and_name_their_model(lab, capsys):
+    log = TrainingLog(
+        lab.run, "students/second_teacher/seed-123", lab.task, lab.validation, 99_999, 0, 0.0
+    )
+    model = initialise(build_model(lab.config.teacher.model, lab.task), 0)
+    log.started -= 10.0
+    log.record(1, 1.0, model, torch.tensor(12.5), torch.tensor(1.0), 1e12, 10**6)
+    log.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("second_teacher/seed-123")
+    assert "     1/99999 loss 12.5000" in line
+    assert " validation " in line
+    assert len(line) <= 80
 
 
 def test_the_log_of_a_killed_stage_is_cut_back_to_its_checkpoint(lab):

@@ -120,6 +120,8 @@ def test_a_schedule_never_leaves_the_range_of_its_ends(start, end, until, progre
 def test_a_missing_config_suggests_the_nearest(capsys):
     assert train.main([str(ROOT / "configs" / "tinny.yaml")]) == 2
     assert "did you mean 'tiny.yaml'?" in capsys.readouterr().err
+    with pytest.raises(LabError, match=r"no config file quikstart; did you mean 'quickstart'\?"):
+        read_config("quikstart")
 
 
 def test_a_config_that_is_not_text_is_rejected(tmp_path, capsys):
