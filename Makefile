@@ -50,7 +50,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(RUN) -c '$(SUPPORTED)' 2> /dev/null || rm -rf $(VENV)  # made with an older one
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -c constraints.txt -e .
-	$(RUN) -m tasks.packaged
+	$(RUN) -m experiment.install
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

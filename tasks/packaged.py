@@ -1,19 +1,15 @@
 """Data shipped in installed packages: only the file is read, the package is not imported.
 
-python -m tasks.packaged    # install those of them that have no build for this Python
+python -m experiment.install    # install those of them that have no build for this Python
 """
 
 import hashlib
 import importlib.util
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 from configs.schema import LabError
 
 INSTALL = "install the versions in constraints.txt"
-CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 INSTALL_ALL = "pip install -c constraints.txt -e ."
 # Built for some versions of Python. Their code is not run, so the build for any of them will do.
 BUILT_FOR = {"pocketsphinx": "3.13"}
@@ -25,7 +21,7 @@ def packaged_file(package: str, content: str, *parts: str) -> Path:
     if found is None or not found.submodule_search_locations:
         raise LabError(
             f"the {package} package, which contains {content}, is not installed; run "
-            f"{'python -m tasks.packaged' if package in BUILT_FOR else INSTALL_ALL}"
+            f"{'python -m experiment.install' if package in BUILT_FOR else INSTALL_ALL}"
         )
     return Path(found.submodule_search_locations[0], *parts)
 
@@ -46,20 +42,3 @@ def read_verified(file: Path, sha256: str, is_text: bool = False) -> bytes:
             f"silently give other rows; {INSTALL}"
         )
     return content
-
-
-def install_missing() -> int:
-    """The exit code of pip, which installs the build for another version of Python."""
-    for package, python in BUILT_FOR.items():
-        if importlib.util.find_spec(package) is None:
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-            command += ["--only-binary=:all:", "--python-version", python]
-            command += ["--target", sysconfig.get_path("purelib"), "-c", str(CONSTRAINTS), package]
-            code = subprocess.run(command, check=False).returncode
-            if code:
-                return code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(install_missing())
