@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment.environment import PACKAGES
 from experiment.reading import read_config
 from measure.metrics import METRICS
 from student.objectives import OBJECTIVES
@@ -97,6 +98,15 @@ def test_the_lock_pins_every_direct_dependency():
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lock.splitlines()}
     assert {re.match(r"[\w-]+", w)[0].lower() for w in wanted} <= pinned
     assert "torch==2.13.0" in lock.splitlines()
+
+
+def test_uv_installs_the_same_versions_of_what_decides_results():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    pins = project["tool"]["uv"]["constraint-dependencies"]
+    assert {pin.split("==")[0].replace("-", "_") for pin in pins} == set(PACKAGES)
+    assert set(pins) <= set((ROOT / "constraints.txt").read_text("utf-8").splitlines())
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
