@@ -12,8 +12,10 @@ import pytest
 from pydantic import ValidationError
 
 from configs.schema import LabError, Model
-from measure.evaluate import TeacherReference
+from measure import evaluate
+from measure.evaluate import TeacherReference, free_running
 from models.language import build_model
+from models.rows import Rows
 from tasks import text
 from tasks.text import SPLITS, Text
 
@@ -298,3 +300,17 @@ def test_a_play_is_read_by_its_speeches():
     file = next(SHAKESPEARE.glob("*.txt"))
     task = Text(path=str(file), vocabulary=300)
     assert sum(map(len, task.documents.values())) > 7_000
+
+
+def test_an_answer_ends_with_the_row(task, monkeypatch):
+    longest = []
+
+    def answers_of(*_, **options):
+        longest.append(options["longest"])
+        return []
+
+    monkeypatch.setattr(evaluate, "answers_of", answers_of)
+    for tokens in (8, 50):
+        rows = Rows.build([0], [[task.tokenizer.bos_token_id, *range(5, 4 + tokens)]], [[]])
+        free_running(None, task, rows)
+    assert longest == [task.longest_answer, 64 - 50]
