@@ -19,6 +19,8 @@ BLOCKS = re.compile(r"^```\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_EXECUTED = {  # why not
     "python3 -m venv .venv": "sets up an environment, as `make test` did",
     '.venv/bin/python -m pip install -c constraints.txt -e ".[test]"': "the same",
+    ".venv/bin/python -m pip install -c constraints.txt torch --index-url "
+    "https://download.pytorch.org/whl/cpu": "needs the index of PyTorch",
     ".venv/bin/python -m experiment.install": "tests/experiment/test_install.py does, offline",
     ".venv/bin/python -m pytest": "this is it",
     "accelerate launch --multi_gpu --num_processes 2 train.py configs/quickstart.yaml workers=1 "
