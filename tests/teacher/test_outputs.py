@@ -26,6 +26,7 @@ from teacher.outputs import (
     OutputsRequest,
     finish_outputs,
     make_outputs,
+    sha256_of_outputs,
 )
 from teacher.shards import Outputs, read_provenance, write_provenance
 from teacher.source import LocalModel
@@ -592,3 +593,13 @@ def test_states_are_standardised_dimension_by_dimension(make):
     assert found.shape[1:] == (2, 32)
     assert float(found.mean(0).abs().max()) < 0.3  # of the first shard; measured over all of them
     assert 0.7 < float(found.std(0).min()) < float(found.std(0).max()) < 1.3
+
+
+def test_the_hash_of_outputs_is_that_of_their_shards_in_order(tmp_path):
+    found = set()
+    for shards in ({"a": "0f", "b": "1e"}, {"a": "1e", "b": "0f"}, {"a": "0f"}, {}, None):
+        write_provenance(tmp_path, {}, shards)
+        found.add(sha256_of_outputs(tmp_path))
+        text = "".join((shards or {}).values())
+        assert sha256_of_outputs(tmp_path) == hashlib.sha256(text.encode()).hexdigest()
+    assert len(found) == 4
