@@ -22,6 +22,21 @@ from tasks import load_task
 from tasks.task import Task
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
+COLUMNS = {  # what `yes` means
+    "build": "transformers builds it in the small size that is asked for",
+    "seed": "two models from one seed have the same weights",
+    "tokenizer": "it has an embedding for every token, and the tokenizer saved beside it is the same",
+    "logits": "it gives finite logits for every token of the vocabulary",
+    "learnable": "it excludes no token by a logit of minus infinity",
+    "causal": "a later token does not change the logits of an earlier one; an encoder that is told so "
+    "counts, too",
+    "cache": "generating with its cache gives the logits of the whole text",
+    "head": "where a vocabulary is large, its logits can be computed in parts",
+    "gradients": "every weight receives a gradient",
+    "positions": "it can read the longest row",
+    "sizes": "no part of it is far larger than was asked for",
+    "FLOPs": "torch counts its matrix products",
+}
 SECONDS, BYTES = 60, 8 * 2**30  # of one architecture, at most
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 ARCHITECTURES = (
@@ -86,6 +101,7 @@ def probed(architecture: str, task: Task) -> dict[str, str | None]:
 def page(rows: dict[str, dict[str, str | None]]) -> str:
     """The page as Markdown."""
     columns = ["build", "seed", *PROBES]
+    meanings = [f"- **{column}**: {COLUMNS[column]}" for column in columns]
     lines = [
         "# Architectures",
         "",
@@ -94,7 +110,9 @@ def page(rows: dict[str, dict[str, str | None]]) -> str:
         "trained (see `models/probe.py`). What fails is refused with the reason below.",
         "",
         f"Written by `python -m experiment.architectures` with transformers "
-        f"{transformers.__version__}.",
+        f"{transformers.__version__}. What `yes` means:",
+        "",
+        *meanings,
         "",
         f"| architecture | {' | '.join(columns)} |",
         "|---" * (len(columns) + 1) + "|",

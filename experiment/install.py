@@ -1,6 +1,6 @@
 """Install the packages that have no build for this Python, but of which only a file is read.
 
-    python -m experiment.install
+python -m experiment.install
 """
 
 import importlib.util

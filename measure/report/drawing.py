@@ -14,6 +14,7 @@ import numpy as np
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 # Matplotlib takes no CSS variables: these hexadecimal numbers stand for them.
 INK, GREY = "#010101", "#020202"
@@ -21,7 +22,7 @@ SERIES = [f"#0300{number:02x}" for number in range(6)]
 VARIABLES = {INK: "currentColor", GREY: "var(--grey)"} | {
     colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)
 }
-MARKERS = "os^DvPX<"
+MARKERS, DASHES = "os^DvPX<", ("-", "--", ":", "-.")
 
 STYLE = {
     "svg.fonttype": "none",
@@ -53,7 +54,11 @@ def styles_of(names: list[str]) -> Styles:
     """The teacher in the colour of the text; a colour and a marker for every other model."""
     others = [name for name in names if name != "teacher"]
     return {"teacher": {"color": INK, "marker": "*"}} | {
-        name: {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+        name: {
+            "color": SERIES[i % len(SERIES)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "ls": DASHES[i // len(SERIES) % len(DASHES)],
+        }
         for i, name in enumerate(others)
     }
 
@@ -73,8 +78,9 @@ def add_legend(figure: plt.Figure, axes: plt.Axes, each: int = 1) -> None:
 
 
 def plain_ticks(*axes: mpl.axis.Axis) -> None:
-    """Numbers of a logarithmic axis as 0.5, not as powers of ten."""
+    """Numbers of a logarithmic axis as 0.2, 0.5, 1, not as powers of ten."""
     for axis in axes:
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
 

@@ -65,7 +65,8 @@ def claims_drawn(verdicts: list[dict[str, Any]], metric: Metric) -> str:
             axes.plot(metric.scale * verdict["threshold"], row, "2", color=INK, ms=9)
     axes.set_yticks(range(len(verdicts)), labels=map(claim_label, verdicts))
     axes.set(ylim=(len(verdicts) - 0.5, -0.7))
-    axes.set_xlabel(f"worse <  {metric.difference_unit}  > better")
+    left, right = "\N{LEFTWARDS ARROW} worse", "better \N{RIGHTWARDS ARROW}"
+    axes.set_xlabel(f"{left}\N{EM SPACE}{metric.difference_unit}\N{EM SPACE}{right}")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     return drawn(figure, f"{len(verdicts)} claims about {metric.heading}, with 95 % intervals")
@@ -116,6 +117,7 @@ def learning_curves(log: list[dict[str, Any]], styles: Styles) -> str:
         for number, points in enumerate(curves.get(name, {}).values()):
             axes.plot(*zip(*points, strict=True), label=None if number else name, **style)
 
+    curves = {name: curves[name] for name in styles if name in curves}
     label = "validation loss in nats against training FLOPs"
     if len(curves) <= MANY:
         figure, axes = subplots()

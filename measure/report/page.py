@@ -16,6 +16,7 @@ from measure.metrics import CALIBRATION, metrics_in
 from measure.report.answers import chosen_answers, dark_knowledge, filters_of
 from measure.report.drawing import Styles, styles_of
 from measure.report.figures import (
+    MANY,
     cost_bars,
     fidelity_against_cost,
     forest,
@@ -47,6 +48,7 @@ from measure.report.tables import (
     ShownTable,
     cells_of,
     columns_of,
+    cost_cell,
     fixed,
     had_the_machine,
     heading,
@@ -69,10 +71,11 @@ TERMS = {
     "held-out": "rows that no model was trained on and by which nothing was chosen",
     "FLOPs": "floating-point operations of the matrix products, counted on the real models",
     "seed": "the number that decides the starting weights and the order of the data",
-    "interval": "with 95 % confidence, the value for other rows (and other seeds, where there are "
-    "several) lies in it",
-    "better, worse": "the difference is not chance at 5 %, corrected for the number of models that "
-    "are compared with the same one",
+    "interval": "of intervals made this way, 95 % contain the value that all rows (and all seeds, "
+    "where there are several) would give",
+    "better, worse": "models that were equal would differ so much in fewer than 5 % of cases, "
+    "corrected for the number of models that are compared with the same one; from one seed, it "
+    "holds for these two trained models only",
     "not distinguished": "the data do not decide which of the two is better; not the same as equal",
 }
 
@@ -141,7 +144,8 @@ def results_tables(result: dict[str, Any], task: Task) -> list[ShownTable]:
     headings = [
         "model",
         "parameters",
-        "TFLOPs",
+        "cost %",
+        "training TFLOPs",
         *map(heading, columns.values()),
         "ms per answer",
         "answers per s",
@@ -158,7 +162,7 @@ def results_tables(result: dict[str, Any], task: Task) -> list[ShownTable]:
             title,
             headings,
             [
-                [name, *report_cells(entry, columns), *more_cells(result, name)]
+                [name, *report_cells(result, name, entry, columns), *more_cells(result, name)]
                 for name, entry in entries.items()
             ],
         )
@@ -166,10 +170,13 @@ def results_tables(result: dict[str, Any], task: Task) -> list[ShownTable]:
     ]
 
 
-def report_cells(entry: dict[str, Any], columns: Columns) -> list[str]:
+def report_cells(
+    result: dict[str, Any], name: str, entry: dict[str, Any], columns: Columns
+) -> list[str]:
     cost = entry["cost"]
     return [
         f"{entry['params']:,}",
+        cost_cell(result, name),
         f"{cost['flops'] / 1e12:.2f}",
         *cells_of(entry, columns, interval=True),
         f"{cost['latency_ms']:.1f}",
@@ -200,7 +207,7 @@ def tuning_table(result: dict[str, Any]) -> ShownTable | None:
     tuned, metrics, table = result["config"].get("tuned"), metrics_in(result), task_of(result).table
     if not tuned:
         return None
-    headings = ["model", "in force", "learning rate", "transfer rows"]
+    headings = ["model", "used", "learning rate", "transfer rows"]
     rows = []
     for name, tries in tuned["tries"].items():
         for number, one in enumerate(tries):
@@ -243,18 +250,18 @@ def figures_of(log: list[dict[str, Any]], result: dict[str, Any], styles: Styles
         n for n, e in result["students"].items() if e["recipe"]["outputs"]["traces"] == "none"
     ]
     without = f" For {', '.join(unreasoned)}, over the answers only." if unreasoned else ""
+    grey = " Grey: the teacher and the first student." if len(styles) > MANY else ""
     found = [
         (
             "Learning curves",
             [learning_curves(log, styles)],
             f"Validation loss in nats per token during training, against the FLOPs spent.{without} "
-            "One line per seed; if every model has its own plot, grey is the teacher and "
-            "the first student.",
+            f"One line per seed.{grey}",
         )
     ]
     shares = result["cost"]["fraction_of_teacher_by_student"].values()
     flops = [share["flops"] for share in shares if share["flops"]]
-    if flops and max(flops) > 1.2 * min(flops):
+    if flops and max(flops) > 1.2 * min(flops) and not result.get("savings"):
         found.append(
             (
                 "Fidelity against cost",

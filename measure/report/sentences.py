@@ -27,7 +27,7 @@ def facts_of(result: dict[str, Any]) -> list[str]:
         if id(verdict) not in in_table
     ]
     if result.get("tuned") is False:
-        facts.append("the learning rates in force were tuned for another version of this config")
+        facts.append("the learning rates used were tuned for another version of this config")
     if compared_in(result):
         return [*facts, comparison_summary(result)]
     facts += where_traces_pay(result.get("map", []))
@@ -113,7 +113,8 @@ def measured_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
     )
     return [
         measured,
-        f"with the teacher's training charged, in FLOPs of it per student ({main}): {with_teacher}",
+        "if the teacher's training and its outputs are paid once and shared, in FLOPs of that "
+        f"training per student ({main}): {with_teacher}",
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from measure.metrics import metrics_in
 from measure.report.tables import fidelity_shown, fixed, models_in, task_of, value_in
+from tasks.task import Metric
 from teacher.access import ACCESS
 
 SHOWN = 4  # students in the story; a study has more in its tables
@@ -157,13 +158,12 @@ def saved(result: dict[str, Any]) -> list[str]:
             ratios = [need["flops"]["ratio"] for need in needs if not isinstance(need, str)]
             if kind != savings["reference"] and ratios:
                 ends = dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios)))
-                parts.append(
-                    f"{kind} {' to '.join(ends)} (at {len(ratios)} of {len(needs)} budgets)"
-                )
+                known = f"known at {len(ratios)} of {len(needs)} budgets"
+                parts.append(f"{kind} {' to '.join(ends)} ({known})")
         if parts:
             sentences.append(
-                f"For the same {metrics[name].heading}, as a ratio to the FLOPs of "
-                f"{savings['reference']}: {listed(parts)}."
+                f"FLOPs for the same {metrics[name].heading}, as a ratio to those of "
+                f"{savings['reference']} (below 1 is cheaper): {listed(parts)}."
             )
     return sentences
 
@@ -194,7 +194,8 @@ def in_groups(verdicts: list[Verdict]) -> dict[str, list[str]]:
 
 
 def where_worse(result: dict[str, Any]) -> list[str]:
-    """A line per student: the metrics in which it is worse than the reference, with differences."""
+    """A line per student: the metrics in which it is worse than the reference, with differences;
+    where budgets are compared, a line per kind of student that needs more."""
     reference, claims = claims_about(result)
     metrics, lines = metrics_in(result), {}
     for verdict in claims:
@@ -202,9 +203,38 @@ def where_worse(result: dict[str, Any]) -> list[str]:
             continue
         metric = metrics[verdict["metric"]]
         size = fixed(metric.scale * abs(verdict["difference"]), metric.digits)
-        part = f"{metric.heading} ({size} {metric.difference_unit})"
+        part = f"{metric.heading} ({size} {metric.difference_unit}{elsewhere(verdict, metric)})"
         lines.setdefault(verdict["claim"].split()[0], []).append(part)
-    return [f"{name} than {reference}: {listed(parts)}" for name, parts in lines.items()]
+    worse = [f"{name} is worse than {reference} in {listed(p)}" for name, p in lines.items()]
+    return worse + dearer(result)
+
+
+def elsewhere(verdict: Verdict, metric: Metric) -> str:
+    """How the committed runs of this config came out, beside one run."""
+    committed = verdict.get("committed")
+    if not committed:
+        return ""
+    mean, spread = (metric.scale * committed[key] for key in ("mean", "spread"))
+    return (
+        f"; {committed['runs']} committed runs: {mean:+.{metric.digits}f} ± "
+        f"{spread:.{metric.digits}f}"
+    )
+
+
+def dearer(result: dict[str, Any]) -> list[str]:
+    """At which budgets a kind of student needs more than the reference, by its interval."""
+    savings, metrics, lines = result.get("savings") or {"needs": {}}, metrics_in(result), []
+    for name, targets in savings["needs"].items():
+        for kind in savings["curves"]:
+            more = [
+                student
+                for student, needs in targets.items()
+                if not isinstance(needs.get(kind, ""), str) and needs[kind]["flops"]["ci95"][0] > 1
+            ]
+            if more and kind != savings["reference"]:
+                heading = metrics[name].heading
+                lines.append(f"{kind} needs more FLOPs for the {heading} of {listed(more)}")
+    return lines
 
 
 def listed(parts: list[str]) -> str:

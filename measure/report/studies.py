@@ -145,7 +145,8 @@ def thinking_longer(result: dict[str, Any], styles: Styles) -> str:
                     points = by_kind[kind] or []
                     values = [{"mean": p["accuracy"], "ci95": p["ci95"]} for p in points]
                     x = [p[key] for p in points]
-                    draw_intervals(axes, x, values, 100, ls=dashes, label=name, **styles[name])
+                    style = styles[name] | {"ls": dashes}
+                    draw_intervals(axes, x, values, 100, label=name, **style)
             axes.set(xscale="log", ylim=(-3, 103))
         steps = task.steps[split]
         row[0].set_ylabel(f"right answers %, {min(steps)} to {max(steps)} steps")

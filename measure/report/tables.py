@@ -96,9 +96,9 @@ def compared_in(result: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def more_headings(result: dict[str, Any]) -> list[str]:
-    """Headings of a comparison of methods: total cost, bytes per token of the outputs, verdicts."""
+    """Headings of a comparison of methods: bytes per token of the outputs, verdicts."""
     compared = compared_in(result)
-    return ["cost %", "bytes per token", *compared] if compared else []
+    return ["bytes per token", *compared] if compared else []
 
 
 def more_cells(result: dict[str, Any], name: str) -> list[str]:
@@ -106,12 +106,8 @@ def more_cells(result: dict[str, Any], name: str) -> list[str]:
     compared, cost, metrics = compared_in(result), result["cost"], metrics_in(result)
     if not compared:
         return []
-    share = cost["fraction_of_teacher_by_student"].get(name)
     weight = cost["outputs_by_student"].get(name, {}).get("bytes_per_token")
-    cells = [
-        f"{100 * share['flops']:.1f}" if share and share["flops"] else "-",
-        f"{weight:.1f}" if weight else "-",
-    ]
+    cells = [f"{weight:.1f}" if weight else "-"]
     verdicts = {(v["claim"], v["metric"]): v for v in result["verdicts"]}
     for other, metric in compared.values():
         verdict = verdicts.get((f"{name} beats {other}", metric))
@@ -169,9 +165,14 @@ def claims_table(result: dict[str, Any]) -> list[ShownTable]:
         cells = [claim_cell(claims.get(name), metrics[name]) for name in columns]
         rows.append([label, *cells])
     title = (
-        f"Claims over {over}: by how much the first model is better, with 95 % intervals; without "
-        "a word, the two are not distinguished"
+        f"Claims over {over}: by how much the first model is better, with 95 % intervals; where it "
+        "says neither better nor worse, the two are not distinguished"
     )
+    if any("committed" in verdict for verdict in found):
+        title += (
+            "; then the mean of the committed runs ± the standard deviation between them, and in "
+            "how many of them the first was ahead, significantly or not"
+        )
     units = [f"{metrics[name].heading}, {metrics[name].difference_unit}" for name in columns]
     return [(title, ["", *units], rows)]
 
@@ -230,15 +231,24 @@ def savings_cell(need: dict[str, Any] | str, seconds: bool) -> str:
 
 
 def models_table(result: dict[str, Any], interval: bool) -> ShownTable:
-    """A row per model: size, cost, and the metrics of the short table."""
+    """A row per model: size, cost in % of the teacher's training FLOPs, outputs included, and the
+    metrics of the short table."""
     compared, columns = compared_in(result), columns_of(result, short=True)
-    headings = ["", "parameters", "TFLOPs", *map(heading, columns.values()), *more_headings(result)]
+    headings = ["", "parameters", "cost %", *map(heading, columns.values()), *more_headings(result)]
     rows = []
     for name, entry in models_in(result).items():
-        size = [f"{entry['params']:,}", f"{entry['cost']['flops'] / 1e12:.2f}"]
+        size = [f"{entry['params']:,}", cost_cell(result, name)]
         cells = cells_of(entry, columns, interval=interval and not compared)
         rows.append([name, *size, *cells, *more_cells(result, name)])
     return f"{result['config']['name']}, {result['split']} split", headings, rows
+
+
+def cost_cell(result: dict[str, Any], name: str) -> str:
+    """In % of the teacher's training FLOPs; nothing for a pretrained teacher, whose are unknown."""
+    share = result["cost"]["fraction_of_teacher_by_student"].get(name)
+    if share and share["flops"]:
+        return f"{100 * share['flops']:.1f}"
+    return "100" if name == "teacher" and result["teacher"]["cost"]["flops"] else "-"
 
 
 def had_the_machine(result: dict[str, Any]) -> bool:

@@ -66,11 +66,11 @@ def test_every_metric_in_which_a_student_is_worse_is_named(quickstart):
             "ece",
             "word_error_rate",
         )
-        verdict |= {"here": "worse" if worse else "better"}
+        verdict |= {"here": "worse" if worse else "better", "committed": None}
         if worse:
             verdict["difference"] = -0.02
     (line,) = where_worse(quickstart)
-    assert line == "text than baseline: word errors (2.0 points) and ECE (2.0 points)"
+    assert line == "text is worse than baseline in word errors (2.0 points) and ECE (2.0 points)"
 
 
 def test_a_list_in_words():
