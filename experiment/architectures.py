@@ -25,11 +25,10 @@ TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 COLUMNS = {  # what `yes` means
     "build": "transformers builds it in the small size that is asked for",
     "seed": "two models from one seed have the same weights",
-    "tokenizer": "it has an embedding for every token, and the tokenizer saved beside it is the same",
+    "tokenizer": "it has an embedding for every token, and its saved tokenizer is the same",
     "logits": "it gives finite logits for every token of the vocabulary",
     "learnable": "it excludes no token by a logit of minus infinity",
-    "causal": "a later token does not change the logits of an earlier one; an encoder that is told so "
-    "counts, too",
+    "causal": "a later token does not change the logits of an earlier one (encoders: once told so)",
     "cache": "generating with its cache gives the logits of the whole text",
     "head": "where a vocabulary is large, its logits can be computed in parts",
     "gradients": "every weight receives a gradient",
