@@ -23,6 +23,11 @@ from configs.schema import LabError
 
 ROOT = Path(__file__).parent.parent
 
+# How often a thread of GNU's OpenMP looks for work before it sleeps. By default 300,000 times: then
+# a small model is many times slower beside a busy program. If it slept at once, a training with two
+# threads would take twice as long on an idle machine (`make benchmark`).
+SPINS = "5000"
+
 
 def train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -68,8 +73,9 @@ def eval_parser() -> argparse.ArgumentParser:
 
 def before_imports(parser: argparse.ArgumentParser) -> None:
     """Answer --help and mistakes at once, stop on Ctrl-C without a traceback, and let threads that
-    wait sleep: if they spin, one other busy process makes a small model many times slower."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait soon sleep."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a job in the background has it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     parser.parse_intermixed_args()

@@ -85,3 +85,9 @@ def test_held_out_rows_count_as_read_when_the_evaluation_begins(copy, monkeypatc
 def test_figures_of_the_validation_split_are_never_committed(tiny_run, capsys):
     assert judge.main([str(tiny_run), "--split", "validation", "--update"]) == 2
     assert "results/ holds held-out figures; remove --split" in capsys.readouterr().err
+
+
+def test_the_first_read_of_the_held_out_split_is_the_first(lab):
+    assert "heldout_reads" not in lab.run.manifest
+    judge.count_read(lab.run)
+    assert Run(lab.run.folder).reload().manifest["heldout_reads"] == 1

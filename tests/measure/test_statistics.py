@@ -243,3 +243,14 @@ def test_few_rows_have_the_quantile_of_their_number(rows):
     values = np.array([[0.3, 0.4, 0.8, 0.9][:rows]])
     estimate = Estimate(values.mean(1), values - values.mean())
     assert estimate.critical(0.05) == pytest.approx(stats.t.isf(0.025, rows - 1))
+
+
+def test_two_models_by_nature_are_compared_over_rows_alone(generator):
+    """Such as two teachers: there are no seeds to pair."""
+    first, second = (
+        Estimate(one.per_seed[:1], one.influence[:1], is_one_model=True)
+        for one in (drawn(generator, 1, 50, level) for level in (0.6, 0.4))
+    )
+    difference = first - second
+    assert difference.seeds == 1
+    assert difference.mean == pytest.approx(first.mean - second.mean)

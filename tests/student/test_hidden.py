@@ -182,3 +182,12 @@ def test_hidden_losses_are_annealed_and_charged_only_while_used(student, until):
     budget = cost(40) + 1
     assert affordable_steps(charged, plain, rows.lengths, order, budget, hidden.steps) == 40
     assert affordable_steps(charged, plain, rows.lengths, order, budget - 2, hidden.steps) == 39
+
+
+def test_maps_are_attention_and_then_relations_if_there_are_any():
+    states = torch.zeros(5, 2, 8)  # positions, layers, width
+    maps = torch.rand(5, 4, 9)
+    both = HiddenSignal.of_maps(states, maps)
+    assert torch.equal(both.attention, maps[:, :2])
+    assert torch.equal(both.relations, maps[:, 2:])
+    assert HiddenSignal.of_maps(states, maps[:, :2]).relations is None

@@ -6,7 +6,14 @@ from rapidfuzz.distance import Levenshtein
 
 import eval as judge
 from configs.schema import LabError
-from tasks.pronounce import LONG, LONGEST_PROMPT, Pronounce, split_of
+from tasks.pronounce import (
+    LETTERS,
+    LONG,
+    LONGEST_PROMPT,
+    Pronounce,
+    one_edit_away,
+    split_of,
+)
 
 
 @pytest.mark.parametrize("word", ["", "a" * 100_000, "\udcff"])
@@ -75,3 +82,11 @@ def test_a_prompt_has_one_to_thirty_letters():
         task.prompt("a" * 50)
     with pytest.raises(LabError, match=r"^'a{49}' has 49 letters"):
         task.prompt("a" * 49)
+
+
+def test_words_one_edit_away_are_those_and_no_others():
+    words = set(one_edit_away("cat"))
+    assert {"cat", "at", "ct", "ca", "bat", "cot", "cab", "cats", "scat", "chat"} <= words
+    assert {word for word in words if len(word) == 2} == {"at", "ct", "ca"}
+    assert len({word for word in words if len(word) == 3}) == 1 + 3 * (len(LETTERS) - 1)
+    assert not {"c", "a", "t", "dog", "catss", "tac"} & words

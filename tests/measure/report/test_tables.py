@@ -19,6 +19,7 @@ from measure.report.sentences import (
     accuracies_by_steps,
     facts_of,
     law_line,
+    traces_kept,
     where_traces_pay,
 )
 from measure.report.tables import (
@@ -261,3 +262,21 @@ def test_students_of_a_curve_have_no_line_of_their_own(tiny_run):
     assert "different rows that students read: kind 1 to 3 labels" in facts
     assert not any(re.search(rf"\b{second}\b", fact) for fact in facts if "closes" in fact)
     assert not any(re.search(rf"\b{second}\b", fact) for fact in facts if "set to" in fact)
+
+
+def test_students_of_right_traces_alone_say_how_many_those_were():
+    def student(traces):
+        return {"recipe": {"outputs": {"traces": traces}}}
+
+    result = {
+        "students": {"right": student("right"), "all": student("all")},
+        "cost": {
+            "outputs_by_student": {
+                "right": {"rows": 5000, "kept": 4321},
+                "all": {"rows": 5000, "kept": 5000},
+            }
+        },
+    }
+    assert traces_kept(result) == [
+        "right learned from 4,321 of 5,000 traces, those with a right answer"
+    ]
