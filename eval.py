@@ -56,7 +56,7 @@ from experiment.tries import tuned_for
 from experiment.workers import keep_freed_memory
 from measure.evaluate import Evaluation, TeacherReference, free_running
 from measure.laws import scaling_laws
-from measure.report.answers import evenly, examples
+from measure.report.answers import EXAMPLES, examples, shown_rows
 from measure.report.console import print_answers, print_result
 from measure.report.page import render_report
 from measure.report.story import models_side_by_side
@@ -223,7 +223,8 @@ def ask(run: Run, config: Config, questions: list[str]) -> None:
     models = {name: open_model(run, plan.stage(name)) for name in names}
     splits = {s: task.rows(s) for s in ("train", "validation", *task.evaluation_splits)}
     heldout = splits["heldout"]
-    for question in questions or [task.question(heldout, i) for i in evenly(heldout)]:
+    shown = shown_rows(task, heldout, EXAMPLES)
+    for question in questions or [task.question(heldout, i) for i in shown]:
         answers = {}
         for name, model in models.items():
             asked = own_task if name == "teacher" else task

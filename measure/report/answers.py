@@ -17,9 +17,15 @@ EXAMPLES = 6  # answers in eval.json and in documents
 UNCERTAIN = 4  # rows whose distributions are shown
 
 
-def evenly(rows: Rows) -> list[int]:
-    """The rows that stand for a split: evenly spaced."""
-    return [i * len(rows) // EXAMPLES for i in range(EXAMPLES)]
+def shown_rows(task: Task, rows: Rows, count: int) -> list[int]:
+    """The rows that stand for a split: familiar ones and, where there are none, evenly spaced ones.
+    No model has a say in it."""
+    if task.familiar:
+        places = {task.question(rows, i): i for i in range(len(rows))}
+        found = [places[question] for question in task.familiar if question in places]
+        if found:
+            return found[:count]
+    return [i * len(rows) // count for i in range(count)]
 
 
 def examples(
@@ -27,7 +33,7 @@ def examples(
 ) -> list[dict[str, Any]]:
     """A few rows for eval.json: {"question", "truths", "answers": {model: {"text", "grade"}}}."""
     found = []
-    for i in evenly(reference.rows):
+    for i in shown_rows(reference.task, reference.rows, EXAMPLES):
         row = side_by_side(reference, first, models, i)
         answers = dict(zip(models, row["answers"], strict=True))
         found.append({"question": row["question"], "truths": row["truths"], "answers": answers})
@@ -110,10 +116,8 @@ def dark_knowledge(reference: TeacherReference) -> list[dict[str, Any]]:
     columns = reference.evaluation.columns
     uncertainty = columns["entropy"] / columns["positions"]
     uncertain = np.argsort(uncertainty, kind="stable")[::-1]
-    questions = {task.question(rows, i): i for i in range(len(rows))} if task.familiar else {}
-    familiar = [questions[question] for question in task.familiar if question in questions]
     shown = []
-    for i in [*familiar, *uncertain][:UNCERTAIN]:
+    for i in shown_rows(task, rows, UNCERTAIN) if task.familiar else uncertain[:UNCERTAIN]:
         logits, _, _ = completion_logits(reference.teacher, task, rows, np.array([i]))
         top = torch.softmax(logits, dim=-1).topk(min(5, task.vocabulary), dim=-1)
         positions = [

@@ -8,8 +8,10 @@ import pytest
 from configs.schema import CONTROLS
 from measure.laws import students_differing_in
 from measure.metrics import metrics_of
+from measure.report.answers import shown_rows
 from measure.report.page import render_picture, template
 from tasks import TASKS
+from tasks.pronounce import Pronounce
 from teacher.access import ACCESS
 from tests.browser import opened, problems_of
 from tests.helpers import ROOT
@@ -90,3 +92,14 @@ def test_text_of_a_run_cannot_become_markup():
     page = template("check.html").render(name="<b>", lines=["<script>"], seeds=0, figure=None)
     assert "<b>" not in page
     assert "<script>" not in page
+
+
+def test_examples_are_familiar_rows_or_else_evenly_spaced_ones():
+    task = Pronounce()
+    rows = task.rows("heldout")
+    assert [task.question(rows, i) for i in shown_rows(task, rows, 8)] == [*task.familiar]
+    few = Pronounce(limit=600)  # where none of them is left
+    rows = few.rows("heldout")
+    assert shown_rows(few, rows, 4) == [i * len(rows) // 4 for i in range(4)]
+    digits = TASKS["digits"]
+    assert digits.familiar == ()
