@@ -1,0 +1,209 @@
+"""Sell a teacher's answers: serve it behind accounts, and manage these.
+
+    python -m teacher.api serve runs/quickstart --port 8000
+    python -m teacher.api account add "A reader" --tier top5     # prints its key, once
+    python -m teacher.api account list
+    python -m teacher.api account suspend acct-1234abcd          # or activate, revoke, rotate
+    python -m teacher.api terms --publish terms.txt --version 2 --allows-distillation no
+    python -m teacher.api usage acct-1234abcd
+    python -m teacher.api bill acct-1234abcd
+
+Accounts and usage are in one SQLite file, `--database`, by default runs/api.sqlite.
+"""
+
+import argparse
+import ipaddress
+import secrets
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from configs.files import printable, read_text, say
+from configs.schema import LabError
+from experiment.command import run_command
+from teacher.api.store import ACTIVE, REVOKED, SUSPENDED, Store
+from teacher.api.tiers import PER_MILLION, TIERS
+
+DATABASE = Path("runs") / "api.sqlite"
+FIRST_TERMS = (
+    "You may use the answers for any purpose but one: you may not train a model on them that does "
+    "what this one does."
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    return run_command(lambda: options.do(options), "what was answered is in the usage log")
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser("python -m teacher.api", description=__doc__.splitlines()[0])
+    found.add_argument("--database", type=Path, default=DATABASE)
+    commands = found.add_subparsers(required=True)
+
+    one = commands.add_parser("serve", help="answer requests, until Ctrl-C")
+    one.add_argument("run", help="a finished run, e.g. runs/quickstart")
+    one.add_argument("--host", default="127.0.0.1")
+    one.add_argument("--port", type=int, default=8000)
+    one.add_argument("--certificate", type=Path, help="for TLS")
+    one.add_argument("--certificate-key", type=Path)
+    one.add_argument("--expose-without-tls", action="store_true")
+    one.set_defaults(do=serve)
+
+    account = commands.add_parser("account").add_subparsers(required=True)
+    one = account.add_parser("add")
+    one.add_argument("name")
+    one.add_argument("--tier", choices=TIERS, default="text")
+    one.set_defaults(do=add)
+    account.add_parser("list").set_defaults(do=list_accounts)
+    for name, status in (("suspend", SUSPENDED), ("activate", ACTIVE), ("revoke", REVOKED)):
+        one = account.add_parser(name)
+        one.add_argument("account")
+        one.set_defaults(do=set_status, status=status)
+    one = account.add_parser("rotate", help="a new key; the old one stops working")
+    one.add_argument("account")
+    one.set_defaults(do=rotate)
+
+    one = commands.add_parser("terms", help="show the terms, or publish new ones")
+    one.add_argument("--publish", type=Path, metavar="FILE")
+    one.add_argument("--version")
+    one.add_argument("--allows-distillation", choices=["yes", "no", "unknown"])
+    one.set_defaults(do=terms)
+
+    one = commands.add_parser("usage", help="the requests of an account")
+    one.add_argument("account", nargs="?")
+    one.add_argument("--forget", action="store_true", help="delete all prompts and answers")
+    one.set_defaults(do=usage)
+    one = commands.add_parser("bill", help="what an account has used and owes")
+    one.add_argument("account")
+    one.set_defaults(do=bill)
+    return found
+
+
+def opened(options: argparse.Namespace) -> Store:
+    """The store; the first one has terms."""
+    options.database.parent.mkdir(parents=True, exist_ok=True)
+    store = Store(options.database)
+    try:
+        store.current_terms()
+    except LabError:
+        store.publish_terms("1", FIRST_TERMS, "no")
+    return store
+
+
+def serve(options: argparse.Namespace) -> int:
+    require_safe_address(options)
+    import torch
+    import uvicorn
+
+    from experiment.experiment import open_model
+    from experiment.run import Run
+    from tasks import load_task
+    from teacher.api.app import create_app
+    from teacher.api.engine import Engine
+    from teacher.api.prompts import TaskPrompts
+    from teacher.api.service import Service
+
+    run = Run.finished(options.run)
+    config = run.config()
+    torch.set_num_threads(config.threads or 1)
+    task = load_task(config.task)
+    if task.tokenizer is None:
+        raise LabError(f"task {task.name} has images; only text can be served")
+    store = opened(options)
+    left = store.close_interrupted()
+    if left:
+        say(f"{left} requests were interrupted when the last server ended; they cost nothing")
+    engine = Engine(open_model(run, "teacher"), end=task.end, vocabulary=task.vocabulary)
+    service = Service(store, engine, TaskPrompts(task), config.name)
+    host = f"{'https' if options.certificate else 'http'}://{options.host}:{options.port}"
+    say(f"model {config.name} at {host}/v1, accounts in {options.database}; Ctrl-C ends it")
+    uvicorn.run(
+        create_app(service, secrets.token_bytes(16)), host=options.host, port=options.port,
+        log_level="warning", ssl_certfile=options.certificate, ssl_keyfile=options.certificate_key,
+    )  # fmt: skip
+    engine.close()
+    return 0
+
+
+def require_safe_address(options: argparse.Namespace) -> None:
+    """LabError if keys would travel in the clear."""
+    try:
+        local = ipaddress.ip_address(options.host).is_loopback
+    except ValueError:
+        local = options.host == "localhost"
+    if not (local or options.certificate or options.expose_without_tls):
+        raise LabError(
+            f"--host {options.host} is reachable from elsewhere, and keys would travel in the "
+            "clear; add --certificate and --certificate-key, or --expose-without-tls"
+        )
+
+
+def add(options: argparse.Namespace) -> int:
+    account, key = opened(options).add_account(printable(options.name), options.tier)
+    say(f"account {account}, tier {options.tier}\nkey     {key}\nThe key is shown only now.")
+    return 0
+
+
+def list_accounts(options: argparse.Namespace) -> int:
+    for row in opened(options).accounts():
+        say(f"{row['id']}  {row['status']:<9}  {row['tier']:<8}  {row['name']}")
+    return 0
+
+
+def set_status(options: argparse.Namespace) -> int:
+    opened(options).set_status(options.account, options.status)
+    say(f"account {options.account} is {options.status}")
+    return 0
+
+
+def rotate(options: argparse.Namespace) -> int:
+    say(f"key     {opened(options).rotate_key(options.account)}\nThe key is shown only now.")
+    return 0
+
+
+def terms(options: argparse.Namespace) -> int:
+    store = opened(options)
+    if options.publish:
+        if not (options.version and options.allows_distillation):
+            raise LabError("--publish needs --version and --allows-distillation")
+        store.publish_terms(
+            options.version, read_text(options.publish), options.allows_distillation
+        )
+    row = store.current_terms()
+    say(f"version {row['version']}, allows distillation: {row['allows_distillation']}")
+    say(row["text"])
+    return 0
+
+
+def usage(options: argparse.Namespace) -> int:
+    store = opened(options)
+    if options.forget:
+        say(f"{store.forget(before=float('inf'))} prompts and answers deleted")
+        return 0
+    if not options.account:
+        raise LabError("name an account; python -m teacher.api account list shows them")
+    store.require_account(options.account)
+    for row in store.usage_of(options.account):
+        start = datetime.fromtimestamp(row["start"], UTC).isoformat(timespec="seconds")
+        used = row["completion_tokens"] if row["completion_tokens"] is not None else "-"
+        say(f"{start}  {row['endpoint']}  {row['prompt_tokens']} + {used} tokens  {row['status']}")
+    return 0
+
+
+def bill(options: argparse.Namespace) -> int:
+    store = opened(options)
+    tier = store.require_account(options.account)["tier"]
+    found = store.bill_of(options.account)
+    price = TIERS[tier]
+    money = found["cost"] / PER_MILLION**2
+    say(
+        f"{found['requests']} requests, {found['prompt_tokens']:,} tokens in at {price.price_in:g} "
+        f"and {found['completion_tokens']:,} out at {price.price_out:g} USD per million: "
+        f"{money:.6f} USD"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,383 @@
+"""The endpoints of OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions.
+
+Responses are built from the types of OpenAI's client, so that they are what it reads.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from openai.types import Completion, CompletionUsage, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from teacher.api.errors import ApiError
+from teacher.api.requests import ChatRequest, CompletionRequest, Sampling
+from teacher.api.service import (
+    KEEP_CONTENTS,
+    Answer,
+    Service,
+    alternatives_of,
+    fields_of,
+)
+from teacher.api.store import Account
+
+LARGEST_BODY = 1_000_000  # bytes
+BodyType = TypeVar("BodyType", bound=Sampling)
+
+
+def create_app(service: Service, salt: bytes) -> FastAPI:
+    """salt: of the hashes of addresses in the log."""
+    app = FastAPI(title="Distillation Lab API", docs_url=None, redoc_url=None)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        return error.response(getattr(request.state, "request_id", None))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        known = {404: "not_found", 405: "method_not_allowed"}
+        code = known.get(error.status_code, "invalid_request")
+        status = 404 if error.status_code in known else 400
+        return ApiError(status, code, str(error.detail)).response()
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        service.account(request.headers.get("authorization"))
+        return json_of({"object": "list", "data": [described(service).model_dump()]})
+
+    @app.get("/v1/models/{name}")
+    async def model(request: Request, name: str) -> Response:
+        service.account(request.headers.get("authorization"))
+        service.require_model(name)
+        return json_of(described(service).model_dump())
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        account = service.account(request.headers.get("authorization"))
+        body = await read(request, ChatRequest)
+        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        prompt = service.prompts.chat(messages)
+        asked = body.max_completion_tokens or body.max_tokens
+        text = json.dumps(messages, ensure_ascii=False)
+        work = Work(service, request, account, body, prompt, text, asked, salt)
+        return await work.respond(ChatShape(body, service))
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        account = service.account(request.headers.get("authorization"))
+        body = await read(request, CompletionRequest)
+        text = body.prompt if isinstance(body.prompt, str) else json.dumps(body.prompt)
+        prompt = service.prompts.raw(text) if isinstance(body.prompt, str) else body.prompt
+        if any(not 0 <= token < service.prompts.vocabulary for token in prompt):
+            raise ApiError(400, "invalid_token", "prompt has ids that are no tokens", "prompt")
+        asked = 16 if body.max_tokens is None else body.max_tokens
+        work = Work(service, request, account, body, prompt, text, asked, salt)
+        return await work.respond(CompletionShape(body, service))
+
+    return app
+
+
+def described(service: Service) -> Model:
+    return Model(id=service.model, created=service.created, object="model", owned_by="lab")
+
+
+def json_of(content: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(
+        json.dumps(content, ensure_ascii=False, allow_nan=False),
+        media_type="application/json",
+        headers=headers,
+    )
+
+
+async def read(request: Request, kind: type[BodyType]) -> BodyType:
+    """The body of a request. ApiError for one that is too large, no JSON, or not of this kind."""
+    received = bytearray()
+    async for part in request.stream():
+        received += part
+        if len(received) > LARGEST_BODY:
+            raise ApiError(413, "body_too_large", f"the body exceeds {LARGEST_BODY} bytes")
+    try:
+        content = json.loads(received.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ApiError(400, "invalid_json", "the body is not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise ApiError(400, "invalid_json", "the body is not JSON") from None
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or None
+        known = {"extra_forbidden": ("unsupported_field", "this field is not supported")}
+        code, message = known.get(first["type"], ("invalid_value", first["msg"]))
+        where = f"{place}: " if place else ""
+        raise ApiError(400, code, f"{where}{message}", place) from None
+
+
+class Work:
+    """One request that passed its key: limits, usage row, answers, response."""
+
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        account: Account,
+        body: Sampling,
+        prompt: list[int],
+        text: str,
+        asked: int | None,
+        salt: bytes,
+    ) -> None:
+        self.service, self.request, self.account = service, request, account
+        self.body, self.prompt, self.text, self.salt = body, prompt, text, salt
+        self.longest = service.room(prompt, asked)
+
+    async def respond(self, shape: "Shape") -> Response:
+        bias = self.service.require_exposure(self.account, shape.alternatives, self.body)
+        count = self.body.n or 1
+        reserved = len(self.prompt) + count * self.longest
+        self.service.require_model(self.body.model)
+        self.service.require_rate(self.account, reserved)
+        request_id = self.begin(reserved, shape)
+        self.request.state.request_id = request_id
+        shape.begin(request_id, self.prompt)
+        jobs = self.service.jobs(self.body, self.prompt, self.longest, bias)
+        if self.body.stream:
+            return StreamingResponse(
+                self.stream(request_id, jobs, shape),
+                media_type="text/event-stream",
+                headers={"x-request-id": request_id, "cache-control": "no-store"},
+            )
+        found = await self.whole(request_id, jobs)
+        return json_of(shape.whole(found), {"x-request-id": request_id})
+
+    def begin(self, reserved: int, shape: "Shape") -> str:
+        """The usage row. ApiError if the quota of the day does not hold the request."""
+        address = self.request.client.host if self.request.client else ""
+        request_id = self.service.store.begin(
+            self.account,
+            reserved,
+            endpoint=self.request.url.path,
+            ip_hash=hmac.new(self.salt, address.encode(), hashlib.sha256).hexdigest()[:16],
+            user_agent=self.request.headers.get("user-agent", "")[:200],
+            prompt_tokens=len(self.prompt),
+            max_tokens=self.longest,
+            logprobs=int(shape.logprobs),
+            top_logprobs=shape.alternatives,
+            **fields_of(self.body, self.text),
+        )
+        if request_id is None:
+            raise ApiError(
+                429, "insufficient_quota",
+                f"the {self.account.tier.tokens_per_day} tokens per day of tier "
+                f"{self.account.tier_name} do not hold this request",
+            )  # fmt: skip
+        return request_id
+
+    def finish(self, request_id: str, answers: dict[int, Answer], status: str) -> None:
+        used = sum(len(answer.steps) for answer in answers.values())
+        reasons = {answer.finish_reason for answer in answers.values()}
+        text = "\n".join(answers[index].text for index in sorted(answers))
+        self.service.store.finish(
+            request_id,
+            used,
+            status,
+            finish_reason=reasons.pop() if len(reasons) == 1 else "mixed",
+            content=(self.text, text, KEEP_CONTENTS),
+        )
+
+    async def whole(self, request_id: str, jobs: list) -> list[Answer]:
+        """All answers; ends them if the client is gone."""
+        answers: dict[int, Answer] = {}
+        gone = asyncio.create_task(disconnected(self.request))
+        status = "disconnected"
+        try:
+            growing = self.service.answers(jobs, self.body.stops)
+            async for answer in growing:
+                answers[answer.index] = answer
+                if gone.done():
+                    await growing.aclose()
+                    break
+            else:
+                status = "done"
+        finally:
+            gone.cancel()
+            self.finish(request_id, answers, status)
+        return [answers[index] for index in sorted(answers)]
+
+    async def stream(self, request_id: str, jobs: list, shape: "Shape") -> AsyncIterator[bytes]:
+        """Server-sent events; ends the answers if the client is gone."""
+        answers: dict[int, Answer] = {}
+        status, growing = "disconnected", self.service.answers(jobs, self.body.stops)
+        try:
+            for chunk in shape.opening(len(jobs)):
+                yield event(chunk)
+            async for answer in growing:
+                answers[answer.index] = answer
+                yield event(shape.chunk(answer))
+            if self.body.stream_options and self.body.stream_options.include_usage:
+                yield event(shape.usage_chunk([*answers.values()]))
+            status = "done"
+            self.finish(request_id, answers, status)  # before the client knows
+            yield b"data: [DONE]\n\n"
+        finally:
+            with suppress(RuntimeError):
+                await growing.aclose()
+            self.finish(request_id, answers, status)
+
+
+async def disconnected(request: Request) -> None:
+    """Returns when the client has closed the connection."""
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return
+
+
+def event(content: BaseModel) -> bytes:
+    text = content.model_dump_json(exclude_none=False, exclude_unset=True)
+    return f"data: {text}\n\n".encode()
+
+
+class Shape:
+    """How answers look at one endpoint."""
+
+    id_prefix, alternatives, logprobs = "", 0, False
+
+    def __init__(self, body: Any, service: Service) -> None:
+        self.body, self.service, self.created = body, service, int(service.store.clock())
+        self.sent: dict[int, tuple[int, int]] = {}  # by answer: characters and tokens sent
+
+    def begin(self, request_id: str, prompt: list[int]) -> None:
+        self.id = f"{self.id_prefix}-{request_id.removeprefix('req-')}"
+        self.prompt = prompt
+
+    def common(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "created": self.created, "model": self.service.model, "object": kind}
+
+    def usage(self, answers: list[Answer]) -> CompletionUsage:
+        used = sum(len(answer.steps) for answer in answers)
+        return CompletionUsage(
+            prompt_tokens=len(self.prompt), completion_tokens=used,
+            total_tokens=len(self.prompt) + used,
+        )  # fmt: skip
+
+    def news(self, answer: Answer) -> tuple[str, list]:
+        """The text and the steps that were not sent yet."""
+        characters, steps = self.sent.get(answer.index, (0, 0))
+        self.sent[answer.index] = (len(answer.text), len(answer.steps))
+        return answer.text[characters:], answer.steps[steps:]
+
+
+class ChatShape(Shape):
+    id_prefix = "chatcmpl"
+
+    def __init__(self, body: ChatRequest, service: Service) -> None:
+        super().__init__(body, service)
+        self.logprobs, self.alternatives = bool(body.logprobs), body.top_logprobs or 0
+        if self.logprobs:
+            self.alternatives = max(1, self.alternatives)  # that of the token itself
+        self.shown = body.top_logprobs or 0
+
+    def logprobs_of(self, steps: list) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        return {"content": [self.entry(*step) for step in steps], "refusal": None}
+
+    def entry(self, token: int, log_probs: Any) -> dict[str, Any]:
+        pairs = alternatives_of(log_probs, self.shown) if self.shown else []
+        named = [self.named(*pair) for pair in pairs]
+        return self.named(token, float(log_probs[token])) | {"top_logprobs": named}
+
+    def named(self, token: int, log_prob: float) -> dict[str, Any]:
+        name = self.service.prompts.token_name(token)
+        return {"token": name, "logprob": log_prob, "bytes": [*name.encode()]}
+
+    def whole(self, answers: list[Answer]) -> dict[str, Any]:
+        choices = [
+            {
+                "index": answer.index,
+                "finish_reason": answer.finish_reason,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": self.logprobs_of(answer.steps),
+            }
+            for answer in answers
+        ]
+        found = self.common("chat.completion") | {"choices": choices}
+        return ChatCompletion(**found, usage=self.usage(answers)).model_dump(
+            mode="json", exclude_unset=True
+        )
+
+    def part(self, index: int, delta: dict[str, Any], **more: Any) -> ChatCompletionChunk:
+        choice = {"index": index, "delta": delta, "finish_reason": None, **more}
+        return ChatCompletionChunk(**self.common("chat.completion.chunk"), choices=[choice])
+
+    def opening(self, count: int) -> list[ChatCompletionChunk]:
+        return [self.part(i, {"role": "assistant", "content": ""}) for i in range(count)]
+
+    def chunk(self, answer: Answer) -> ChatCompletionChunk:
+        text, steps = self.news(answer)
+        return self.part(
+            answer.index, {"content": text} if text else {}, finish_reason=answer.finish_reason,
+            logprobs=self.logprobs_of(steps),
+        )  # fmt: skip
+
+    def usage_chunk(self, answers: list[Answer]) -> ChatCompletionChunk:
+        found = self.common("chat.completion.chunk")
+        return ChatCompletionChunk(**found, choices=[], usage=self.usage(answers))
+
+
+class CompletionShape(Shape):
+    id_prefix = "cmpl"
+
+    def __init__(self, body: CompletionRequest, service: Service) -> None:
+        super().__init__(body, service)
+        self.logprobs, self.alternatives = body.logprobs is not None, body.logprobs or 0
+        if self.logprobs:
+            self.alternatives = max(1, self.alternatives)
+
+    def logprobs_of(self, steps: list) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        name = self.service.prompts.token_name
+        return {
+            "tokens": [name(token) for token, _ in steps],
+            "token_logprobs": [float(log_probs[token]) for token, log_probs in steps],
+            "top_logprobs": [
+                {name(t): value for t, value in alternatives_of(log_probs, self.body.logprobs or 0)}
+                for _, log_probs in steps
+            ],
+            "text_offset": None,
+        }
+
+    def choice(self, answer: Answer, text: str, steps: list) -> dict[str, Any]:
+        return {
+            "index": answer.index, "finish_reason": answer.finish_reason or "length", "text": text,
+            "logprobs": self.logprobs_of(steps),
+        }  # fmt: skip
+
+    def whole(self, answers: list[Answer]) -> dict[str, Any]:
+        choices = [self.choice(answer, answer.text, answer.steps) for answer in answers]
+        found = self.common("text_completion") | {"choices": choices}
+        return Completion(**found, usage=self.usage(answers)).model_dump(
+            mode="json", exclude_unset=True
+        )
+
+    def opening(self, count: int) -> list[Completion]:
+        return []
+
+    def chunk(self, answer: Answer) -> Completion:
+        choice = self.choice(answer, *self.news(answer)) | {"finish_reason": answer.finish_reason}
+        # The client's type has no None here, but its stream does until the end.
+        return Completion.model_construct(**self.common("text_completion"), choices=[choice])
+
+    def usage_chunk(self, answers: list[Answer]) -> Completion:
+        found = self.common("text_completion")
+        return Completion(**found, choices=[], usage=self.usage(answers))
