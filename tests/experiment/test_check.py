@@ -420,7 +420,8 @@ def test_one_run_is_shown_beside_the_committed_ones(committed, tiny_run, capsys)
     config = read_config(TINY)
     write_json(committed, stored)
     mean, spread = pytest.approx(0.02 / 3), pytest.approx(0.0152753, rel=1e-5)
-    expected = {"mean": mean, "spread": spread, "runs": 3, "ahead": 2}
+    values = [0.01, 0.02, -0.01]
+    expected = {"mean": mean, "spread": spread, "runs": 3, "ahead": 2, "values": values}
     assert committed_differences(config, committed.parent)[claim] == expected
     stored["config"]["teacher"]["seed"] = 7
     write_json(committed, stored)

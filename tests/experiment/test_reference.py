@@ -83,5 +83,5 @@ def test_the_claims_of_one_run_are_stored_beside_those_of_all(copy, tmp_path, mo
     run = Run.finished(copy)
     write_reference(run, run.config(), [], tmp_path / "results")
     written = json.loads((tmp_path / "results" / "tiny.json").read_text("utf-8"))
-    expected = {"mean": 1.0, "spread": 2.0, "runs": 3, "ahead": 2}
+    expected = {"mean": 1.0, "spread": 2.0, "runs": 3, "ahead": 2, "values": [1.0, -1.0, 3.0]}
     assert [v["committed"] for v in written["verdicts"]] == [expected] * len(claims) != []
