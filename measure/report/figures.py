@@ -79,7 +79,7 @@ def claim_label(verdict: dict[str, Any]) -> str:
 
 
 def cost_bars(result: dict[str, Any], key: str) -> str:
-    """What the outputs for each model and its training cost, in % of the teacher's training."""
+    """What each model cost, in % of the teacher's training: its own, and what it needs first."""
     shares = result["cost"]["fraction_of_teacher_by_student"]
     models, teacher = models_in(result), result["teacher"]["cost"][key]
     names = [n for n in models if n in shares and shares[n][key] is not None]
@@ -92,7 +92,7 @@ def cost_bars(result: dict[str, Any], key: str) -> str:
     axes.barh(rows, training, color=SERIES[0], height=0.6, label="training")
     axes.barh(
         rows, total - training, left=training, color="none", edgecolor=SERIES[1], hatch="/////",
-        height=0.6, lw=0, label="outputs of the teacher",
+        height=0.6, lw=0, label="needed first: outputs, other students",
     )  # fmt: skip
     for row, value in zip(rows, total, strict=True):
         axes.text(value + 1.5, row, f"{value:.0f} %", va="center", fontsize=8)

@@ -48,7 +48,7 @@ def comparison_summary(result: dict[str, Any]) -> str:
     """How many comparisons the table makes, and their results."""
     if not result["verdicts"]:
         return "no comparisons on this split"
-    results = [verdict["result"] for verdict in result["verdicts"]]
+    results = [verdict["here"] or verdict["result"] for verdict in result["verdicts"]]
     counts = [f"{results.count(kind)} {kind}" for kind in dict.fromkeys(results)]
     seeds = min(verdict["seeds"] for verdict in result["verdicts"])
     over = f"over {seeds} seeds" if seeds > 1 else "in one run, over rows alone"
