@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from openai.types import Completion, CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.completion_choice import CompletionChoice, Logprobs
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
@@ -48,6 +49,13 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
         status = 404 if error.status_code in known else 400
         return ApiError(status, code, str(error.detail)).response()
 
+    @app.exception_handler(Exception)
+    async def our_error(request: Request, error: Exception) -> JSONResponse:
+        request_id = getattr(request.state, "request_id", None)
+        if request_id:
+            service.store.finish(request_id, 0, "failed", error_code="server_error")
+        return ApiError(500, "server_error", "an error of the server", retry_after=1).response()
+
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         service.account(request.headers.get("authorization"))
@@ -79,6 +87,10 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
         if any(not 0 <= token < service.prompts.vocabulary for token in prompt):
             raise ApiError(400, "invalid_token", "prompt has ids that are no tokens", "prompt")
         asked = 16 if body.max_tokens is None else body.max_tokens
+        if body.echo and body.stream:
+            raise ApiError(400, "invalid_value", "echo: not with stream", "echo")
+        if not (asked or body.echo):
+            raise ApiError(400, "invalid_value", "max_tokens: 0 needs echo", "max_tokens")
         work = Work(service, request, account, body, prompt, text, asked, salt)
         return await work.respond(CompletionShape(body, service))
 
@@ -155,6 +167,8 @@ class Work:
                 media_type="text/event-stream",
                 headers={"x-request-id": request_id, "cache-control": "no-store"},
             )
+        if shape.echo:
+            shape.echoed = await self.service.scored(self.prompt) if len(self.prompt) > 1 else None
         found = await self.whole(request_id, jobs)
         return json_of(shape.whole(found), {"x-request-id": request_id})
 
@@ -249,7 +263,7 @@ def event(content: BaseModel) -> bytes:
 class Shape:
     """How answers look at one endpoint."""
 
-    id_prefix, alternatives, logprobs = "", 0, False
+    id_prefix, alternatives, logprobs, echo = "", 0, False, False
 
     def __init__(self, body: Any, service: Service) -> None:
         self.body, self.service, self.created = body, service, int(service.store.clock())
@@ -340,6 +354,7 @@ class CompletionShape(Shape):
     def __init__(self, body: CompletionRequest, service: Service) -> None:
         super().__init__(body, service)
         self.logprobs, self.alternatives = body.logprobs is not None, body.logprobs or 0
+        self.echo, self.echoed = bool(body.echo), None
         if self.logprobs:
             self.alternatives = max(1, self.alternatives)
 
@@ -365,10 +380,32 @@ class CompletionShape(Shape):
 
     def whole(self, answers: list[Answer]) -> dict[str, Any]:
         choices = [self.choice(answer, answer.text, answer.steps) for answer in answers]
+        if self.echo:
+            choices = [self.with_prompt(choice) for choice in choices]
         found = self.common("text_completion") | {"choices": choices}
         return Completion(**found, usage=self.usage(answers)).model_dump(
             mode="json", exclude_unset=True
         )
+
+    def with_prompt(self, choice: dict[str, Any]) -> CompletionChoice:
+        """The prompt before the answer, and its log-probabilities: none of the first token, which
+        the client's types have no word for."""
+        name = self.service.prompts.token_name
+        found = choice | {"text": f"{self.prompt_text}{choice['text']}"}
+        if self.logprobs:
+            rows = [] if self.echoed is None else self.echoed
+            scored = self.logprobs_of([*zip(self.prompt[1:], rows, strict=True)])
+            first = {"tokens": name(self.prompt[0]), "token_logprobs": None, "top_logprobs": None}
+            lists = {
+                key: [value, *scored[key], *choice["logprobs"][key]] for key, value in first.items()
+            }
+            found["logprobs"] = Logprobs.model_construct(**lists)
+        return CompletionChoice.model_construct(**found)
+
+    @property
+    def prompt_text(self) -> str:
+        prompt = self.body.prompt
+        return prompt if isinstance(prompt, str) else self.service.prompts.render(prompt)
 
     def opening(self, count: int) -> list[Completion]:
         return []

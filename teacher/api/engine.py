@@ -40,6 +40,15 @@ class Job:
         self.tokens: list[int] = []
 
 
+@dataclass(eq=False)
+class Score:
+    """A text to be scored. `deliver` is called from the engine's thread, with the log-probabilities
+    [P - 1, V] of every token but the first, or with None if the engine was closed."""
+
+    tokens: list[int]
+    deliver: Callable[[Tensor | None], None]
+
+
 class Batch:
     """The rows that are being answered: their cache, and which of its places hold tokens."""
 
@@ -104,11 +113,11 @@ class Engine:
                 f"a model of architecture {model.config.model_type} cannot be served: its rows "
                 "cannot be answered together; use one with plain attention, such as llama"
             )
-        self.waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.waiting: queue.SimpleQueue[Job | Score | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job | Score) -> None:
         self.waiting.put(job)
 
     def close(self) -> None:
@@ -143,11 +152,19 @@ class Engine:
                 for one in found:
                     one.deliver(None)
                 return None
-            if job.cancelled:
+            if isinstance(job, Score):
+                job.deliver(self.scored(job.tokens))
+            elif job.cancelled:
                 job.deliver(None)
             else:
                 found.append(job)
         return found
+
+    @torch.no_grad()
+    def scored(self, tokens: list[int]) -> Tensor:
+        ids = torch.tensor([tokens], device=device_of(self.model))
+        logits = self.model(ids, use_cache=False).logits[0, :-1, : self.vocabulary]
+        return torch.log_softmax(logits.float().cpu(), dim=-1)
 
     @torch.no_grad()
     def begun(self, jobs: list[Job]) -> Batch:

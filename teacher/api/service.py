@@ -13,7 +13,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
 from torch import Tensor
 
-from teacher.api.engine import Engine, Job, Step
+from teacher.api.engine import Engine, Job, Score, Step
 from teacher.api.errors import ApiError
 from teacher.api.requests import Sampling
 from teacher.api.store import ACTIVE, Account, Store
@@ -141,7 +141,7 @@ class Service:
     def room(self, prompt: list[int], asked: int | None) -> int:
         """How many tokens an answer may have. ApiError for a prompt that leaves none."""
         room = self.prompts.longest_row - len(prompt)
-        if room < 1:
+        if room < (0 if asked == 0 else 1):
             raise ApiError(
                 400, "context_length_exceeded", f"the prompt has {len(prompt)} tokens, this model "
                 f"reads {self.prompts.longest_row} with the answer", "messages",
@@ -185,6 +185,11 @@ class Service:
             return deliver
 
         found = [Answer(index, job) for index, job in enumerate(jobs)]
+        if found[0].job.longest == 0:  # only the prompt is asked for
+            for answer in found:
+                answer.finish_reason = "length"
+                yield answer
+            return
         for answer in found:
             answer.job.deliver = deliver_to(answer)
             self.engine.submit(answer.job)
@@ -203,6 +208,17 @@ class Service:
         finally:
             for answer in found:
                 answer.job.cancelled = True
+
+    async def scored(self, tokens: list[int]) -> Tensor:
+        """The log-probabilities [P - 1, V] of every token of a text but the first."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Tensor] = loop.create_future()
+
+        def deliver(log_probs: Tensor | None) -> None:
+            loop.call_soon_threadsafe(future.set_result, log_probs)
+
+        self.engine.submit(Score(tokens, deliver))
+        return await future
 
     def grow(self, answer: Answer, step: Step, stops: list[str]) -> None:
         """One token more; it is over with the end mark, a stop or the longest answer."""

@@ -177,6 +177,32 @@ def test_completions_read_tokens_as_they_are(served, client_of):
         client.completions.create(model="small", prompt=[999])
 
 
+def test_a_text_is_scored_token_by_token(served, client_of):
+    client, rows = client_of("top20"), served.task.rows("train")
+    tokens = rows.row(0).tolist()
+    found = client.completions.create(
+        model="small", prompt=tokens, max_tokens=0, echo=True, logprobs=3
+    )
+    scores = found.choices[0].logprobs
+    with torch.no_grad():
+        logits = served.model(torch.tensor([tokens])).logits[0, :-1]
+    expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    assert scores.token_logprobs[0] is None
+    assert scores.token_logprobs[1:] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert [served.task.token_ids[token] for token in scores.tokens] == tokens
+    assert all(len(top) == 3 for top in scores.top_logprobs[1:])
+    assert found.usage.completion_tokens == 0
+    assert last_row(served, client)["prompt_tokens"] == len(tokens)
+    with_answer = client.completions.create(
+        model="small", prompt=tokens[:5], max_tokens=2, echo=True, logprobs=1, temperature=0
+    ).choices[0]
+    assert len(with_answer.logprobs.tokens) == 7
+    with pytest.raises(openai.PermissionDeniedError):
+        client_of("text").completions.create(
+            model="small", prompt=tokens, max_tokens=0, echo=True, logprobs=0
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -303,3 +329,19 @@ def test_a_client_that_leaves_is_charged_once_for_what_was_generated(served, cli
     assert row["status"] in ("disconnected", "done")  # it may have been faster
     assert row["cost"] == TIERS["open"].cost(row["prompt_tokens"], row["completion_tokens"])
     assert len(served.store.usage_of(client.account)) == 1
+
+
+def test_an_error_of_the_server_has_the_same_shape_and_costs_nothing(
+    served, client_of, monkeypatch
+):
+    client = client_of()
+
+    def broken(*_):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(Service, "grow", broken)
+    with pytest.raises(openai.InternalServerError, match="an error of the server"):
+        chat(client)
+    row = last_row(served, client)
+    assert row["status"] != "running"
+    assert row["completion_tokens"] == 0
