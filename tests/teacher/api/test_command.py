@@ -121,7 +121,7 @@ class Served:
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_no_row_is_lost_or_doubled_when_the_server_is_killed(kills, tiny_run, tmp_path):
-    """Every answer that a client has got is in the log as done, once, with the tokens it was told."""
+    """Every answer that a client has got is in the log as done, once, with its tokens."""
     database = tmp_path / "api.sqlite"
     store = Store(database)
     store.publish_terms("1", "No training.", "no")
