@@ -1,9 +1,14 @@
 """The server, asked by OpenAI's own client over a socket."""
 
 import json
+import re
+import shlex
 import socket
+import subprocess
 import threading
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from types import SimpleNamespace
 
 import httpx2
@@ -21,6 +26,7 @@ from teacher.api.prompts import TaskPrompts
 from teacher.api.service import Service
 from teacher.api.store import Store
 from teacher.api.tiers import TIERS
+from tests.helpers import ROOT
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -345,3 +351,33 @@ def test_an_error_of_the_server_has_the_same_shape_and_costs_nothing(
     row = last_row(served, client)
     assert row["status"] != "running"
     assert row["completion_tokens"] == 0
+
+
+def test_the_commands_of_the_page_work_as_printed(served, client_of):
+    """The lines of docs/api.md, with another address, model and key."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    client, outputs = client_of("top5"), []
+    for line in (
+        lines.replace("8000", str(served.port)).replace('"quickstart"', '"small"').splitlines()
+    ):
+        words = [word.replace("$KEY", client.api_key) for word in shlex.split(line)]
+        done = subprocess.run(words, capture_output=True, check=True, timeout=60)
+        outputs.append(done.stdout.decode())
+    models, whole, scored, streamed = outputs
+    assert json.loads(models)["data"][0]["id"] == "small"
+    assert json.loads(whole)["usage"]["total_tokens"] > 10
+    assert len(json.loads(scored)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 5
+    assert streamed.rstrip().endswith("data: [DONE]")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names = {"KEY": client.api_key}
+    with redirect_stdout(StringIO()) as printed:
+        exec(code, names)
+    names["client"].close()
+    assert printed.getvalue().split()[-1].isdecimal()
+
+
+def test_the_page_lists_every_tier():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", page, re.MULTILINE))
+    assert rows == {name: tier.access for name, tier in TIERS.items()}
