@@ -245,8 +245,9 @@ def test_few_rows_have_the_quantile_of_their_number(rows):
     assert estimate.critical(0.05) == pytest.approx(stats.t.isf(0.025, rows - 1))
 
 
-def test_two_models_by_nature_are_compared_over_rows_alone(generator):
+def test_two_models_by_nature_are_compared_over_rows_alone():
     """Such as two teachers: there are no seeds to pair."""
+    generator = np.random.default_rng(0)
     first, second = (
         Estimate(one.per_seed[:1], one.influence[:1], is_one_model=True)
         for one in (drawn(generator, 1, 50, level) for level in (0.6, 0.4))

@@ -356,11 +356,10 @@ def test_an_error_of_the_server_has_the_same_shape_and_costs_nothing(
 def test_the_commands_of_the_page_work_as_printed(served, client_of):
     """The lines of docs/api.md, with another address, model and key."""
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    page = page.replace("8000", str(served.port)).replace('"quickstart"', '"small"')
     (lines,) = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     client, outputs = client_of("top5"), []
-    for line in (
-        lines.replace("8000", str(served.port)).replace('"quickstart"', '"small"').splitlines()
-    ):
+    for line in lines.splitlines():
         words = [word.replace("$KEY", client.api_key) for word in shlex.split(line)]
         done = subprocess.run(words, capture_output=True, check=True, timeout=60)
         outputs.append(done.stdout.decode())
