@@ -74,11 +74,15 @@ def eval_parser() -> argparse.ArgumentParser:
 def before_imports(parser: argparse.ArgumentParser) -> None:
     """Answer --help and mistakes at once, stop on Ctrl-C without a traceback, and let threads that
     wait soon sleep."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    sleep_soon()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a job in the background has it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     parser.parse_intermixed_args()
+
+
+def sleep_soon() -> None:
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def run_command(command: Callable[[], int], when_stopped: str) -> int:

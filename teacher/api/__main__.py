@@ -20,7 +20,7 @@ from pathlib import Path
 
 from configs.files import printable, read_text, say
 from configs.schema import LabError
-from experiment.command import run_command
+from experiment.command import run_command, sleep_soon
 from teacher.api.store import ACTIVE, REVOKED, SUSPENDED, Store
 from teacher.api.tiers import PER_MILLION, TIERS
 
@@ -93,6 +93,8 @@ def opened(options: argparse.Namespace) -> Store:
 
 def serve(options: argparse.Namespace) -> int:
     require_safe_address(options)
+    sleep_soon()  # before torch is imported
+    import psutil
     import torch
     import uvicorn
 
@@ -106,7 +108,7 @@ def serve(options: argparse.Namespace) -> int:
 
     run = Run.finished(options.run)
     config = run.config()
-    torch.set_num_threads(config.threads or 1)
+    torch.set_num_threads(max(1, min(8, (psutil.cpu_count(logical=False) or 1) - 1)))
     task = load_task(config.task)
     if task.tokenizer is None:
         raise LabError(f"task {task.name} has images; only text can be served")
@@ -114,7 +116,10 @@ def serve(options: argparse.Namespace) -> int:
     left = store.close_interrupted()
     if left:
         say(f"{left} requests were interrupted when the last server ended; they cost nothing")
-    engine = Engine(open_model(run, "teacher"), end=task.end, vocabulary=task.vocabulary)
+    engine = Engine(
+        open_model(run, "teacher"),
+        task,
+    )
     service = Service(store, engine, TaskPrompts(task), config.name)
     host = f"{'https' if options.certificate else 'http'}://{options.host}:{options.port}"
     say(f"model {config.name} at {host}/v1, accounts in {options.database}; Ctrl-C ends it")

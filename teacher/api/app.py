@@ -160,7 +160,7 @@ class Work:
         request_id = self.begin(reserved, shape)
         self.request.state.request_id = request_id
         shape.begin(request_id, self.prompt)
-        jobs = self.service.jobs(self.body, self.prompt, self.longest, bias)
+        jobs = self.service.jobs(self.body, self.prompt, self.longest, bias, shape.logprobs)
         if self.body.stream:
             return StreamingResponse(
                 self.stream(request_id, jobs, shape),

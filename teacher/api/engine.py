@@ -1,14 +1,15 @@
 """Continuous batching: requests that arrive together are answered together.
 
 Every step extends all rows of the batch by one token. A row leaves when it is done, and rows that
-wait join before the next step: their prompts are read in one pass, and their caches are padded on
-the left to the length of the batch.
+wait join before the next step: their prompts are read in one pass, and their caches are written
+into the slots of those that left.
 """
 
 import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,16 @@ from transformers.cache_utils import DynamicLayer
 from configs.schema import LabError
 from models.language import device_of
 
-Step = tuple[int, Tensor]  # a token, and the log-probabilities [V] that it was drawn from
+# A token, and the log-probabilities [V] that it was drawn from if the job wants them
+Step = tuple[int, Tensor | None]
+
+
+class Answered(Protocol):
+    """What the engine needs to know of a task."""
+
+    end: int
+    vocabulary: int
+    longest_row: int
 
 
 @dataclass(eq=False)
@@ -33,6 +43,7 @@ class Job:
     top_p: float = 1.0
     bias: dict[int, float] = field(default_factory=dict)
     seed: int = 0
+    wants_log_probs: bool = False
     cancelled: bool = False
 
     def __post_init__(self) -> None:
@@ -49,70 +60,119 @@ class Score:
     deliver: Callable[[Tensor | None], None]
 
 
-class Batch:
-    """The rows that are being answered: their cache, and which of its places hold tokens."""
+class SlotLayer(DynamicLayer):
+    """Keys and values of one layer, [slots, H, columns, D]. The rows that are being answered are
+    the first ones; a new token is written into the next column, so that nothing is copied."""
 
-    def __init__(self, jobs: list[Job], cache: DynamicCache, filled: Tensor, last: Tensor) -> None:
-        self.jobs, self.cache = jobs, cache
-        self.filled = filled  # [B, L], False at the padding on the left
-        self.last = last  # [B], the token that is read next
+    def __init__(self, slots: int, columns: int) -> None:
+        super().__init__()
+        self.slots, self.columns, self.rows, self.length = slots, columns, 0, 0
 
-    def joined(self, other: "Batch") -> "Batch":
-        """Both, the shorter padded on the left."""
-        length = max(self.filled.shape[1], other.filled.shape[1])
-        layers = []
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            keys, values = (
-                torch.cat([padded(a, length), padded(b, length)])
-                for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values))
-            )
-            layers.append((keys, values))
-        filled = torch.cat(
-            [
-                nn.functional.pad(each.filled, (length - each.filled.shape[1], 0))
-                for each in (self, other)
-            ]
-        )
-        last = torch.cat([self.last, other.last])
-        return Batch([*self.jobs, *other.jobs], cache_of(layers), filled, last)
-
-    def kept(self, rows: list[int]) -> "Batch":
-        """Some of the rows, without the places that only others filled."""
-        filled = self.filled[rows]
-        start = int(filled.any(0).int().argmax())
-        layers = [
-            (layer.keys[rows, :, start:], layer.values[rows, :, start:])
-            for layer in self.cache.layers
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.stored = [
+            new.new_zeros((self.slots, new.shape[1], self.columns, new.shape[3]))
+            for new in (key_states, value_states)
         ]
-        return Batch(
-            [self.jobs[row] for row in rows], cache_of(layers), filled[:, start:], self.last[rows]
-        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        rows, end = len(key_states), self.length + key_states.shape[2]
+        for stored, new in zip(self.stored, (key_states, value_states), strict=True):
+            stored[:rows, :, self.length : end] = new
+        self.length = end
+        keys, values = (stored[:rows, :, :end] for stored in self.stored)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.length
 
 
-def padded(tensor: Tensor, length: int) -> Tensor:
-    """[B, H, L, D] -> [B, H, length, D], zeros on the left."""
-    return nn.functional.pad(tensor, (0, 0, length - tensor.shape[2], 0))
+class Batch:
+    """The rows that are being answered. Each has a slot, and its tokens end where those of all
+    others do; a row that is done is replaced by one that waits, or by the last one."""
 
+    def __init__(self, layers: int, slots: int, columns: int) -> None:
+        self.cache = DynamicCache()
+        self.cache.layers = [SlotLayer(slots, columns) for _ in range(layers)]
+        self.columns, self.length = columns, 0
+        self.jobs: list[Job] = []
+        self.filled = torch.zeros((slots, columns), dtype=torch.bool)
+        self.last = torch.zeros(slots, dtype=torch.long)  # the token that each row reads next
 
-def cache_of(layers: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    cache = DynamicCache()
-    for number, (keys, values) in enumerate(layers):
-        cache.update(keys, values, number)
-    return cache
+    def add(self, jobs: list[Job], cache: DynamicCache, filled: Tensor, last: Tensor) -> None:
+        """Rows whose prompts are in a cache of their own, padded on the left: filled [B, P]."""
+        start, more = len(self.jobs), filled.shape[1]
+        if not self.jobs:
+            self.move_to(more)
+        elif self.length < more:
+            self.shift(more - self.length)
+        rows, columns = slice(start, start + len(jobs)), slice(self.length - more, self.length)
+        for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
+            if more:
+                if not mine.is_initialized:
+                    mine.lazy_initialization(theirs.keys, theirs.values)
+                for stored, new in zip(mine.stored, (theirs.keys, theirs.values), strict=True):
+                    stored[rows, :, columns] = new
+        self.filled[rows] = False
+        self.filled[rows, columns] = filled
+        self.last[rows] = last
+        self.jobs += jobs
+
+    def drop(self, rows: list[int]) -> None:
+        """Rows that are done: the last ones take their slots."""
+        for row in sorted(rows, reverse=True):
+            end = len(self.jobs) - 1
+            if row < end:
+                for layer in self.cache.layers:
+                    for stored in layer.stored:
+                        stored[row] = stored[end]
+                self.filled[row], self.last[row] = self.filled[end], self.last[end]
+                self.jobs[row] = self.jobs[end]
+            self.jobs.pop()
+
+    def make_room(self) -> None:
+        """Give up columns that only rows of the past have filled, where they are many."""
+        used = self.filled[: len(self.jobs), : self.length].any(0)
+        unused = int(used.int().argmax()) if len(used) else 0
+        if self.length == self.columns or unused > max(8, self.length // 4):
+            self.shift(-unused)
+
+    def shift(self, columns: int) -> None:
+        """Move all rows to the right, or to the left."""
+        rows, begin = len(self.jobs), max(0, -columns)
+        moved = slice(begin + columns, self.length + columns)
+        for layer in self.cache.layers:
+            for stored in layer.stored if layer.is_initialized else ():
+                stored[:rows, :, moved] = stored[:rows, :, begin : self.length].clone()
+        filled = self.filled[:rows, begin : self.length].clone()
+        self.filled[:rows] = False
+        self.filled[:rows, moved] = filled
+        self.move_to(self.length + columns)
+
+    def move_to(self, length: int) -> None:
+        self.length = length
+        for layer in self.cache.layers:
+            layer.length = length
 
 
 class Engine:
     """Answers jobs with one model, in a thread of its own. LabError for a model whose cache cannot
     be padded: a recurrent one, or one with a sliding window."""
 
-    def __init__(self, model: nn.Module, *, end: int, vocabulary: int, most_rows: int = 64) -> None:
-        self.model, self.end, self.vocabulary, self.most_rows = model, end, vocabulary, most_rows
+    def __init__(self, model: nn.Module, task: Answered, most_rows: int = 64) -> None:
+        self.model, self.most_rows = model, most_rows
+        self.end, self.vocabulary = task.end, task.vocabulary
+        self.columns = 2 * task.longest_row
         cache = DynamicCache(config=model.config)
         if not all(type(layer) is DynamicLayer for layer in cache.layers):
             raise LabError(
                 f"a model of architecture {model.config.model_type} cannot be served: its rows "
                 "cannot be answered together; use one with plain attention, such as llama"
             )
+        self.layers = len(cache.layers)
         self.waiting: queue.SimpleQueue[Job | Score | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
@@ -126,26 +186,25 @@ class Engine:
         self.thread.join()
 
     def run(self) -> None:
-        batch: Batch | None = None
+        batch = Batch(self.layers, self.most_rows, self.columns)
         while True:
-            joining = self.joining(batch)
+            joining = self.joining(len(batch.jobs))
             if joining is None:
-                for job in batch.jobs if batch else ():
+                for job in batch.jobs:
                     job.deliver(None)
                 return
             if joining:
-                new = self.begun(joining)
-                batch = new if batch is None else batch.joined(new)
-            batch = self.advanced(batch)
+                self.begin(batch, joining)
+            if batch.jobs:
+                self.advance(batch)
 
-    def joining(self, batch: Batch | None) -> list[Job] | None:
-        """The jobs that join before the next step; waits for one if nothing else is to do. None to
-        stop."""
-        room = self.most_rows - (len(batch.jobs) if batch else 0)
+    def joining(self, answered: int) -> list[Job] | None:
+        """The jobs that join before the next step; waits for one if nothing is being answered. None
+        to stop."""
         found: list[Job] = []
-        while len(found) < room:
+        while len(found) < self.most_rows - answered:
             try:
-                job = self.waiting.get(block=batch is None and not found)
+                job = self.waiting.get(block=not answered and not found)
             except queue.Empty:
                 break
             if job is None:
@@ -167,8 +226,8 @@ class Engine:
         return torch.log_softmax(logits.float().cpu(), dim=-1)
 
     @torch.no_grad()
-    def begun(self, jobs: list[Job]) -> Batch:
-        """Read the prompts but for their last token, which the first step reads."""
+    def begin(self, batch: Batch, jobs: list[Job]) -> None:
+        """Read the prompts but for their last token, which the next step reads."""
         length = max(len(job.prompt) for job in jobs)
         tokens = torch.zeros((len(jobs), length), dtype=torch.long)
         filled = torch.zeros((len(jobs), length), dtype=torch.bool)
@@ -176,32 +235,35 @@ class Engine:
             tokens[row, length - len(job.prompt) :] = torch.tensor(job.prompt)
             filled[row, length - len(job.prompt) :] = True
         cache = DynamicCache(config=self.model.config)
-        last = tokens[:, -1]
         if length > 1:
             self.forward(tokens[:, :-1], filled[:, :-1], cache)
-        return Batch(jobs, cache, filled[:, :-1], last)
+        batch.add(jobs, cache, filled[:, :-1], tokens[:, -1])
 
     @torch.no_grad()
-    def advanced(self, batch: Batch) -> Batch | None:
+    def advance(self, batch: Batch) -> None:
         """Every row of the batch one token longer, without those that are done."""
-        device = device_of(self.model)
-        filled = nn.functional.pad(batch.filled, (0, 1), value=True)
-        logits = self.forward(batch.last[:, None], filled, batch.cache)
+        batch.make_room()
+        rows = len(batch.jobs)
+        batch.filled[:rows, batch.length] = True
+        filled = batch.filled[:rows, : batch.length + 1]
+        logits = self.forward(batch.last[:rows, None], filled, batch.cache)
+        batch.length += 1
         log_probs = distribution(logits[:, -1, : self.vocabulary].float().cpu(), batch.jobs)
-        chosen = [draw(row, job) for row, job in zip(log_probs, batch.jobs, strict=True)]
-        alive = []
+        likeliest = log_probs.argmax(-1).tolist()
+        chosen = [
+            token if job.temperature == 0 else draw(row, job)
+            for token, row, job in zip(likeliest, log_probs, batch.jobs, strict=True)
+        ]
+        batch.last[:rows] = torch.tensor(chosen)
+        done = []
         for row, (job, token) in enumerate(zip(batch.jobs, chosen, strict=True)):
             job.tokens.append(token)
             if not job.cancelled:
-                job.deliver((token, log_probs[row]))
+                job.deliver((token, log_probs[row] if job.wants_log_probs else None))
             if job.cancelled or token == self.end or len(job.tokens) == job.longest:
                 job.deliver(None)
-            else:
-                alive.append(row)
-        batch.filled, batch.last = filled, torch.tensor(chosen, device=device)
-        if not alive:
-            return None
-        return batch if len(alive) == len(batch.jobs) else batch.kept(alive)
+                done.append(row)
+        batch.drop(done)
 
     def forward(self, tokens: Tensor, filled: Tensor, cache: DynamicCache) -> Tensor:
         """Logits [B, 1, V] after the last of these tokens; `filled` covers the cache, too."""
@@ -244,8 +306,6 @@ def nucleus(log_probs: Tensor, top_p: Tensor) -> Tensor:
 def draw(log_probs: Tensor, job: Job) -> int:
     """A token from [V] log-probabilities by the job's own generator, so that it does not depend on
     who else is in the batch."""
-    if job.temperature == 0:
-        return int(log_probs.argmax())
     cumulative = log_probs.double().exp().cumsum(-1)
     point = torch.rand((), generator=job.generator, dtype=torch.float64) * cumulative[-1]
     return int(torch.searchsorted(cumulative, point, right=True).clamp(max=len(log_probs) - 1))

@@ -156,7 +156,12 @@ class Service:
     # -- answering -----------------------------------------------------------------------------
 
     def jobs(
-        self, body: Sampling, prompt: list[int], longest: int, bias: dict[int, float]
+        self,
+        body: Sampling,
+        prompt: list[int],
+        longest: int,
+        bias: dict[int, float],
+        wants_log_probs: bool,
     ) -> list[Job]:
         """One for each of the `n` answers, each from a seed of its own."""
         seed = self.random.getrandbits(62) if body.seed is None else body.seed
@@ -169,6 +174,7 @@ class Service:
                 top_p=1.0 if body.top_p is None else body.top_p,
                 bias=bias,
                 seed=(seed + number) % 2**63,
+                wants_log_probs=wants_log_probs,
             )
             for number in range(body.n or 1)
         ]

@@ -38,7 +38,7 @@ def served(tmp_path_factory):
     model = initialise(build_model(Model(initializer_range=0.2, **SHAPE), task), 0).eval()
     store = Store(tmp_path_factory.mktemp("api") / "api.sqlite")
     store.publish_terms("1", "No training.", "no")
-    engine = Engine(model, end=task.end, vocabulary=task.vocabulary)
+    engine = Engine(model, task)
     service = Service(store, engine, TaskPrompts(task), "small")
     config = uvicorn.Config(
         create_app(service, b"salt"), host="127.0.0.1", port=0, log_level="error", lifespan="off"

@@ -26,7 +26,7 @@ def model(task):
 
 @pytest.fixture
 def engine(model, task):
-    engine = Engine(model, end=task.end, vocabulary=task.vocabulary, most_rows=5)
+    engine = Engine(model, task, most_rows=5)
     yield engine
     engine.close()
 
@@ -77,6 +77,7 @@ def test_a_seed_draws_the_same_answer_alone_and_in_company(engine, task):
 def test_log_probabilities_are_those_that_tokens_are_drawn_from(engine, task):
     steps = []
     job = Job(prompts_of(task, 1)[0], 6, None, temperature=0.7, top_p=0.6, bias={5: 3.0}, seed=1)
+    job.wants_log_probs = True
     over = queue.SimpleQueue()
     job.deliver = lambda step: over.put(None) if step is None else steps.append(step)
     engine.submit(job)
@@ -124,7 +125,7 @@ def test_a_cancelled_job_ends_and_the_others_go_on(engine, task):
 
 
 def test_closing_ends_jobs_that_are_not_done(model, task):
-    engine = Engine(model, end=task.end, vocabulary=task.vocabulary)
+    engine = Engine(model, task)
     over = queue.SimpleQueue()
     job = Job(prompts_of(task, 1)[0], 10_000, None, bias={task.end: -100.0})
     job.deliver = lambda step: over.put(job) if step is None else None
@@ -136,4 +137,4 @@ def test_closing_ends_jobs_that_are_not_done(model, task):
 def test_a_model_whose_cache_cannot_be_padded_is_refused(task):
     recurrent = build_model(Model(architecture="mamba", **SHAPE), task)
     with pytest.raises(LabError, match="cannot be served"):
-        Engine(recurrent, end=task.end, vocabulary=task.vocabulary)
+        Engine(recurrent, task)
