@@ -123,15 +123,17 @@ class Batch:
 
     def drop(self, rows: list[int]) -> None:
         """Rows that are done: the last ones take their slots."""
-        for row in sorted(rows, reverse=True):
-            end = len(self.jobs) - 1
-            if row < end:
-                for layer in self.cache.layers:
-                    for stored in layer.stored:
-                        stored[row] = stored[end]
-                self.filled[row], self.last[row] = self.filled[end], self.last[end]
-                self.jobs[row] = self.jobs[end]
-            self.jobs.pop()
+        gone, count = set(rows), len(self.jobs) - len(rows)
+        holes = [row for row in rows if row < count]
+        movers = [row for row in range(count, len(self.jobs)) if row not in gone]
+        if holes:
+            for layer in self.cache.layers:
+                for stored in layer.stored:
+                    stored[holes] = stored[movers]
+            self.filled[holes], self.last[holes] = self.filled[movers], self.last[movers]
+            for hole, mover in zip(holes, movers, strict=True):
+                self.jobs[hole] = self.jobs[mover]
+        del self.jobs[count:]
 
     def make_room(self) -> None:
         """Give up columns that only rows of the past have filled, where they are many."""
@@ -202,7 +204,12 @@ class Engine:
         """The jobs that join before the next step; waits for one if nothing is being answered. None
         to stop."""
         found: list[Job] = []
-        while len(found) < self.most_rows - answered:
+        room = self.most_rows - answered
+        if (
+            room < self.most_rows // 8
+        ):  # reading many prompts at once takes less than a few each time
+            return found
+        while len(found) < room:
             try:
                 job = self.waiting.get(block=not answered and not found)
             except queue.Empty:
