@@ -89,7 +89,7 @@ def test_a_task_is_one_class_and_one_entry(outcome):
     assert "long" not in outcome.result["teacher"]
     assert "length error, phonemes" in outcome.report
     assert "<caption>held-out words</caption>" in outcome.report
-    assert "<dt>access rounded</dt><dd>reveals its distribution, rounded</dd>" in outcome.report
+    assert "<dt>access rounded</dt><dd>reveals rounded numbers</dd>" in outcome.report
     assert "<dt>mean confidence</dt>" in outcome.report
     assert outcome.result["verdicts"][0]["metric"] == "length_error"
 
