@@ -6,8 +6,6 @@ learns from.
 
 from dataclasses import dataclass
 
-from teacher.access import ACCESS, Access
-
 PER_MILLION = 1_000_000  # tokens, for which prices are stated
 
 
@@ -24,10 +22,6 @@ class Tier:
     requests_per_minute: int | None = 60
     tokens_per_minute: int | None = 20_000
     tokens_per_day: int | None = 200_000
-
-    @property
-    def level(self) -> Access:
-        return ACCESS[self.access]
 
     def most_alternatives(self, vocabulary: int) -> int:
         """How many log-probabilities of other tokens it reveals at each token."""

@@ -5,6 +5,7 @@ import sqlite3
 import pytest
 
 from configs.schema import LabError
+from teacher.access import ACCESS
 from teacher.api.store import DAY, SUSPENDED, Store
 from teacher.api.tiers import PER_MILLION, TIERS
 
@@ -121,6 +122,14 @@ def test_prompts_and_answers_are_forgotten_when_their_time_is_over(store, clock)
     assert store.forget() == 0
     assert store.forget(before=float("inf")) == 1
     assert len(store.usage_of(account.id)) == 2  # the log has no text, and stays
+
+
+def test_tiers_name_levels_of_access():
+    assert {tier.access for tier in TIERS.values()} <= set(ACCESS)
+    assert TIERS["top5"].most_alternatives(72) == 5
+    assert TIERS["top20"].most_alternatives(9) == 9
+    assert TIERS["open"].most_alternatives(72) == 72
+    assert TIERS["text"].most_alternatives(72) == 0
 
 
 def test_bills_are_whole_numbers():
