@@ -155,3 +155,9 @@ def test_groups_of_tests_reach_the_workers(request):
     """Otherwise every worker trains the runs of a group, as with pytest 9.2 and xdist 3.8."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         assert request.node.nodeid.endswith("@house")
+
+
+def test_no_two_files_of_tests_have_the_same_name():
+    """pytest imports them by it."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
