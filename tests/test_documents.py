@@ -174,6 +174,15 @@ def test_what_is_concluded_from_savings_is_what_its_intervals_show():
         assert {result("savings")["savings"]["labels"][name] for name in answered} == {0}
 
 
+def test_what_is_concluded_from_digits_is_what_its_claims_show():
+    found = {(v["claim"], v["metric"]): v for v in result("digits")["verdicts"]}
+    for claim in ("t4 beats t1", "t20 beats t1", "t4 beats baseline"):
+        assert found[claim, "kl_teacher_student"]["result"] == "better"
+    errors = found["t4 beats baseline", "error_rate"]
+    assert errors["result"] == "not distinguished"
+    assert round(100 * errors["difference"], 1) == 0.5
+
+
 NOT_OURS = {"command not found", "No module named 'numpy'", "nan", "inf"}
 
 
