@@ -183,6 +183,18 @@ def test_what_is_concluded_from_digits_is_what_its_claims_show():
     assert round(100 * errors["difference"], 1) == 0.5
 
 
+def test_what_is_concluded_from_text_is_what_its_claims_show():
+    found = {(v["claim"], v["metric"]): v["result"] for v in result("text")["verdicts"]}
+    loss, undecided = "bits_per_byte", "not distinguished"
+    assert found["top_k beats text", loss] == found["logits beats top_k", loss] == "better"
+    assert found["text beats low_data", loss] == found["text beats shuffled", loss] == undecided
+    assert found["text beats baseline", loss] == "worse"
+    assert found["logits beats baseline", "kl_teacher_student"] == "better"
+    assert (
+        found["logits beats baseline", loss] == found["logits beats baseline", "ece"] == undecided
+    )
+
+
 NOT_OURS = {"command not found", "No module named 'numpy'", "nan", "inf"}
 
 
