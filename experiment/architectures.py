@@ -28,7 +28,7 @@ COLUMNS = {  # what `yes` means
     "tokenizer": "it has an embedding for every token, and its saved tokenizer is the same",
     "logits": "it gives finite logits for every token of the vocabulary",
     "learnable": "it excludes no token by a logit of minus infinity",
-    "causal": "a later token does not change the logits of an earlier one (encoders: once told so)",
+    "causal": "a later token does not change the logits of an earlier one (encoders: as decoders)",
     "cache": "generating with its cache gives the logits of the whole text",
     "head": "where a vocabulary is large, its logits can be computed in parts",
     "gradients": "every weight receives a gradient",

@@ -19,6 +19,7 @@ from tasks.pronounce import LONG, SPLITS, split_of
 from teacher.access import ACCESS
 from tests.helpers import ROOT
 
+# By commands of the project; in `reported`, by others, with their sources.
 WRITTEN_BY_COMMANDS = re.compile(r"<!-- \S+ -->.*?<!-- end -->", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 NO_QUANTITY = re.compile(

@@ -5,8 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from measure.metrics import metrics_in
-from measure.report.tables import fidelity_shown, fixed, models_in, task_of, value_in
-from tasks.task import Metric
+from measure.report.tables import (
+    committed_runs,
+    fidelity_shown,
+    fixed,
+    models_in,
+    task_of,
+    value_in,
+)
 from teacher.access import ACCESS
 
 SHOWN = 4  # students in the story; a study has more in its tables
@@ -203,22 +209,11 @@ def where_worse(result: dict[str, Any]) -> list[str]:
             continue
         metric = metrics[verdict["metric"]]
         size = fixed(metric.scale * abs(verdict["difference"]), metric.digits)
-        part = f"{metric.heading} ({size} {metric.difference_unit}{elsewhere(verdict, metric)})"
+        parts = [f"{size} {metric.difference_unit}", committed_runs(verdict, metric)]
+        part = f"{metric.heading} ({'; '.join(filter(None, parts))})"
         lines.setdefault(verdict["claim"].split()[0], []).append(part)
     worse = [f"{name} is worse than {reference} in {listed(p)}" for name, p in lines.items()]
     return worse + dearer(result)
-
-
-def elsewhere(verdict: Verdict, metric: Metric) -> str:
-    """How the committed runs of this config came out, beside one run."""
-    committed = verdict.get("committed")
-    if not committed:
-        return ""
-    mean, spread = (metric.scale * committed[key] for key in ("mean", "spread"))
-    return (
-        f"; {committed['runs']} committed runs: {mean:+.{metric.digits}f} ± "
-        f"{spread:.{metric.digits}f}"
-    )
 
 
 def dearer(result: dict[str, Any]) -> list[str]:

@@ -186,15 +186,18 @@ def claim_cell(verdict: dict[str, Any] | None, metric: Metric) -> str:
     sign = "" if difference.startswith("-") else "+"
     word = in_a_cell(verdict).replace("?", "")
     cell = f"{sign}{difference} [{low}, {high}] {word}".strip()
+    committed = committed_runs(verdict, metric)
+    return f"{cell}; {committed}, ahead in {verdict['committed']['ahead']}" if committed else cell
+
+
+def committed_runs(verdict: dict[str, Any], metric: Metric) -> str:
+    """`10 runs: +3.7 ± 0.7`: the differences in the committed runs, if there are any."""
     committed = verdict.get("committed")
     if not committed:
-        return cell
+        return ""
     mean, spread = (metric.scale * committed[key] for key in ("mean", "spread"))
     digits = metric.digits
-    return (
-        f"{cell}; {committed['runs']} runs: {mean:+.{digits}f} ± {spread:.{digits}f}, ahead in "
-        f"{committed['ahead']}"
-    )
+    return f"{committed['runs']} runs: {mean:+.{digits}f} ± {spread:.{digits}f}"
 
 
 def savings_tables(result: dict[str, Any]) -> list[ShownTable]:

@@ -31,7 +31,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The client retries some statuses by itself unless it is told not to."""
+        """The client retries some statuses by itself unless a header forbids it."""
         if self.retry_after is None:
             return {"x-should-retry": "false"}
         return {"retry-after": f"{max(1, round(self.retry_after + 0.5))}", "x-should-retry": "true"}

@@ -43,12 +43,9 @@ class Answer:
     index: int
     job: Job
     steps: list[Step] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for token, _ in self.steps]
 
 
 class Service:
@@ -163,7 +160,7 @@ class Service:
         bias: dict[int, float],
         wants_log_probs: bool,
     ) -> list[Job]:
-        """One for each of the `n` answers, each from a seed of its own."""
+        """One for each of the `n` answers, each with another seed."""
         seed = self.random.getrandbits(62) if body.seed is None else body.seed
         return [
             Job(
@@ -229,6 +226,7 @@ class Service:
     def grow(self, answer: Answer, step: Step, stops: list[str]) -> None:
         """One token more; it is over with the end mark, a stop or the longest answer."""
         answer.steps.append(step)
+        answer.tokens.append(step[0])
         tokens = answer.tokens
         if tokens[-1] == self.prompts.end:
             answer.finish_reason = "stop"

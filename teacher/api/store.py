@@ -155,7 +155,7 @@ class Store:
         return self.database.execute("SELECT * FROM accounts ORDER BY created, id").fetchall()
 
     def account_of(self, key: str) -> Account | None:
-        """Whose key it is, whatever the status of the account; None if it is nobody's."""
+        """Whose key it is, whatever the status of the account; None for an unknown key."""
         digest = sha256(key)
         found = self.database.execute(
             "SELECT accounts.*, keys.id AS key_id, keys.sha256 AS stored FROM keys "
@@ -218,7 +218,7 @@ class Store:
         error_code: str | None = None,
         content: tuple[str, str, float] | None = None,
     ) -> None:
-        """Complete a row that is running, and charge it: once, whoever calls it twice. content:
+        """Complete a row that is running, and charge it; a second call changes nothing. content:
         (prompt, answer, seconds until they are forgotten)."""
         with self.transaction() as database:
             row = database.execute(

@@ -49,7 +49,7 @@ def served(tmp_path_factory):
     while not server.started:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield SimpleNamespace(task=task, model=model, store=store, port=port)
+    yield SimpleNamespace(task=task, model=model, store=store, engine=engine, port=port)
     server.should_exit = True
     thread.join()
     engine.close()
@@ -312,8 +312,16 @@ def test_other_addresses_are_not_found(served, client_of):
     assert post(served, client_of(), b"{}", "/v1/embeddings").status_code == 404
 
 
-def test_a_client_that_leaves_is_charged_once_for_what_was_generated(served, client_of):
-    client = client_of()
+def test_a_client_that_leaves_ends_its_answer_and_is_charged_once_for_what_there_was(
+    served, client_of, monkeypatch
+):
+    client, forward = client_of(), served.engine.forward
+
+    def slow(*arguments):
+        time.sleep(0.03)  # so that the answer cannot be complete before the client is gone
+        return forward(*arguments)
+
+    monkeypatch.setattr(served.engine, "forward", slow)
     body = {
         "model": "small", "messages": [{"role": "user", "content": "lead"}], "stream": True,
         "max_tokens": 60, "logit_bias": {str(served.task.end): -100},
@@ -326,13 +334,16 @@ def test_a_client_that_leaves_is_charged_once_for_what_was_generated(served, cli
             + f"\r\ncontent-length: {len(request)}\r\n\r\n".encode()
             + request
         )
-        connection.recv(200)
+        received = b""
+        while received.count(b"data: ") < 4:  # the opening, and three tokens
+            received += connection.recv(1000)
     for _ in range(200):
         row = last_row(served, client)
         if row["status"] != "running":
             break
         time.sleep(0.02)
-    assert row["status"] in ("disconnected", "done")  # it may have been faster
+    assert row["status"] == "disconnected"
+    assert 3 <= row["completion_tokens"] < 60
     assert row["cost"] == TIERS["open"].cost(row["prompt_tokens"], row["completion_tokens"])
     assert len(served.store.usage_of(client.account)) == 1
 
@@ -380,3 +391,9 @@ def test_the_page_lists_every_tier():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", page, re.MULTILINE))
     assert rows == {name: tier.access for name, tier in TIERS.items()}
+    words = {"none": 0, "five": 5, "twenty": 20}
+    shown = re.findall(r"^\| `(\w+)` \| `\w+` \| (none|five|twenty) \| (yes|no) \|", page, re.M)
+    assert [name for name, *_ in shown] == ["text", "top5", "top20"]
+    for name, count, bias in shown:
+        tier = TIERS[name]
+        assert (tier.most_alternatives(100), tier.logit_bias) == (words[count], bias == "yes")
