@@ -26,6 +26,7 @@ from torch import nn
 
 from configs.schema import Config, LabError, Recipe, Training
 from experiment.budget import check_budgets, steps_within_budget
+from experiment.collecting import OpenSource, sources
 from experiment.cost import CountedForward, cpu_seconds, load_of_others
 from experiment.environment import environment
 from experiment.experiment import (
@@ -38,7 +39,6 @@ from experiment.experiment import (
     new_student,
     open_experiment,
     pretrained_of,
-    source_of,
     splits_of,
     teacher_made_from,
     teacher_training_set,
@@ -109,8 +109,9 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
         run_stages(experiment, teachers)
 
         for names in plan.training_order:
-            for stage, recipe in plan.requests(names).items():
-                produce_outputs(experiment, stage, recipe, fresh)
+            with sources(experiment) as open_source:
+                for stage, recipe in plan.requests(names).items():
+                    produce_outputs(experiment, stage, recipe, open_source, fresh)
             students = {
                 stage: (train_student, name, plan.recipes[name], seed)
                 for stage, (name, seed) in plan.students(names).items()
@@ -169,20 +170,26 @@ def train_teacher(experiment: Experiment, stage: str, seed: int) -> StageResult:
 
 
 def produce_outputs(
-    experiment: Experiment, stage: str, recipe: Recipe, fresh: bool = False
+    experiment: Experiment,
+    stage: str,
+    recipe: Recipe,
+    open_source: OpenSource,
+    fresh: bool = False,
 ) -> None:
-    """Compute and store what the teacher reveals for the transfer rows."""
+    """Compute, or buy, and store what the teacher reveals for the transfer rows."""
     run, request = experiment.run, experiment.plan.request(recipe)
     binding = binding_of(experiment, recipe, request)
-    made_from = "+".join(map(str, binding.values()))
+    api = experiment.config.teacher.api  # what was bought with a permission is not for all
+    made_from = "+".join(map(str, [*binding.values(), *([api.permission] if api else [])]))
     if run.stage_done(stage) or (not fresh and reuse_stage(experiment, stage, made_from)):
         return
     rows, folder = request.transfer_rows or len(experiment.rows), run.folder / stage
     accelerator = experiment.accelerator
-    with OutputsLog(experiment, stage, rows) as log:
+    source = open_source(stage, recipe, request)
+    with OutputsLog(experiment, stage, rows, source) as log:
         make_outputs(
             folder,
-            source_of(experiment, recipe, request, CountedForward),
+            source,
             experiment.rows,
             request,
             binding,
@@ -196,8 +203,9 @@ def produce_outputs(
         made = finish_outputs(folder, rows)
         size = {"bytes": made.bytes, "bytes_per_token": made.bytes / max(1, made.tokens)}
         names = {"sha256": sha256_of_outputs(folder), "made_from": made_from}
+        names |= {"bought": source.origin()} if source.origin() else {}
         result = (
-            log.watch.read(made.flops) | size,
+            log.watch.read(made.flops) | size | source.bill(),
             names | {"rows": rows, "different": made.different},
         )
         print(f"{stage:<34} {rows} rows, {made.bytes / 2**20:.1f} MB")

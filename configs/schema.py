@@ -78,11 +78,34 @@ class Training(Section):
     prompt_weight: float = Field(0.0, ge=0, le=1)
 
 
+class Api(Section):
+    """Outputs are bought, token by token, from an endpoint of OpenAI's API."""
+
+    # Where, as in https://api.example.com/v1; null: this run's own teacher, served on this machine
+    # while its outputs are collected, to an account of each recipe's kind of access.
+    url: str | None = None
+    model: str | None = None  # its name there
+    key_env: str | None = None  # the environment variable that holds the key
+    endpoint: Literal["chat", "completions"] = "chat"
+    at_once: int = Field(32, gt=0, le=1_000)  # requests in flight
+    # Per million tokens of prompts and answers, for a server that does not state them.
+    price_in: float = Field(0.0, ge=0)
+    price_out: float = Field(0.0, ge=0)
+    # What one set of outputs may cost at most. Nothing is asked that could exceed it.
+    budget_tokens: Count | None = None
+    budget_money: float | None = Field(None, gt=0)
+    # What the terms say, for a server that does not state them.
+    allows_distillation: Literal["yes", "no", "unknown"] = "unknown"
+    permission: str | None = Field(None, min_length=1)  # who allowed it, where the terms do not
+
+
 class Teacher(Section):
     model: Model
     training: Training
     epochs: float = Field(ge=0, lt=1e6)  # 0: a pretrained teacher, unchanged
     seed: Seed = 0
+    # Where it is None, configs and hashes are those of a time before there was an API.
+    api: Api | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class Schedule(Section):

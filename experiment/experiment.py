@@ -242,7 +242,7 @@ def teacher_made_from(experiment: Experiment, seed: int) -> str:
     made_from = {
         **experiment.run.manifest["data"],
         "task": config.task.model_dump(mode="json"),
-        "teacher": config.teacher.model_dump(mode="json", exclude={"seed"}),
+        "teacher": config.teacher.model_dump(mode="json", exclude={"seed", "api"}),
         "precision": config.precision,
         "log_every": config.log_every,
         "seed": seed,
@@ -252,12 +252,13 @@ def teacher_made_from(experiment: Experiment, seed: int) -> str:
 
 def binding_of(experiment: Experiment, recipe: Recipe, request: OutputsRequest) -> dict[str, Any]:
     """What the outputs of a recipe must be bound to in this run."""
+    api = experiment.config.teacher.api
     return request.binding(
         teacher_sha256=teacher_sha256(experiment, recipe),
         tokenizer_sha256=experiment.run.manifest["data"]["tokenizer"],
         rows=experiment.rows,
         seed=experiment.config.teacher.seed,
-    )
+    ) | ({"api": api.endpoint} if api else {})
 
 
 def outputs_of(experiment: Experiment, recipe: Recipe) -> Outputs:
@@ -303,7 +304,22 @@ def lineage_of(experiment: Experiment, name: str, recipe: Recipe, seed: int) -> 
     if ACCESS[recipe.access].teacher or recipe.student.initial_layers:
         parts.append(f"teacher {teacher_sha256(experiment, recipe, seed)[:16]}")
     parts.append(f"data `{experiment.task.name}`. Recipe: `{recipe.model_dump_json()}`.")
-    return " <- ".join(parts)
+    return " <- ".join(parts) + bought_on(experiment, recipe)
+
+
+def bought_on(experiment: Experiment, recipe: Recipe) -> str:
+    """For the model card: the terms on which a recipe's outputs were bought."""
+    request = experiment.plan.request(recipe)
+    stages = experiment.run.manifest["stages"]
+    bought = stages.get(request.stage, {}).get("bought") if request else None
+    if not bought:
+        return ""
+    allowed = f"Allowed by: {bought['permission']}. " if bought["permission"] else ""
+    return (
+        f"\n\nIts teacher's answers were bought from {bought['url'] or 'the server of this run'}, "
+        f"model `{bought['model']}`, terms version {bought['terms']}, which allow distillation: "
+        f"{bought['allows_distillation']}. {allowed}"
+    ).rstrip()
 
 
 def teacher_training_set(experiment: Experiment, seed: int) -> TrainingSet:

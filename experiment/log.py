@@ -24,6 +24,7 @@ from student import chunked
 from student.objectives import cross_entropy
 from tasks.task import Task
 from teacher.signal import Signal
+from teacher.source import Source
 
 RECORD_SECONDS = 2.0  # how often the time spent on outputs is recorded
 VALIDATIONS = 10  # points of a learning curve
@@ -122,11 +123,12 @@ def validation_nll(model: nn.Module, task: Task, rows: Rows) -> float:
 class OutputsLog:
     """The log of outputs being made: a progress bar, and the time that an interrupted part took."""
 
-    def __init__(self, experiment: Experiment, stage: str, total: int) -> None:
+    def __init__(self, experiment: Experiment, stage: str, total: int, source: Source) -> None:
+        self.source = source
         self.is_main, self.stage = experiment.is_main, stage
         self.file = experiment.run.checkpoints(stage) / "cost.json"
         before = read_sealed(self.file, Elapsed) if self.file.exists() else None
-        self.watch = experiment.stopwatch(before)
+        self.watch, self.currency = experiment.stopwatch(before), experiment.config.cost.currency
         self.recorded = 0.0
         self.bar = tqdm(total=total, desc=stage, unit="row", ascii=True, leave=False, disable=None)
 
@@ -141,6 +143,9 @@ class OutputsLog:
     def progress(self, rows: int) -> None:
         """Count this many more rows."""
         self.bar.update(rows)
+        if bill := self.source.bill():
+            tokens = bill["prompt_tokens"] + bill["completion_tokens"]
+            self.bar.set_postfix_str(f"{tokens:,} tokens, {bill['money']:.4f} {self.currency}")
         if self.is_main and self.watch.elapsed() - self.recorded >= RECORD_SECONDS:
             write_sealed(self.file, self.watch.read(0))
             self.recorded = self.watch.elapsed()

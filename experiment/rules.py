@@ -19,6 +19,7 @@ from configs.schema import (
     nearest,
     value_at,
 )
+from experiment.api_rules import check_api
 from experiment.claims import check_claims
 from experiment.plan import TEACHERS, Plan
 from experiment.tries import rank, tries_of, tuned_for, untuned
@@ -50,6 +51,7 @@ def objections(config: Config) -> Iterator[str]:
     yield from check_recipe_names(config)
     for name, recipe in config.recipes.items():
         yield from (f"recipes.{name}.{p}" for p in check_recipe_in_config(config, recipe, task))
+    yield from check_api(config, task)
     yield from check_controls(config)
     yield from check_tuning(config)
     yield from check_budget(config)

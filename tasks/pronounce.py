@@ -214,6 +214,12 @@ class Pronounce(Task):
         """The listed pronunciations."""
         return self.words.get(question.lower(), [])
 
+    def encode_answer(self, text: str) -> list[int]:
+        unknown = [word for word in text.split() if word not in self.token_ids]
+        if unknown:
+            raise LabError(f"{unknown[0][:20]!r} is no token of task {self.name}")
+        return [self.token_ids[word] for word in text.split()]
+
     def render(self, tokens: np.ndarray | list[int]) -> str:
         """Answer tokens as text, up to EOS."""
         words = [self.tokens[t] for t in tokens]

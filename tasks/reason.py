@@ -363,6 +363,9 @@ class Reason(Task):
                 )
         return [self.token_ids[piece] for piece in pieces]
 
+    def encode_answer(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def pieces(self, text: str) -> list[str]:
         return re.findall(r"</?think>|</s>|[A-Za-z]+|[0-9]|[^A-Za-z0-9\s]", text)
 

@@ -147,7 +147,7 @@ class Task:
         return self.tokenizer.eos_token_id
 
     def token_name(self, token: int) -> str:
-        """One outcome, as a reader sees it."""
+        """One outcome, as a reader sees it; no two have the same name."""
         return self.tokenizer.convert_ids_to_tokens(int(token))
 
     # -- rows and questions --------------------------------------------------------------------
@@ -170,6 +170,11 @@ class Task:
 
     def render(self, tokens: np.ndarray | list[int]) -> str:
         """An answer as text, up to EOS."""
+        raise NotImplementedError
+
+    def encode_answer(self, text: str) -> list[int]:
+        """The tokens of an answer as `render` writes it, without EOS. LabError for a text that has
+        none."""
         raise NotImplementedError
 
     def image(self, rows: Rows, i: int) -> np.ndarray | None:
@@ -200,10 +205,6 @@ class Task:
         raise NotImplementedError
 
     # -- shows_reasoning -----------------------------------------------------------------------
-
-    def encode_answer(self, text: str) -> list[int]:
-        """The tokens of an answer, without EOS."""
-        raise NotImplementedError
 
     def without_reasoning(self, completion: list[int]) -> list[int]:
         """An answer without the reasoning before it; empty if the completion has none."""

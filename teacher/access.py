@@ -40,7 +40,8 @@ class Access:
     -> Signal. store: (Signal, k, V) -> the `columns` of one row. read: (columns, targets [M], k) ->
     Signal of the rows of a batch, one after the other. compare: (Signal, log_probs [M, V] of the
     live teacher, k) -> what must agree. uses_k: whether it reads `outputs.k`. teacher: whether a
-    teacher is used.
+    teacher is used. sold: (k, V) -> how many log-probabilities an API that sells this shows at each
+    token; None where no API does.
     """
 
     meaning: str
@@ -52,6 +53,7 @@ class Access:
     compare: Callable[[Signal, Tensor, int], Pairs] = lambda signal, live, k: {}
     uses_k: bool = False
     teacher: bool = True
+    sold: Callable[[int, int], int] | None = None
 
     @property
     def probabilities(self) -> bool:
@@ -197,12 +199,13 @@ ACCESS: dict[str, Access] = {
     # no teacher: for controls and for learning from rewards
     "none": Access("nothing", TEXT, reveal_text, store_text, read_text, teacher=False),
     "text": Access(
-        "its answers, as a chat API returns them", TEXT, reveal_text, store_text, read_text
+        "its answers, as a chat API returns them", TEXT, reveal_text, store_text, read_text,
+        sold=lambda k, vocabulary: 0,
     ),
     "top_k": Access(
         "its answers with the k largest log-probabilities at each token, as some APIs return them",
         OUTCOMES, reveal_top_k, store_top_k, read_top_k, (*LOG_PROBS, "indices", "tail"),
-        compare_top_k, uses_k=True,
+        compare_top_k, uses_k=True, sold=min,
     ),
     # Anshumann et al. 2025, arXiv 2503.16870
     "sampled": Access(
@@ -214,6 +217,7 @@ ACCESS: dict[str, Access] = {
     "logits": Access(
         "its answers with its whole distribution at each token",
         DISTRIBUTION, reveal_all, store_all, read_all, LOG_PROBS, compare_all,
+        sold=lambda k, vocabulary: vocabulary,
     ),
     # Romero et al. 2014, arXiv 1412.6550
     "hidden": Access(

@@ -27,7 +27,7 @@ from teacher.shards import (
     write_provenance,
     write_shard,
 )
-from teacher.source import LocalModel, TeacherRow, bytes_of
+from teacher.source import Source, TeacherRow, bytes_of
 
 SHARD_ROWS = 8192
 SHARD_TOKENS = 2**19  # at most: an interruption loses no more work than this
@@ -121,7 +121,7 @@ class OutputsRequest:
 
 def make_outputs(
     folder: Path,
-    source: LocalModel,
+    source: Source,
     rows: Rows,
     request: OutputsRequest,
     binding: dict[str, Any],
@@ -153,11 +153,11 @@ def make_outputs(
             records = shard_records(
                 source, request, asked, size - from_data, taken, generator, progress
             )
-            write_shard(folder, number, binding, records, source.forward)
+            write_shard(folder, number, binding, records, size, lambda: source.flops)
 
 
 def shard_records(
-    source: LocalModel,
+    source: Source,
     request: OutputsRequest,
     asked: Rows | None,
     invented: int,
@@ -165,7 +165,8 @@ def shard_records(
     generator: torch.Generator,
     progress: Callable[[int], None],
 ) -> Iterator[Record]:
-    """The records of one shard: the rows asked, in their order, then invented ones."""
+    """The records of one shard: the rows asked, in their order, without those whose answers cannot
+    be read; then invented ones."""
     probabilities = ACCESS[request.access].probabilities
     temperature = request.temperature or 0.0
     if asked is not None:
@@ -177,7 +178,7 @@ def shard_records(
         for row in answers:
             records[row.index] = record_of(row, request, source.task, generator)
             progress(1)
-        yield from records
+        yield from (record for record in records if record is not None)
     if invented:
         for row in source.invent(invented, temperature, probabilities, generator, taken):
             progress(1)
@@ -192,7 +193,7 @@ def record_of(
     if access.probabilities:
         targets = torch.from_numpy(row.tokens[row.prompt_length :].astype(np.int64))
         signal = access.reveal(row.log_probs, targets, request.k, generator)
-        columns |= access.store(signal, request.k, row.log_probs.shape[-1])
+        columns |= access.store(signal, request.k, task.vocabulary)
     if request.layers:
         columns |= {"hidden": packed(row.states), "attention": packed(row.maps)}
     tokens = narrow(row.tokens, task.input_vocabulary)
@@ -215,12 +216,14 @@ def finish_outputs(folder: Path, rows: int) -> OutputsSummary:
     missing, or if they hold more than this number of rows."""
     binding = read_provenance(folder)["binding"]
     shards, flops, size, tokens, ids = {}, 0.0, 0, 0, [np.empty(0, np.int64)]
-    while sum(map(len, ids)) < rows:
+    asked = 0
+    while asked < rows:
         file = find_shard(folder, len(shards), binding)
         if file is None:
             raise LabError(f"{folder}: shard {len(shards)} is missing; {AGAIN}")
         table = read_shard(file, ["tokens"])
         shards[file.name], size = sha256_of_file(file), size + file.stat().st_size
+        asked += int(table.schema.metadata.get(b"asked", len(table)))
         flops += float(table.schema.metadata[b"flops"])
         tokens += int(table.schema.metadata[b"tokens"])
         ids.append(table["id"].to_numpy().copy())  # a view would keep the shard mapped

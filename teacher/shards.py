@@ -16,7 +16,7 @@ memory-mapped: a student reads only its batch.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,6 @@ from torch import Tensor
 
 from configs.files import Shape, read_sealed, say, sha256_of_file, write_sealed
 from configs.schema import LabError
-from models.language import Forward
 from models.rows import Batch, Chunks, Rows
 from teacher.access import ACCESS
 from teacher.signal import HiddenSignal, Signal
@@ -72,10 +71,12 @@ def write_shard(
     number: int,
     binding: dict[str, Any],
     records: Iterator[Record],
-    forward: Forward,
+    asked: int,
+    flops: Callable[[], float],
 ) -> None:
-    """Write one shard, with the FLOPs that it cost a counted teacher."""
-    before = getattr(forward, "flops", 0.0)
+    """Write one shard, with the FLOPs that its source has spent on it and, if there are fewer
+    records than rows were asked, their number."""
+    before = flops()
     ids, prompts, lists, tokens = [], [], {"tokens": []}, 0
     for record in records:
         tokens += len(record.tokens) - record.prompt_length
@@ -86,7 +87,8 @@ def write_shard(
             lists.setdefault(name, []).append(values)
     columns = {"id": pa.array(ids, pa.int64()), "prompt_length": pa.array(prompts, pa.int32())}
     columns |= {name: ragged(arrays) for name, arrays in lists.items()}
-    cost = {"flops": repr(getattr(forward, "flops", 0.0) - before), "tokens": str(tokens)}
+    cost = {"flops": repr(flops() - before), "tokens": str(tokens)}
+    cost |= {"asked": str(asked)} if len(ids) < asked else {}
     table = pa.table(columns).combine_chunks().replace_schema_metadata(cost)
     partial = folder / f".shard-{number:05d}.partial"
     with open(partial, "wb") as sink:

@@ -1,11 +1,12 @@
 """Sources of outputs: a source writes answers to prompts, or scores the answers in the data.
 
-A local model can `score`, `answer` or `invent`. Each yields a `TeacherRow` as soon as it is made,
-with no more than was requested.
+A local model can `score`, `answer` or `invent`; an endpoint (teacher/endpoint.py) can answer. Each
+yields a `TeacherRow` as soon as it is made, with no more than was requested.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +39,21 @@ class TeacherRow:
     maps: Tensor | None = None
 
 
+class Source(Protocol):
+    """Whatever answers prompts. flops: spent so far. bill: what it has cost beside the work of this
+    machine, for the ledger, and origin: whose outputs they are; both empty if none were bought."""
+
+    task: Task
+
+    @property
+    def flops(self) -> float: ...
+    def bill(self) -> dict[str, Any]: ...
+    def origin(self) -> dict[str, Any]: ...
+    def answer(
+        self, rows: Rows, temperature: float, probabilities: bool, generator: torch.Generator
+    ) -> Iterator[TeacherRow]: ...
+
+
 @dataclass(frozen=True)
 class LocalModel:
     """A model on this machine. task: what the students learn. layers and relations: the states to
@@ -48,6 +64,16 @@ class LocalModel:
     layers: tuple[int, ...] = ()
     relations: bool = False
     own_task: Task | None = None
+
+    @property
+    def flops(self) -> float:
+        return getattr(self.forward, "flops", 0.0)
+
+    def bill(self) -> dict[str, Any]:
+        return {}
+
+    def origin(self) -> dict[str, Any]:
+        return {}
 
     def score(self, rows: Rows) -> Iterator[TeacherRow]:
         """Score the completions of the data: the model's distribution at each of their tokens."""

@@ -14,7 +14,9 @@ Accounts and usage are in one SQLite file, `--database`, by default runs/api.sql
 import argparse
 import ipaddress
 import secrets
+import socket
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("serve", help="answer requests, until Ctrl-C")
     one.add_argument("run", help="a finished run, e.g. runs/quickstart")
     one.add_argument("--host", default="127.0.0.1")
-    one.add_argument("--port", type=int, default=8000)
+    one.add_argument("--port", type=int, default=8000, help="0 for any that is free")
     one.add_argument("--certificate", type=Path, help="for TLS")
     one.add_argument("--certificate-key", type=Path)
     one.add_argument("--expose-without-tls", action="store_true")
@@ -106,8 +108,10 @@ def serve(options: argparse.Namespace) -> int:
     from teacher.api.prompts import TaskPrompts
     from teacher.api.service import Service
 
-    run = Run.finished(options.run)
+    run = Run(Path(options.run)).reload()
     config = run.config()
+    if not run.stage_done("teacher"):
+        raise LabError(f"{run.folder} has no trained teacher yet; run train.py on its config")
     torch.set_num_threads(max(1, min(8, (psutil.cpu_count(logical=False) or 1) - 1)))
     task = load_task(config.task)
     if task.tokenizer is None:
@@ -116,19 +120,33 @@ def serve(options: argparse.Namespace) -> int:
     left = store.close_interrupted()
     if left:
         say(f"{left} requests were interrupted when the last server ended; they cost nothing")
-    engine = Engine(
-        open_model(run, "teacher"),
-        task,
-    )
+    engine = Engine(open_model(run, "teacher"), task)
     service = Service(store, engine, TaskPrompts(task), config.name)
-    host = f"{'https' if options.certificate else 'http'}://{options.host}:{options.port}"
-    say(f"model {config.name} at {host}/v1, accounts in {options.database}; Ctrl-C ends it")
-    uvicorn.run(
-        create_app(service, secrets.token_bytes(16)), host=options.host, port=options.port,
-        log_level="warning", ssl_certfile=options.certificate, ssl_keyfile=options.certificate_key,
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(service, secrets.token_bytes(16)), log_level="warning",
+            ssl_certfile=options.certificate, ssl_keyfile=options.certificate_key,
+        )
     )  # fmt: skip
+    with listening(options.host, options.port) as listener:
+        scheme = "https" if options.certificate else "http"
+        address = f"{scheme}://{options.host}:{listener.getsockname()[1]}/v1"
+        say(f"model {config.name} at {address} , accounts in {options.database}; Ctrl-C ends it")
+        sys.stdout.flush()  # whoever started this waits for the address
+        with suppress(KeyboardInterrupt):  # Ctrl-C has ended it in order
+            server.run(sockets=[listener])
     engine.close()
     return 0
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket of an address. LabError if it cannot be had."""
+    try:
+        return socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        raise LabError(
+            f"cannot listen at {host}:{port} ({error.strerror}); choose another --port"
+        ) from None
 
 
 def require_safe_address(options: argparse.Namespace) -> None:

@@ -63,7 +63,12 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
     async def model(request: Request, name: str) -> Response:
         service.account(request.headers.get("authorization"))
         service.require_model(name)
-        return json_of(described(service).model_dump())
+        return json_of(described(service))
+
+    @app.get("/v1/account")
+    async def account(request: Request) -> Response:
+        found = service.account(request.headers.get("authorization"))
+        return json_of(service.statement(found))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -99,12 +104,12 @@ def described(service: Service) -> Model:
     return Model(id=service.model, created=service.created, object="model", owned_by="lab")
 
 
-def json_of(content: Any, headers: dict[str, str] | None = None) -> Response:
-    return Response(
-        json.dumps(content, ensure_ascii=False, allow_nan=False),
-        media_type="application/json",
-        headers=headers,
-    )
+def json_of(content: BaseModel | dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    if isinstance(content, BaseModel):
+        text = content.model_dump_json(exclude_unset=True)
+    else:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    return Response(text, media_type="application/json", headers=headers)
 
 
 async def read(request: Request, kind: type[BodyType]) -> BodyType:
@@ -254,5 +259,4 @@ async def disconnected(request: Request) -> None:
 
 
 def event(content: BaseModel) -> bytes:
-    text = content.model_dump_json(exclude_none=False, exclude_unset=True)
-    return f"data: {text}\n\n".encode()
+    return f"data: {content.model_dump_json(exclude_unset=True)}\n\n".encode()

@@ -17,8 +17,10 @@ from teacher.api.engine import Engine, Job, Score, Step
 from teacher.api.errors import ApiError
 from teacher.api.requests import Sampling
 from teacher.api.store import ACTIVE, Account, Store
+from teacher.api.tiers import PER_MILLION
 
 KEEP_CONTENTS = 30 * 24 * 3600.0  # seconds
+LIMITS = ("requests_per_minute", "tokens_per_minute", "tokens_per_day")  # of a tier
 POLICY = "1"  # of what is exposed and logged
 
 
@@ -76,6 +78,18 @@ class Service:
                 403, f"account_{account.status}", f"account {account.id} is {account.status}"
             )
         return account
+
+    def statement(self, account: Account) -> dict[str, Any]:
+        """What an account may see and ask, at which price, under which terms, and what it owes."""
+        tier, terms = account.tier, self.store.terms(account.terms)
+        bill = self.store.bill_of(account.id)
+        shown = "access", "price_in", "price_out", "k", *LIMITS
+        return {
+            "object": "account", "id": account.id, "name": account.name, "model": self.model,
+            "tier": {"name": account.tier_name} | {key: getattr(tier, key) for key in shown},
+            "terms": {key: terms[key] for key in ("version", "text", "allows_distillation")},
+            "bill": bill | {"money": bill.pop("cost") / PER_MILLION**2},
+        }  # fmt: skip
 
     def require_rate(self, account: Account, tokens: int) -> None:
         """ApiError with the seconds to wait if a limit per minute is reached."""
@@ -244,8 +258,8 @@ class Service:
 def alternatives_of(log_probs: Tensor, count: int) -> list[tuple[int, float]]:
     """The likeliest tokens of [V] log-probabilities, those that are impossible left out."""
     top = log_probs.topk(min(count, len(log_probs)))
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return [(token, value) for token, value in pairs if math.isfinite(value)]
+    possible = int((top.values > -math.inf).sum())  # they come last
+    return [*zip(top.indices[:possible].tolist(), top.values[:possible].tolist(), strict=True)]
 
 
 def hashed(text: str) -> str:

@@ -64,7 +64,7 @@ class ChatShape(Shape):
         name = self.service.prompts.token_name(token)
         return {"token": name, "logprob": log_prob, "bytes": [*name.encode()]}
 
-    def whole(self, answers: list[Answer]) -> dict[str, Any]:
+    def whole(self, answers: list[Answer]) -> ChatCompletion:
         choices = [
             {
                 "index": answer.index,
@@ -75,9 +75,7 @@ class ChatShape(Shape):
             for answer in answers
         ]
         found = self.common("chat.completion") | {"choices": choices}
-        return ChatCompletion(**found, usage=self.usage(answers)).model_dump(
-            mode="json", exclude_unset=True
-        )
+        return ChatCompletion(**found, usage=self.usage(answers))
 
     def part(self, index: int, delta: dict[str, Any], **more: Any) -> ChatCompletionChunk:
         choice = {"index": index, "delta": delta, "finish_reason": None, **more}
@@ -128,14 +126,12 @@ class CompletionShape(Shape):
             "logprobs": self.logprobs_of(steps),
         }  # fmt: skip
 
-    def whole(self, answers: list[Answer]) -> dict[str, Any]:
+    def whole(self, answers: list[Answer]) -> Completion:
         choices = [self.choice(answer, answer.text, answer.steps) for answer in answers]
         if self.echo:
             choices = [self.with_prompt(choice) for choice in choices]
         found = self.common("text_completion") | {"choices": choices}
-        return Completion(**found, usage=self.usage(answers)).model_dump(
-            mode="json", exclude_unset=True
-        )
+        return Completion(**found, usage=self.usage(answers))
 
     def with_prompt(self, choice: dict[str, Any]) -> CompletionChoice:
         """The prompt before the answer, and its log-probabilities: none of the first token, which

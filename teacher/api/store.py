@@ -109,6 +109,9 @@ class Store:
             raise LabError("no terms are published yet: run python -m teacher.api terms --publish")
         return found
 
+    def terms(self, version: str) -> sqlite3.Row:
+        return self.database.execute("SELECT * FROM terms WHERE version = ?", (version,)).fetchone()
+
     def add_account(self, name: str, tier: str) -> tuple[str, str]:
         """(id of the account, its key, which is shown only now)."""
         account = f"acct-{secrets.token_hex(4)}"

@@ -127,7 +127,7 @@ def a_model(folder):
 
 def a_shard(folder):
     record = Record(1, np.array([1, 2], np.uint8), 1, {})
-    write_shard(folder, 0, {}, iter([record]), None)
+    write_shard(folder, 0, {}, iter([record]), 1, lambda: 0.0)
 
 
 @pytest.mark.parametrize("write", [a_small_file, a_checkpoint, a_model, a_shard])

@@ -1,0 +1,50 @@
+"""A small teacher behind a real server on a free port, for tests of it and of what asks it."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import uvicorn
+
+from configs.schema import Model
+from models.language import build_model, initialise
+from tasks.pronounce import Pronounce
+from tasks.task import Task
+from teacher.api.app import create_app
+from teacher.api.engine import Engine
+from teacher.api.prompts import TaskPrompts
+from teacher.api.service import Service
+from teacher.api.store import Store
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@contextmanager
+def small_teacher(folder: Path, task: Task | None = None) -> Iterator[SimpleNamespace]:
+    """task, model, store, engine, service, port and url."""
+    task = task or Pronounce(limit=300)
+    model = initialise(build_model(Model(initializer_range=0.2, **SHAPE), task), 0).eval()
+    store = Store(folder / "api.sqlite")
+    store.publish_terms("1", "No training.", "no")
+    engine = Engine(model, task)
+    service = Service(store, engine, TaskPrompts(task), "small")
+    config = uvicorn.Config(
+        create_app(service, b"salt"), host="127.0.0.1", port=0, log_level="error", lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield SimpleNamespace(
+        task=task, model=model, store=store, engine=engine, service=service, port=port,
+        url=f"http://127.0.0.1:{port}/v1",
+    )  # fmt: skip
+    server.should_exit = True
+    thread.join()
+    engine.close()
+    store.close()
