@@ -11,6 +11,7 @@ import train
 from configs.schema import LabError, Recipe, Training
 from experiment import training_state
 from experiment.checkpoints import load_checkpoint
+from experiment.collecting import sources
 from experiment.command import command_line
 from experiment.experiment import loss_of, open_experiment
 from models.language import build_model, initialise, load_model, parameter_count
@@ -48,7 +49,8 @@ def test_the_loss_of_matched_states_does_not_depend_on_accumulation(lab, tmp_pat
     """Its denominator is different: all positions, not only those of the answers."""
     recipe = lab.config.recipes["states"]
     fit(lab)
-    train.produce_outputs(lab, lab.plan.request(recipe).stage, recipe)
+    with sources(lab) as open_source:
+        train.produce_outputs(lab, lab.plan.request(recipe).stage, recipe, open_source)
     data = train.training_set_of(lab, recipe, 0, train.CountedForward)
     settings = lab.config.students
     for stage, accumulation in (("whole", 1), ("parts", 5)):

@@ -212,6 +212,13 @@ def test_a_server_that_does_not_say_what_it_reveals_is_asked_for_one_token(
     assert served.store.bill_of(two.account)["completion_tokens"] == 1
 
 
+def test_prices_and_terms_that_a_server_does_not_state_are_those_of_the_config(served):
+    settings = Api(price_in=3, price_out=7, allows_distillation="no")
+    found = Offer.of(f"{served.url}/elsewhere", "small", "key", settings)
+    assert (found.access, found.terms, found.allows_distillation) == (None, "unknown", "no")
+    assert found.money(1_000_000, 2_000_000) == 17
+
+
 # -- answers as other servers write them -----------------------------------------------------------
 
 
