@@ -26,6 +26,7 @@ import torch
 
 from configs.files import say, write_atomically, write_sealed
 from configs.schema import Config, LabError
+from experiment.bought import evaluated_rows
 from experiment.check import artifacts_of, check_run, compare_runs, losses_of
 from experiment.cost import CountedForward, Stopwatch
 from experiment.environment import print_environment
@@ -48,6 +49,7 @@ from experiment.result import (
     measure_speed,
     reasoning_of,
     savings_of,
+    teacher_references,
     writes_reasoning,
 )
 from experiment.run import SCHEMA, Run
@@ -118,8 +120,8 @@ def judge(run: Run, config: Config, split: str) -> None:
         splits = [split] if split == "validation" else list(task.evaluation_splits)
         if split != "validation":  # counted first: an interrupted evaluation has read it too
             count_read(run)
-        rows = {name: task.rows(name) for name in splits}
-        require_same_rows(run, rows)
+        require_same_rows(run, {name: task.rows(name) for name in splits})
+        rows = {name: evaluated_rows(config, task, name) for name in splits}
         references, evaluations, measured, flops = evaluate_models(run, plan, task, rows)
         estimates = {
             name: {
@@ -170,15 +172,16 @@ def evaluate_models(
 ) -> tuple[dict[str, TeacherReference], dict[str, dict[str, list[Evaluation]]], dict, float]:
     """({split: the teacher there}, {model: {split: one evaluation per seed}}, other measurements of
     each model, FLOPs)."""
-    own_task = teacher_task(plan.config, run, task)
-    teacher = CountedForward(open_model(run, "teacher"))
-    references = {s: TeacherReference(teacher, task, rows[s], own_task) for s in rows}
+    teacher, references = teacher_references(plan.config, run, task, rows)
     evaluations = {"teacher": {s: [references[s].evaluation] for s in rows}}
     sample = task.rows("validation")
     sample = sample.take(np.arange(min(SPEED_SAMPLE, len(sample))))
-    speed = measure_speed(teacher.model, own_task, prompts_for(own_task, task, sample))
-    reasons = reasoning_of(teacher, references, evaluations["teacher"], True)
-    measured, flops = {"teacher": {"speed": speed, **reasons}}, teacher.flops
+    measured, flops = {"teacher": {}}, 0.0
+    if teacher is not None:
+        own_task = references[next(iter(rows))].own_task
+        speed = measure_speed(teacher.model, own_task, prompts_for(own_task, task, sample))
+        reasons = reasoning_of(teacher, references, evaluations["teacher"], True)
+        measured["teacher"], flops = {"speed": speed, **reasons}, teacher.flops
     for name in plan.evaluated:
         stages = [plan.stage(name, seed) for seed in plan.seeds_of(name)]
         models = [CountedForward(open_model(run, stage)) for stage in stages]
@@ -219,7 +222,9 @@ def ask(run: Run, config: Config, questions: list[str]) -> None:
     """Print the answers of teacher, students and `baseline`; by default to held-out questions."""
     plan, task = Plan(config), load_task(config.task)
     own_task = teacher_task(config, run, task)
-    names = ["teacher", *config.recipes, *(c for c in config.controls if c == "baseline")]
+    names = [*config.recipes, *(c for c in config.controls if c == "baseline")]
+    if not config.sold_elsewhere:
+        names.insert(0, "teacher")
     models = {name: open_model(run, plan.stage(name)) for name in names}
     splits = {s: task.rows(s) for s in ("train", "validation", *task.evaluation_splits)}
     heldout = splits["heldout"]

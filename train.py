@@ -26,7 +26,7 @@ from torch import nn
 
 from configs.schema import Config, LabError, Recipe, Training
 from experiment.budget import check_budgets, steps_within_budget
-from experiment.collecting import OpenSource, sources
+from experiment.collecting import OpenSource, ask_teacher, sources
 from experiment.cost import CountedForward, cpu_seconds, load_of_others
 from experiment.environment import environment
 from experiment.experiment import (
@@ -147,8 +147,11 @@ def begin_run(experiment: Experiment, folder: Path) -> Experiment:
 
 
 def train_teacher(experiment: Experiment, stage: str, seed: int) -> StageResult:
-    """Train the teacher, or a second one from another seed, on the task's rows."""
+    """Train the teacher, or a second one from another seed, on the task's rows; or get to know the
+    one behind an endpoint."""
     settings = experiment.config.teacher
+    if experiment.config.sold_elsewhere:
+        return ask_teacher(experiment, stage)
     model = new_model(experiment, settings.model, seed)
     if settings.epochs == 0:
         return register_pretrained(experiment, stage, model)

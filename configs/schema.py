@@ -97,12 +97,15 @@ class Api(Section):
     # What the terms say, for a server that does not state them.
     allows_distillation: Literal["yes", "no", "unknown"] = "unknown"
     permission: str | None = Field(None, min_length=1)  # who allowed it, where the terms do not
+    # Of each evaluation split, how many rows the teacher behind a url answers: where its weights
+    # are unknown, its answers there are all that students can be compared with.
+    evaluation_rows: Count = 500
 
 
 class Teacher(Section):
-    model: Model
-    training: Training
-    epochs: float = Field(ge=0, lt=1e6)  # 0: a pretrained teacher, unchanged
+    model: Model | None = None  # None: behind api.url
+    training: Training = Training()
+    epochs: float = Field(0, ge=0, lt=1e6)  # 0: a pretrained teacher, unchanged
     seed: Seed = 0
     # Where it is None, configs and hashes are those of a time before there was an API.
     api: Api | None = Field(None, exclude_if=lambda value: value is None)
@@ -383,8 +386,13 @@ class Config(Section):
         """The shape of a recipe's students."""
         return recipe.student.model or self.students.model
 
-    def teacher_model_of(self, recipe: Recipe) -> Model:
-        """The shape of the first model that teaches them."""
+    @property
+    def sold_elsewhere(self) -> bool:
+        """Whether the teacher is behind an endpoint at a url, and its weights are unknown."""
+        return self.teacher.api is not None and self.teacher.api.url is not None
+
+    def teacher_model_of(self, recipe: Recipe) -> Model | None:
+        """The shape of the first model that teaches them, where it is known."""
         first = recipe.teachers[0]
         return self.model_of(self.recipes[first]) if first in self.recipes else self.teacher.model
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from configs.schema import Config, Recipe
+from measure.metrics import metrics_of
 from tasks.task import Task
 from teacher.access import ACCESS, needs_outputs
 
@@ -12,7 +13,10 @@ SOLD = [name for name, access in ACCESS.items() if access.sold]
 
 
 def check_api(config: Config, task: type[Task]) -> Iterator[str]:
+    """The teacher's outputs can be bought."""
     api = config.teacher.api
+    if config.teacher.model is None and not config.sold_elsewhere:
+        yield "teacher.model is missing; this section is needed, or teacher.api with a url"
     if api is None:
         return
     if task.image is not Task.image:
@@ -26,6 +30,25 @@ def check_api(config: Config, task: type[Task]) -> Iterator[str]:
     yield from check_url(api.url)
     for name, recipe in config.recipes.items():
         yield from (f"recipes.{name}: {problem}" for problem in check_recipe(recipe))
+    if config.sold_elsewhere:
+        yield from check_unknown_weights(config, task)
+
+
+def check_unknown_weights(config: Config, task: type[Task]) -> Iterator[str]:
+    """Nothing needs the weights of a teacher of which only answers are known."""
+    if config.teacher.model is not None or config.teacher.epochs:
+        yield "teacher.api.url: the model behind it is not trained here; remove teacher.model"
+    for name, recipe in config.recipes.items():
+        if recipe.student.initial_layers and "teacher" in recipe.teachers:
+            yield f"recipes.{name}.student.initial_layers: the teacher's weights are not known here"
+    metrics = metrics_of(task)
+    for claim in config.claims():
+        metric = metrics.get(claim.metric)
+        if metric and metric.positions and metric.needs_teacher:
+            yield (
+                f"verdict {claim.claim!r}: {claim.metric} compares distributions, and of the "
+                "teacher at teacher.api.url only answers are known; choose another metric"
+            )
 
 
 def check_url(url: str | None) -> Iterator[str]:

@@ -101,7 +101,7 @@ def check_budgets(experiment: Experiment) -> None:
     """LabError for a budget that leaves no FLOPs for training, estimated from shapes before
     anything trains: outputs are assumed to be as long as the answers in the data."""
     config, plan, rows = experiment.config, experiment.plan, experiment.rows
-    if not config.students.budget or config.teacher.model.pretrained:
+    if not config.students.budget or config.teacher.epochs == 0:
         return  # in TFLOPs, or a fraction of a cost that is known only after training
     model = new_model(experiment, config.teacher.model, 0)
     mean_length = round(float(rows.lengths.mean()))

@@ -1,18 +1,34 @@
 """Where a run's outputs come from: the teacher's weights or, with teacher.api, an endpoint."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.files import say
+import numpy as np
+import torch
+
+from configs.files import say, sha256_of_json
 from configs.schema import Api, LabError, Recipe
+from experiment.bought import (
+    PROBED,
+    Bought,
+    evaluated_rows,
+    lowest,
+    open_bought,
+    write_bought,
+)
 from experiment.cost import CountedForward
-from experiment.experiment import Experiment, source_of
+from experiment.experiment import Experiment, source_of, teacher_made_from
+from experiment.log import OutputsLog
+from experiment.stages import StageResult
+from models.rows import Rows
 from teacher.outputs import OutputsRequest
 from teacher.source import Source
 
@@ -20,6 +36,8 @@ if TYPE_CHECKING:
     from teacher.endpoint import Endpoint, Offer
 
 ROOT = Path(__file__).parent.parent
+JOURNAL = "answers.sqlite"
+MOST_OTHER = 0.25  # of the probes: the same model can round otherwise in another batch
 NEEDS_EXTRA = 'teacher.api needs more packages: pip install -c constraints.txt -e ".[api]"'
 
 OpenSource = Callable[[str, Recipe, OutputsRequest], Source]
@@ -35,31 +53,89 @@ def sources(experiment: Experiment) -> Iterator[OpenSource]:
         def open_source(stage: str, recipe: Recipe, request: OutputsRequest) -> Source:
             if experiment.config.teacher.api is None:
                 return source_of(experiment, recipe, request, CountedForward)
-            return endpoint_of(experiment, stage, request, seller)
+            if experiment.config.sold_elsewhere and not seller.asked:
+                require_same_model(experiment, seller)
+            return endpoint_of(experiment, stage, request.access, request.k, seller)
 
         yield open_source
 
 
 def endpoint_of(
-    experiment: Experiment, stage: str, request: OutputsRequest, seller: "Seller"
+    experiment: Experiment, stage: str, access: str, k: int | None, seller: "Seller"
 ) -> "Endpoint":
     """Ready to be asked: the key is known, the terms allow it, and what the recipe learns from is
     revealed. LabError otherwise, before anything is paid."""
+    offer = seller.offer(access, k, stage.removeprefix("outputs/"))
     from teacher.endpoint import Endpoint, Journal
 
-    offer = seller.offer(request.access, request.k, request.name)
-    settings = experiment.config.teacher.api
     endpoint = Endpoint(
         experiment.task,
         offer,
-        settings,
-        request.access,
-        request.k,
-        Journal(experiment.run.checkpoints(stage) / "answers.sqlite"),
+        experiment.config.teacher.api,
+        access,
+        k,
+        Journal(experiment.run.checkpoints(stage) / JOURNAL),
         experiment.config.teacher.seed,
     )
     endpoint.require_revealed(experiment.task.question(experiment.validation, 0))
     return endpoint
+
+
+def ask_teacher(experiment: Experiment, stage: str) -> StageResult:
+    """Get to know the teacher behind an endpoint: its greedy answers to rows of the evaluation
+    splits."""
+    config, task = experiment.config, experiment.task
+    splits = ("validation", *task.evaluation_splits)
+    rows = {split: evaluated_rows(config, task, split) for split in splits}
+    with ExitStack() as stack:
+        endpoint = endpoint_of(experiment, stage, "text", None, Seller(experiment, stack))
+        with OutputsLog(experiment, stage, sum(map(len, rows.values())), endpoint) as log:
+            answers = {split: texts_of(endpoint, found, log) for split, found in rows.items()}
+    offer = endpoint.offer
+    bought = Bought(
+        url=offer.url, model=offer.model, terms=offer.terms,
+        since=datetime.now(UTC).date().isoformat(), answers=answers,
+    )  # fmt: skip
+    artifact = {
+        "sha256": sha256_of_json([offer.url, offer.model, offer.terms, bought.since]),
+        "files": write_bought(experiment.run, bought),
+        "params": None,
+        "bought": endpoint.origin(),
+    }
+    cost = {**log.watch.read(0), "steps": 0, **endpoint.bill()}
+    return cost, artifact | {"made_from": teacher_made_from(experiment, config.teacher.seed)}
+
+
+def texts_of(endpoint: "Endpoint", rows: Rows, log: OutputsLog) -> dict[str, str]:
+    """{row id: its greedy answer}; an answer that the task cannot read is empty."""
+    texts = dict.fromkeys(map(str, rows.ids[np.arange(len(rows))]), "")
+    for row in endpoint.answer(rows, 0.0, False, torch.Generator()):
+        texts[str(row.id)] = endpoint.task.render(row.tokens[row.prompt_length :].tolist())
+        log.progress(1)
+    return texts
+
+
+def require_same_model(experiment: Experiment, seller: "Seller") -> None:
+    """Ask again what was asked first. LabError if the model behind the name answers otherwise."""
+    config, known = experiment.config, open_bought(experiment.run)
+    rows = lowest(evaluated_rows(config, experiment.task, "validation"), PROBED)
+    endpoint = endpoint_of(experiment, f"probe-{os.getpid()}", "text", None, seller)
+    if endpoint.offer.terms != known.terms:
+        raise LabError(
+            f"{known.model} has terms version {endpoint.offer.terms} now, and this run began under "
+            f"version {known.terms}; read them, and begin again under another name=..."
+        )
+    folder = experiment.run.checkpoints(f"probe-{os.getpid()}")
+    with OutputsLog(experiment, "probe", len(rows), endpoint) as log:
+        texts = texts_of(endpoint, rows, log)
+    shutil.rmtree(folder)
+    other = [i for i, text in texts.items() if text != known.answers["validation"][i]]
+    if len(other) > MOST_OTHER * len(rows):
+        raise LabError(
+            f"{known.model} at {known.url} answers {len(other)} of {len(rows)} questions "
+            f"otherwise than on {known.since}: there is another model behind the name; begin "
+            "again under another name=..."
+        )
 
 
 class Seller:
@@ -69,7 +145,7 @@ class Seller:
     def __init__(self, experiment: Experiment, stack: ExitStack) -> None:
         self.config, self.run, self.stack = experiment.config, experiment.run, stack
         self.database = self.run.folder / "api.sqlite"
-        self.terms_shown = False
+        self.asked = False
 
     def offer(self, access: str, k: int | None, customer: str) -> "Offer":
         """What is sold to a key that may see what a recipe with this access learns from. LabError
@@ -87,10 +163,10 @@ class Seller:
             if not key:
                 raise LabError(f"the environment variable {settings.key_env} holds no key; set it")
         offer = Offer.of(url, model, key, settings)
-        if not self.terms_shown:
+        if not (self.asked or (self.run.stage_done("teacher") and settings.url)):
             say(f"terms of {model}, version {offer.terms}, allow distillation: "
                 f"{offer.allows_distillation}. {offer.terms_text}".rstrip())  # fmt: skip
-            self.terms_shown = True
+        self.asked = True
         if offer.allows_distillation == "no" and not settings.permission:
             raise LabError(
                 f"the terms of {model} do not allow that a model is trained on its answers; if its "

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from configs.schema import Config, LabError, Model, Recipe, Training
+from experiment.bought import IDENTITY, open_bought
 from experiment.cost import Stopwatch
 from experiment.plan import Plan
 from experiment.run import Run
@@ -179,7 +180,8 @@ def teacher_of(experiment: Experiment, recipe: Recipe, counted: Counted) -> Forw
 
 def teacher_task(config: Config, run: Run, task: Task, names: Sequence[str] = ("teacher",)) -> Task:
     """The task with the teacher's tokenizer, which may differ only if the teacher is pretrained."""
-    if not config.teacher.model.pretrained or names[0] != "teacher":
+    model = config.teacher.model
+    if not model or not model.pretrained or names[0] != "teacher":
         return task
     if first_differing_id(load_tokenizer(run.teacher), task.tokenizer) is None:
         return task
@@ -221,7 +223,7 @@ def pretrained_of(experiment: Experiment) -> dict[str, str]:
     """{name: hash of the weights} of the pretrained models that a run starts from."""
     config = experiment.config
     models = [config.teacher.model, *map(config.model_of, experiment.plan.recipes.values())]
-    names = {model.pretrained for model in models if model.pretrained}
+    names = {model.pretrained for model in models if model and model.pretrained}
     return {name: sha256_of_tensors(load_pretrained(name).state_dict()) for name in sorted(names)}
 
 
@@ -239,10 +241,13 @@ def require_same_rows(run: Run, rows: dict[str, Rows]) -> None:
 def teacher_made_from(experiment: Experiment, seed: int) -> str:
     """The hash of all that a teacher depends on: equal teachers need not be trained twice."""
     config = experiment.config
+    settings = config.teacher.model_dump(mode="json", exclude={"seed", "api"})
+    if config.sold_elsewhere:
+        settings["api"] = config.teacher.api.model_dump(include=IDENTITY)
     made_from = {
         **experiment.run.manifest["data"],
         "task": config.task.model_dump(mode="json"),
-        "teacher": config.teacher.model_dump(mode="json", exclude={"seed", "api"}),
+        "teacher": settings,
         "precision": config.precision,
         "log_every": config.log_every,
         "seed": seed,
@@ -295,7 +300,12 @@ def verified_outputs(run: Run, stage: str) -> None:
 
 def verify_stage(run: Run, stage: str) -> None:
     """LabError if what a stage made, a model or outputs, is not what the manifest records."""
-    (open_outputs if stage.startswith("outputs/") else verified)(run, stage)
+    if stage.startswith("outputs/"):
+        open_outputs(run, stage)
+    elif stage == "teacher" and run.config().sold_elsewhere:
+        open_bought(run)
+    else:
+        verified(run, stage)
 
 
 def lineage_of(experiment: Experiment, name: str, recipe: Recipe, seed: int) -> str:

@@ -1,5 +1,6 @@
 """Checks that need the task or the models loaded, before a run folder is made."""
 
+import math
 from types import SimpleNamespace
 
 from configs.files import say
@@ -43,7 +44,8 @@ def check_models(experiment: Experiment) -> None:
         config.model_of(recipe).model_dump_json(): f"students of recipe {name}"
         for name, recipe in reversed(experiment.plan.recipes.items())
     }
-    models |= {config.teacher.model.model_dump_json(): "teacher"}
+    if config.teacher.model:
+        models |= {config.teacher.model.model_dump_json(): "teacher"}
     for shape, what in models.items():
         settings = Model.model_validate_json(shape)
         try:
@@ -54,7 +56,7 @@ def check_models(experiment: Experiment) -> None:
         probe(model, task_with_tokenizer_of(experiment.task, settings), what, learns)
         sizes[what] = sum(parameter.numel() for parameter in model.parameters())
     for what, size in sizes.items():
-        if size > sizes["teacher"] and experiment.is_main:
+        if size > sizes.get("teacher", math.inf) and experiment.is_main:
             say(f"note: {what} have {size:,} parameters, more than the teacher's "
                 f"{sizes['teacher']:,}")  # fmt: skip
 
@@ -116,7 +118,7 @@ def check_vocabularies(experiment: Experiment) -> None:
                 f"{key}.pretrained {model.pretrained!r} has another tokenizer than task "
                 f"{task.name}; a student must use its task's tokenizer"
             )
-    if not config.teacher.model.pretrained:
+    if not config.teacher.model or not config.teacher.model.pretrained:
         return
     theirs = load_tokenizer(config.teacher.model.pretrained)
     if first_differing_id(theirs, task.tokenizer) is None:

@@ -42,7 +42,7 @@ class Values(Shape):
 class Entry(Shape):
     """One model."""
 
-    params: int
+    params: int | None  # None: of a teacher behind an endpoint
     quality: dict[str, Values]
     fidelity: dict[str, Values]
 

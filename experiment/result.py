@@ -9,10 +9,19 @@ import numpy as np
 import torch
 
 from configs.schema import Config, Verdict
+from experiment.bought import open_bought
+from experiment.cost import CountedForward
 from experiment.environment import environment, evaluation_sha256
+from experiment.experiment import open_model, teacher_task
 from experiment.plan import Plan
 from experiment.run import Run
-from measure.evaluate import Evaluation, TeacherReference, free_running, summaries
+from measure.evaluate import (
+    Evaluation,
+    RecordedReference,
+    TeacherReference,
+    free_running,
+    summaries,
+)
 from measure.metrics import DIVERGENCE, metrics_of
 from measure.reasoning import pairs_of_traces, reasoning, steps_by_split
 from measure.savings import savings
@@ -24,6 +33,21 @@ from tasks.task import Task
 
 # {model: {split: {"quality" or "fidelity": {metric: estimate}}}}
 Estimates = dict[str, dict[str, dict[str, dict[str, Estimate]]]]
+
+
+def teacher_references(
+    config: Config, run: Run, task: Task, rows: dict[str, Rows]
+) -> tuple[CountedForward | None, dict[str, TeacherReference]]:
+    """(the teacher, {split: the teacher on these rows}): by its weights or, where only answers were
+    bought, by these."""
+    if config.sold_elsewhere:
+        answers = open_bought(run).answers
+        return None, {
+            split: RecordedReference([answers[split][str(i)] for i in found.ids], task, found)
+            for split, found in rows.items()
+        }
+    teacher, own_task = CountedForward(open_model(run, "teacher")), teacher_task(config, run, task)
+    return teacher, {s: TeacherReference(teacher, task, r, own_task) for s, r in rows.items()}
 
 
 def writes_reasoning(plan: Plan, name: str) -> bool:
@@ -55,7 +79,7 @@ def entry(
         for split, groups in estimates.items()
     }
     first, *others = by_split
-    speed = measured.pop("speed")
+    speed = measured.pop("speed", {})
     return {
         "params": run.manifest["stages"][stages[0]]["params"],
         "sha256": [run.manifest["stages"][stage]["sha256"] for stage in stages],
@@ -165,6 +189,8 @@ def gaps(config: Config, task: Task, estimates: Estimates, split: str) -> dict[s
     """The fraction of the gap from a control to the teacher that each student closes, in the task's
     headline metric."""
     sign = metrics_of(task)[task.headline].sign
+    if task.headline not in estimates["teacher"][split]["quality"]:
+        return {name: {} for name in config.recipes}
     levels = {name: found[split]["quality"][task.headline] for name, found in estimates.items()}
     return {
         name: {

@@ -49,9 +49,9 @@ def objections(config: Config) -> Iterator[str]:
         for rule in (check_names, check_objective, check_access, check_sequences, check_teachers):
             yield from (f"recipes.{name}: {problem}" for problem in rule(recipe))
     yield from check_recipe_names(config)
+    yield from check_api(config, task)
     for name, recipe in config.recipes.items():
         yield from (f"recipes.{name}.{p}" for p in check_recipe_in_config(config, recipe, task))
-    yield from check_api(config, task)
     yield from check_controls(config)
     yield from check_tuning(config)
     yield from check_budget(config)
@@ -427,10 +427,10 @@ def check_budget(config: Config) -> Iterator[str]:
     pretrained = config.teacher.epochs == 0
     if pretrained != bool(config.students.tflops):
         yield (
-            "teacher.epochs 0 keeps a pretrained teacher unchanged, so the students' budget must "
-            "be students.tflops, not a fraction of its training; set both or neither"
+            "teacher.epochs 0, its default, keeps a teacher unchanged, so the students' budget "
+            "must be students.tflops, not a fraction of its training; set both or neither"
         )
     if (config.students.budget is None) == (config.students.tflops is None):
         yield "students: set one of budget and tflops, the cost they are allowed"
-    if pretrained and not config.teacher.model.pretrained:
+    if pretrained and config.teacher.model and not config.teacher.model.pretrained:
         yield "teacher.epochs 0 needs teacher.model.pretrained: the teacher would be untrained"

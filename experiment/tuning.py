@@ -15,13 +15,14 @@ import yaml
 
 from configs.files import read_text, say, write_atomically
 from configs.schema import Config, LabError, Recipe, Try, Tuned
+from experiment.bought import evaluated_rows
 from experiment.command import command_line
-from experiment.experiment import open_model, require_same_rows, teacher_task
+from experiment.experiment import open_model, require_same_rows
 from experiment.plan import TEACHERS, Plan
 from experiment.reading import check_config, config_file, read_config
+from experiment.result import teacher_references
 from experiment.run import Run
 from experiment.tries import NOT_TUNED, rank, sha256_of_tuned, tries_of
-from measure.evaluate import TeacherReference
 from measure.metrics import metrics_of
 from tasks import TASKS, load_task
 
@@ -133,10 +134,9 @@ def judged(
 ) -> dict[str, list[Try]]:
     """The tries with their metrics on the validation split, best first."""
     plan, task = Plan(tried), load_task(tried.task)
-    rows = task.rows("validation")
-    require_same_rows(run, {"validation": rows})
-    teacher = open_model(run, "teacher")
-    reference = TeacherReference(teacher, task, rows, teacher_task(tried, run, task))
+    require_same_rows(run, {"validation": task.rows("validation")})
+    rows = {"validation": evaluated_rows(tried, task, "validation")}
+    reference = teacher_references(tried, run, task, rows)[1]["validation"]
     metrics, found = metrics_of(task), {}
     for name, recipe in waiting.items():
         tries = []

@@ -77,6 +77,14 @@ class TeacherReference:
         self.teacher, self.task, self.rows = teacher, task, rows
         self.own_task = own_task or task
         self.compares_tokens = self.own_task is task
+        self.divide()
+        prompts = prompts_for(self.own_task, task, rows)
+        self.answers = free_running(teacher, self.own_task, prompts)
+        self.evaluation = self.compare(self.answers, teacher if self.compares_tokens else None)
+
+    def divide(self) -> None:
+        """The rows in batches of similar lengths."""
+        task, rows = self.task, self.rows
         order = np.argsort(rows.lengths, kind="stable")
         longest, vocabulary = int(rows.lengths.max()), task.vocabulary
         at_once = rows_at_once(BATCH_ROWS, longest, vocabulary, COMPARED_NUMBERS)
@@ -84,16 +92,15 @@ class TeacherReference:
         positions = int((rows.lengths - rows.prompt_lengths).sum())
         self.keeps_logits = positions * task.vocabulary <= MAX_NUMBERS
         self.kept: dict[int, torch.Tensor] = {}
-        prompts = prompts_for(self.own_task, task, rows)
-        self.answers = free_running(teacher, self.own_task, prompts)
-        self.evaluation = self.compare(self.answers, teacher)
 
     def evaluate(self, model: Forward) -> Evaluation:
         """Give a model the same prompts, and compare."""
         return self.compare(free_running(model, self.task, self.rows), model)
 
-    def teacher_logits(self, number: int) -> torch.Tensor:
-        """The teacher's logits of a batch, kept or recomputed."""
+    def teacher_logits(self, number: int) -> torch.Tensor | None:
+        """The teacher's logits of a batch, kept or recomputed; None if they are not comparable."""
+        if not self.compares_tokens:
+            return None
         if number in self.kept:
             return self.kept[number]
         logits, _, _ = completion_logits(self.teacher, self.task, self.rows, self.batches[number])
@@ -101,13 +108,18 @@ class TeacherReference:
             self.kept[number] = logits
         return logits
 
-    def compare(self, answers: Answers, model: Forward) -> Evaluation:
+    def compare(self, answers: Answers, model: Forward | None) -> Evaluation:
         """Columns: those of the task; one for every metric over positions, and `positions`; `bits`
-        and `entropy` of the model; `same`, whether the answer equals the teacher's."""
-        per_position = {n: m.positions for n, m in METRICS.items() if m.positions}
+        and `entropy` of the model; `same`, whether the answer equals the teacher's. model: None if
+        only its answers are known."""
+        per_position = {
+            name: metric.positions
+            for name, metric in METRICS.items()
+            if metric.positions and (self.compares_tokens or not metric.needs_teacher)
+        }
         per_position |= {"entropy": entropy, "nll": nll}
         columns: dict[str, np.ndarray] = {}
-        for number, indices in enumerate(self.batches if self.compares_tokens else []):
+        for number, indices in enumerate(self.batches if model is not None else []):
             teacher = self.teacher_logits(number)
             logits, targets, positions = completion_logits(model, self.task, self.rows, indices)
             expectations = Expectations(teacher, logits, targets)
@@ -169,6 +181,16 @@ class TeacherReference:
                 continue
             found[name] = Estimate.of(stacked(values), metric.statistic or ratio)
         return found
+
+
+class RecordedReference(TeacherReference):
+    """A teacher of which only its answers to the rows of a split are known."""
+
+    def __init__(self, answers: list[str], task: Task, rows: Rows) -> None:
+        self.task, self.rows, self.compares_tokens = task, rows, False
+        self.divide()
+        self.answers = Answers(answers, np.full(len(rows), np.nan))
+        self.evaluation = self.compare(self.answers, None)
 
 
 def summaries(

@@ -19,9 +19,9 @@ ECE_BINS = 15
 @dataclass(frozen=True)
 class Expectations:
     """The distributions of teacher and student at M positions, in double precision: logits [M, V]
-    of each, and the targets [M] that follow."""
+    of each, and the targets [M] that follow. teacher_logits: None where they are unknown."""
 
-    teacher_logits: Tensor
+    teacher_logits: Tensor | None
     student_logits: Tensor
     targets: Tensor
 

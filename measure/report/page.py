@@ -36,6 +36,7 @@ from measure.report.tables import (
     more_cells,
     more_headings,
     more_tables,
+    parameters,
     per_seed_values,
     task_of,
 )
@@ -58,6 +59,8 @@ TERMS = {
     "holds for these two trained models only",
     "not distinguished": "the data do not decide which of the two is better; not the same as equal",
 }
+
+SPEED = {"latency_ms": 1, "answers_per_second": 0}  # digits; not measured of an endpoint
 
 
 def render_report(
@@ -153,12 +156,11 @@ def report_cells(
 ) -> list[str]:
     cost = entry["cost"]
     return [
-        f"{entry['params']:,}",
+        parameters(entry),
         cost_cell(result, name),
         f"{cost['flops'] / 1e12:.2f}",
         *cells_of(entry, columns, interval=True),
-        f"{cost['latency_ms']:.1f}",
-        f"{cost['answers_per_second']:.0f}",
+        *(f"{cost[key]:.{digits}f}" if key in cost else "-" for key, digits in SPEED.items()),
     ]
 
 

@@ -10,6 +10,7 @@ from measure.report.tables import (
     fidelity_shown,
     fixed,
     models_in,
+    parameters,
     task_of,
     value_in,
 )
@@ -74,7 +75,7 @@ def card(result: dict[str, Any], name: str) -> Card:
     return Card(
         name=name,
         learns=learns_from(result, name, entry),
-        params=f"{entry['params']:,} parameters",
+        params=f"{parameters(entry)} parameters",
         quality=shown(result, entry, task_of(result).headline),
         closeness="" if name == "teacher" else shown(result, entry, fidelity_shown(result)),
         share=f"{100 * share:.1f} %" if share is not None else "",

@@ -55,6 +55,11 @@ def cells_of(entry: dict[str, Any], columns: Columns, interval: bool) -> list[st
     return cells
 
 
+def parameters(entry: dict[str, Any]) -> str:
+    """How many a model has; those of a teacher behind an endpoint are unknown."""
+    return "unknown" if entry["params"] is None else f"{entry['params']:,}"
+
+
 def fixed(value: float, digits: int) -> str:
     """A number with this many digits, never -0."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
@@ -240,7 +245,7 @@ def models_table(result: dict[str, Any], interval: bool) -> ShownTable:
     headings = ["", "parameters", "cost %", *map(heading, columns.values()), *more_headings(result)]
     rows = []
     for name, entry in models_in(result).items():
-        size = [f"{entry['params']:,}", cost_cell(result, name)]
+        size = [parameters(entry), cost_cell(result, name)]
         cells = cells_of(entry, columns, interval=interval and not compared)
         rows.append([name, *size, *cells, *more_cells(result, name)])
     return f"{result['config']['name']}, {result['split']} split", headings, rows

@@ -1,15 +1,21 @@
-"""Outputs that a run buys from its own teacher, which it serves itself."""
+"""Outputs that a run buys: from its own teacher, which it serves itself, or from an endpoint."""
 
 import json
+import shutil
 
 import psutil
 import pytest
+import torch
 
+import eval as judge
+from experiment.bought import PROBED, evaluated_rows
 from experiment.run import Run
+from measure.evaluate import free_running
 from teacher.api.store import Store
 from teacher.api.tiers import PER_MILLION
 from teacher.shards import Outputs
 from tests.helpers import train_tiny
+from tests.serving import small_teacher
 
 BOUGHT = (
     "teacher.api={permission: its owner}",
@@ -105,3 +111,126 @@ def test_what_an_endpoint_cannot_answer_is_refused(change, problem, tmp_path, ca
     error = capsys.readouterr().err
     assert problem in error
     assert len(error.splitlines()) == 1
+
+
+# -- a teacher behind a url, whose weights are unknown ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    with small_teacher(tmp_path_factory.mktemp("elsewhere")) as teacher:
+        yield teacher
+
+
+def far(elsewhere, **changes):
+    """Overrides of the tiny config for a teacher behind an endpoint; its key is in LAB_KEY."""
+    api = f"url: '{elsewhere.url}', model: small, key_env: LAB_KEY, permission: its owner"
+    api += ", evaluation_rows: 12" + "".join(f", {key}: {value}" for key, value in changes.items())
+    return [
+        *BOUGHT[1:],
+        f"teacher={{api: {{{api}}}}}",
+        "task={name: pronounce, limit: 300}",
+        "students.budget=null",
+        "students.tflops=0.0002",
+        "compare={against: [baseline]}",
+    ]
+
+
+@pytest.fixture
+def key(elsewhere, monkeypatch):
+    account, key = elsewhere.store.add_account("A student", "top5-bulk")
+    monkeypatch.setenv("LAB_KEY", key)
+    return account
+
+
+def test_a_run_whose_teacher_is_behind_an_endpoint(elsewhere, key, tmp_path, capsys):
+    assert train_tiny(tmp_path, *far(elsewhere)) == 0
+    run = Run.finished(tmp_path / "tiny")
+    bill = elsewhere.store.bill_of(key)
+    paid = [row for row in run.ledger if "requests" in row]
+    splits = ("validation", *elsewhere.task.evaluation_splits)
+    rows = {split: len(elsewhere.task.rows(split)) for split in splits}
+    asked = sum(min(12, count) for count in rows.values())
+    assert [row["requests"] for row in paid] == [asked, 100, 100]
+    probes = min(PROBED, rows["validation"], 12)
+    assert bill["requests"] == asked + probes + 200
+    assert judge.main([str(run.folder)]) == 0
+    result = json.loads((run.folder / "eval.json").read_text("utf-8"))
+    texts = Answers(elsewhere, evaluated_rows(run.config(), elsewhere.task, "heldout"))
+    assert result["teacher"]["quality"]["word_error_rate"]["mean"] == pytest.approx(texts.errors())
+    assert result["teacher"]["params"] is None
+    assert "kl_teacher_student" not in result["students"]["text"]["fidelity"]
+    for measured in ("sequence_agreement", "ece"):
+        assert measured in result["students"]["text"]["fidelity"]
+    assert "unknown" in (run.folder / "report.html").read_text("utf-8")
+    assert judge.main([str(run.folder), "--selfcheck"]) == 0
+    assert judge.main([str(run.folder), "--ask", "lead"]) == 0
+    assert "not asked again" in capsys.readouterr().out
+
+
+class Answers:
+    """What the model behind the endpoint answers."""
+
+    def __init__(self, elsewhere, rows):
+        self.task, self.rows = elsewhere.task, rows
+        self.texts = free_running(elsewhere.model, self.task, rows).texts
+
+    def errors(self):
+        return self.task.grade(self.rows.ids, self.texts)["wrong"].mean()
+
+
+def test_another_model_behind_the_name_is_noticed(elsewhere, key, tmp_path, capsys):
+    few = "recipes={text: {access: text, sequences: teacher, objective: cross_entropy, " + (
+        "outputs: {transfer_rows: 20}}}"
+    )
+    assert train_tiny(tmp_path, *far(elsewhere), few, "compare=null") == 0
+    shutil.rmtree(tmp_path / "tiny" / "outputs")
+    weight = elsewhere.model.model.embed_tokens.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.mul_(-1)
+        assert train_tiny(tmp_path, *far(elsewhere), few, "compare=null") == 2
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    shown = capsys.readouterr()
+    assert "there is another model behind the name" in shown.err
+    assert shown.out.count("No training.") == 1  # the terms
+    assert train_tiny(tmp_path, *far(elsewhere), few, "compare=null") == 0
+
+
+def test_other_terms_than_were_accepted_at_first_are_noticed(elsewhere, key, tmp_path, capsys):
+    assert train_tiny(tmp_path, *far(elsewhere)) == 0
+    shutil.rmtree(tmp_path / "tiny" / "outputs")
+    elsewhere.store.publish_terms("2", "No training, ever.", "no")
+    _, later = elsewhere.store.add_account("Another", "top5-bulk")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAB_KEY", later)
+        assert train_tiny(tmp_path, *far(elsewhere)) == 2
+    assert "has terms version 2 now, and this run began under version 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("verdicts=[{claim: text beats baseline, metric: kl_teacher_student}]", "only answers are"),
+        ("teacher.epochs=3", "is not trained here; remove teacher.model"),
+        ("controls=[baseline, second_teacher]", "second_teacher is trained from another seed"),
+        ("teacher={api: {permission: me}}", "teacher.model is missing"),
+        ("students={model: {hidden_size: 16}, budget: 0.5}", "num_hidden_layers is missing"),
+    ],
+)
+def test_what_needs_the_weights_is_refused(change, problem, elsewhere, key, tmp_path, capsys):
+    assert train_tiny(tmp_path, *far(elsewhere), change) == 2
+    assert problem in capsys.readouterr().err
+    assert elsewhere.store.usage_of(key) == []
+
+
+def test_a_key_that_is_missing_or_unknown_is_one_line(elsewhere, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("LAB_KEY", raising=False)
+    assert train_tiny(tmp_path, *far(elsewhere)) == 2
+    assert "the environment variable LAB_KEY holds no key; set it" in capsys.readouterr().err
+    monkeypatch.setenv("LAB_KEY", "sk-lab-wrong")
+    assert train_tiny(tmp_path, *far(elsewhere)) == 2
+    assert "this key is not known" in capsys.readouterr().err

@@ -54,10 +54,15 @@ def tuned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuning")
     path = folder / "tuned.yaml"
     path.write_text(CONFIG, encoding="utf-8")
-    with patch.object(tuning, "TeacherReference", wraps=tuning.TeacherReference) as reference:
+    with patch.object(tuning, "teacher_references", wraps=tuning.teacher_references) as asked:
         assert train.main([str(path), "--tune", "--runs", str(folder)]) == 0
-        judged = {call.args[2].digest() for call in reference.call_args_list}
-    assert judged == {load_task(read_config(path).task).rows("validation").digest()}
+        judged = {
+            (split, rows.digest())
+            for call in asked.call_args_list
+            for split, rows in call.args[3].items()
+        }
+    task = load_task(read_config(path).task)
+    assert judged == {("validation", task.rows("validation").digest())}
     return path
 
 
