@@ -48,7 +48,7 @@ from experiment.result import (
     map_of_traces,
     measure_speed,
     reasoning_of,
-    savings_of,
+    studies_of_cost,
     teacher_references,
     writes_reasoning,
 )
@@ -156,7 +156,7 @@ def judge(run: Run, config: Config, split: str) -> None:
         result |= {
             "laws": scaling_laws(result, divergences(estimates, splits[0])),
             "map": map_of_traces(config, task, estimates),
-            "savings": savings_of(result, task, estimates, splits[0]),
+            **studies_of_cost(result, task, estimates, splits[0]),
         }
         publish(result, run, task, references[splits[0]], evaluations, splits[0])
 

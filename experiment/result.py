@@ -24,7 +24,7 @@ from measure.evaluate import (
 )
 from measure.metrics import DIVERGENCE, metrics_of
 from measure.reasoning import pairs_of_traces, reasoning, steps_by_split
-from measure.savings import savings
+from measure.savings import bought, savings
 from measure.statistics import Estimate, share_of_gap
 from measure.verdicts import ONE_RUN, Comparison, claim_of, verdicts
 from models.language import Forward
@@ -213,10 +213,11 @@ def divergences(estimates: Estimates, split: str) -> dict[str, Estimate]:
     }
 
 
-def savings_of(
+def studies_of_cost(
     result: dict[str, Any], task: Task, estimates: Estimates, split: str
-) -> dict[str, Any] | None:
-    """What students of several budgets cost for the same quality and for the same fidelity."""
+) -> dict[str, Any]:
+    """What students of several budgets cost for the same quality and for the same fidelity; and
+    those whose outputs were bought, if there are any."""
     metrics = metrics_of(task)
     fidelity = next((name for name in task.table if metrics[name].needs_teacher), None)
     shown = dict.fromkeys(name for name in (task.headline, fidelity) if name)
@@ -225,7 +226,8 @@ def savings_of(
         name: found[split]["quality"] | found[split]["fidelity"]
         for name, found in estimates.items()
     }
-    return savings(result, values, signs)
+    found = bought(result, values, signs)
+    return {"savings": savings(result, values, signs)} | ({"bought": found} if found else {})
 
 
 def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -241,6 +243,7 @@ def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
                 "different": made.get("different"),
                 "bytes_per_token": run.cost_of(request.stage).get("bytes_per_token"),
                 "kept": run.cost_of(plan.stage(name)).get("rows"),
+                **paid_for(run.cost_of(request.stage)),
             }
         trained = [run.cost_of(plan.stage(name, seed)) for seed in plan.seeds_of(name)]
         before = [run.cost_of(stage) for stage in plan.prerequisites(recipe, uncharged=True)]
@@ -268,6 +271,14 @@ def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
         "joules_source": teacher["joules_source"],
         "load_of_others": run.manifest.get("load_of_others"),
     }
+
+
+def paid_for(row: dict[str, Any]) -> dict[str, Any]:
+    """What outputs cost that were bought."""
+    if "requests" not in row:
+        return {}
+    tokens = row["prompt_tokens"] + row["completion_tokens"]
+    return {"paid": {"tokens": tokens, "money": row["money"]}}
 
 
 def cost_of_tuning(config: Config) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Savings: which fraction of the baseline's cost a student needs for the same quality.
+"""Savings: which fraction of another's cost a student needs for the same quality.
+
+The cost is that of training, against students of the data; or, where outputs were bought, tokens
+and money, against students that were shown less.
 
 Students that differ only in their budget are a curve of quality against cost. For the quality of
 each student of the reference curve, the cost at which another curve reaches it is interpolated
@@ -7,7 +10,8 @@ between two neighbouring budgets, linearly in the logarithm of the cost. Nothing
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from measure.laws import without_keys
@@ -21,20 +25,27 @@ VARIED = (
     "outputs.transfer_rows",
 )
 COSTS = ("flops", "seconds", "money")
+# What may differ between students that bought more or fewer answers of one kind.
+VARIED_BOUGHT = ("student.learning_rate", "student.seeds", "outputs.transfer_rows")
+PAID = ("tokens", "money")
 
 Curve = dict[str, float]  # {student: its budget}, from the smallest
 
 
-def curves_in(result: dict[str, Any]) -> dict[str, Curve]:
-    """{name: curve} of students with three or more budgets; `text_2` belongs to `text`."""
+def curves_in(
+    result: dict[str, Any], varied: tuple[str, ...], size: Callable[[str], float | None]
+) -> dict[str, Curve]:
+    """{name: curve} of students that differ in nothing but `varied`, with three or more different
+    sizes; those without a size are left out. `text_2` belongs to `text`."""
     groups: dict[str, Curve] = {}
     for name, entry in result["students"].items():
-        kind = json.dumps(without_keys(entry["recipe"], VARIED), sort_keys=True)
-        groups.setdefault(kind, {})[name] = entry["recipe"]["student"]["budget_fraction"]
+        kind = json.dumps(without_keys(entry["recipe"], varied), sort_keys=True)
+        if size(name) is not None:
+            groups.setdefault(kind, {})[name] = size(name)
     found = {}
     for group in groups.values():
         if len(set(group.values())) == len(group) >= 3:
-            kind = next(iter(group)).rstrip("_-0123456789")
+            kind = re.sub(r"[_-]?\d+$", "", next(iter(group)))
             found[kind] = dict(sorted(group.items(), key=lambda item: item[1]))
     return found
 
@@ -48,13 +59,51 @@ def savings(
     {"reference", "curves", "labels" and "answers" read by student, "needs": {metric:
     {student of the reference: {curve: {cost: {"ratio", "ci95"}} or why there is none}}}}.
     """
-    curves = curves_in(result)
+
+    def budget(name: str) -> float:
+        return result["students"][name]["recipe"]["student"]["budget_fraction"]
+
+    curves = curves_in(result, VARIED, budget)
     students, costs = result["students"], result["cost"]["fraction_of_teacher_by_student"]
     recipes = {name: students[next(iter(curve))]["recipe"] for name, curve in curves.items()}
     reference = next((name for name, recipe in recipes.items() if reads_data(recipe)), None)
     known = all(costs[name]["flops"] for curve in curves.values() for name in curve)
     if reference is None or len(curves) < 2 or not known:
         return None
+    needs = needs_of(curves, reference, costs, COSTS, estimates, signs)
+    return {"reference": reference, "curves": curves, "needs": needs, **rows_read(result, curves)}
+
+
+def bought(
+    result: dict[str, Any], estimates: Mapping[str, Mapping[str, Estimate]], signs: dict[str, int]
+) -> dict[str, Any] | None:
+    """What students paid whose outputs were bought, and what each kind of access needs for the same
+    quality as the first. None unless there are curves of several kinds.
+
+    {"reference", "curves", "paid": {student: {"tokens", "money"}}, "needs"}, as in `savings`.
+    """
+    paid = {
+        name: stored["paid"]
+        for name, stored in result["cost"]["outputs_by_student"].items()
+        if "paid" in stored
+    }
+    curves = curves_in(result, VARIED_BOUGHT, lambda name: paid.get(name, {}).get("tokens"))
+    if len(curves) < 2:
+        return None
+    reference = next(iter(curves))
+    needs = needs_of(curves, reference, paid, PAID, estimates, signs)
+    return {"reference": reference, "curves": curves, "paid": paid, "needs": needs}
+
+
+def needs_of(
+    curves: dict[str, Curve],
+    reference: str,
+    costs: Mapping[str, Mapping[str, float]],
+    keys: tuple[str, ...],
+    estimates: Mapping[str, Mapping[str, Estimate]],
+    signs: dict[str, int],
+) -> dict[str, Any]:
+    """{metric: {student of the reference: {curve: what it needs there}}}."""
     needs = {}
     for metric, sign in signs.items():
         measured = {n: c for n, c in curves.items() if all(metric in estimates[s] for s in c)}
@@ -63,13 +112,13 @@ def savings(
         values = {s: estimates[s][metric] for curve in measured.values() for s in curve}
         needs[metric] = {
             target: {
-                name: needed(curve, target, costs, values, sign)
+                name: needed(curve, target, costs, keys, values, sign)
                 for name, curve in measured.items()
                 if name != reference
             }
             for target in curves[reference]
         }
-    return {"reference": reference, "curves": curves, "needs": needs, **rows_read(result, curves)}
+    return needs
 
 
 def reads_data(recipe: dict[str, Any]) -> bool:
@@ -80,7 +129,8 @@ def reads_data(recipe: dict[str, Any]) -> bool:
 def needed(
     curve: Curve,
     target: str,
-    costs: dict[str, dict[str, float]],
+    costs: Mapping[str, Mapping[str, float]],
+    keys: tuple[str, ...],
     estimates: dict[str, Estimate],
     sign: int,
 ) -> dict[str, Any] | str:
@@ -100,7 +150,7 @@ def needed(
         return "unclear"
     share = (quality - low) / rise
     found = {}
-    for key in COSTS:
+    for key in keys:
         ends = [math.log(costs[names[i]][key] / costs[target][key]) for i in (place - 1, place)]
         along = share * (ends[1] - ends[0])
         tried = [math.log(costs[name][key] / costs[target][key]) for name in names]

@@ -12,6 +12,7 @@ from measure.report.studies import (
     fidelity_by_temperature,
     first_wrong_steps,
     quality_against_cost,
+    quality_against_payment,
     scaling,
     thinking_longer,
     where_traces_pay,
@@ -84,6 +85,16 @@ def study_figures(result: dict[str, Any], styles: Styles) -> list[Figure]:
                 "Quality and fidelity against cost",
                 [quality_against_cost(result, name) for name in saved["needs"]],
                 "Students of each kind at several budgets, tuned at each; cost with outputs.",
+            )
+        )
+    if result.get("bought"):
+        pairs = [(name, cost) for name in result["bought"]["needs"] for cost in ("tokens", "money")]
+        found.append(
+            (
+                "What an API key buys",
+                [quality_against_payment(result, *pair) for pair in pairs],
+                "Students by what the API showed them, at the same FLOPs, against what their "
+                "outputs cost. Dashed: all of the teacher's own data, and 5 % of it.",
             )
         )
     if "rows" in laws:

@@ -52,6 +52,26 @@ def quality_against_cost(result: dict[str, Any], name: str) -> str:
     return drawn(figure, f"{metric.heading} against cost, for each kind of student")
 
 
+def quality_against_payment(result: dict[str, Any], name: str, cost: str) -> str:
+    """A curve for each kind of access over what its outputs cost in tokens or money, with
+    intervals; controls that bought nothing, dashed."""
+    metric, bought = metrics_in(result)[name], result["bought"]
+    figure, axes = subplots()
+    for number, (kind, students) in enumerate(bought["curves"].items()):
+        values = [value_in(result["students"][student], name) for student in students]
+        x = [bought["paid"][student][cost] for student in students]
+        style = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
+        draw_intervals(axes, x, values, metric.scale, label=kind, **style)
+    for control, line in (("baseline", "--"), ("low_data", ":")):
+        value = value_in(result["controls"].get(control, {}), name)
+        if value:
+            axes.axhline(metric.scale * value["mean"], color=GREY, ls=line, lw=1, label=control)
+    label = {"tokens": "tokens bought", "money": result["config"]["cost"]["currency"]}[cost]
+    axes.set(xscale="log", xlabel=label, ylabel=heading(metric))
+    add_legend(figure, axes)
+    return drawn(figure, f"{metric.heading} against {label}, for each kind of access")
+
+
 def bytes_against_kl(result: dict[str, Any], styles: Styles) -> str:
     """KL to the teacher against bytes per token of the outputs, for recipes that differ only in
     access."""

@@ -138,7 +138,7 @@ Pair = tuple[str, str, bool]  # claim, split, exploratory
 
 def more_tables(result: dict[str, Any]) -> list[ShownTable]:
     """The tables beside that of the models."""
-    return [*claims_table(result), *savings_tables(result)]
+    return [*claims_table(result), *savings_tables(result), *bought_tables(result)]
 
 
 def claims_by_pair(result: dict[str, Any]) -> dict[Pair, dict[str, Any]]:
@@ -208,34 +208,61 @@ def committed_runs(verdict: dict[str, Any], metric: Metric) -> str:
 def savings_tables(result: dict[str, Any]) -> list[ShownTable]:
     """For each metric: what each curve costs at the quality of each student of the reference, as a
     ratio to that student's FLOPs and seconds."""
-    saved, metrics = result.get("savings"), metrics_in(result)
+    saved = result.get("savings")
     if not saved:
         return []
-    found = []
+    if had_the_machine(result):
+        return needs_tables(result, saved, "Cost", {"flops": "FLOPs", "seconds": "seconds"})
+    return needs_tables(result, saved, "Cost", {"flops": "FLOPs"})
+
+
+def bought_tables(result: dict[str, Any]) -> list[ShownTable]:
+    """What each student paid for its outputs; and, for each metric, what each kind of access needs
+    for the quality of each student of the first."""
+    found = result.get("bought")
+    if not found:
+        return []
+    currency, columns = result["config"]["cost"]["currency"], columns_of(result, short=True)
+    rows = [
+        [name, f"{paid['tokens']:,}", f"{paid['money']:.4f}",
+         *cells_of(result["students"][name], columns, interval=False)]
+        for name, paid in found["paid"].items()
+    ]  # fmt: skip
+    headings = ["", "tokens bought", currency, *map(heading, columns.values())]
+    paid = ("What the outputs cost, as billed", headings, rows)
+    units = {"tokens": "tokens", "money": "money"}
+    return [paid, *needs_tables(result, found, "Tokens bought", units)]
+
+
+def needs_tables(
+    result: dict[str, Any], saved: dict[str, Any], what: str, units: dict[str, str]
+) -> list[ShownTable]:
+    """A table per metric. units: {cost: its name}; the second is shown in brackets."""
+    found, metrics, reference = [], metrics_in(result), saved["reference"]
+    unit = " (".join(units.values()) + ")" * (len(units) - 1)
     for name, targets in saved["needs"].items():
-        metric, reference = metrics[name], saved["reference"]
-        title = f"Cost at the same {metric.heading}, as a ratio to {reference}'s"
+        metric = metrics[name]
+        title = f"{what} at the same {metric.heading}, as a ratio to {reference}'s"
         kinds = [curve for curve in saved["curves"] if curve != reference]
-        seconds = had_the_machine(result)
-        unit = "FLOPs (seconds)" if seconds else "FLOPs"
         headings = ["", heading(metric), *(f"{kind}: {unit}" for kind in kinds)]
         rows = []
         for student, needs in targets.items():
             value = value_in(result["students"][student], name)["mean"]
-            cells = [savings_cell(needs[kind], seconds) for kind in kinds]
+            cells = [needs_cell(needs[kind], [*units]) for kind in kinds]
             rows.append([student, fixed(metric.scale * value, metric.digits), *cells])
         found.append((title, headings, rows))
     return found
 
 
-def savings_cell(need: dict[str, Any] | str, seconds: bool) -> str:
+def needs_cell(need: dict[str, Any] | str, keys: list[str]) -> str:
     """`0.45 [0.41, 0.50] (0.62)`, or what is not known within the budgets that were tried."""
     if isinstance(need, str):
         known = {"less": "below the least tried", "more": "above the most tried"}
         return known.get(need, need)
-    low, high = need["flops"]["ci95"]
-    flops = f"{need['flops']['ratio']:.2f} [{low:.2f}, {high:.2f}]"
-    return f"{flops} ({need['seconds']['ratio']:.2f})" if seconds else flops
+    first, *others = (need[key] for key in keys)
+    low, high = first["ci95"]
+    cell = f"{first['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+    return " ".join([cell, *(f"({other['ratio']:.2f})" for other in others)])
 
 
 def models_table(result: dict[str, Any], interval: bool) -> ShownTable:

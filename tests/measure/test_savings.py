@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from measure.report.sentences import rows_line
-from measure.report.tables import savings_tables
-from measure.savings import COSTS, curves_in, savings
+from measure.report.tables import bought_tables, savings_tables
+from measure.savings import COSTS, bought, savings
 from measure.statistics import Estimate
 from tests.helpers import drawn
 
@@ -64,8 +64,10 @@ def errors(**curves):
 
 
 def test_curves_are_students_that_differ_only_in_budget_and_in_what_was_tuned():
-    found = curves_in(result())
-    assert found == {
+    found = savings(
+        result(), errors(**dict.fromkeys(("baseline", "text", "logits"), (3, 2, 1))), {}
+    )
+    assert found["curves"] == {
         kind: {f"{kind}_25": 0.25, f"{kind}_50": 0.5, f"{kind}_100": 1.0}
         for kind in ("baseline", "text", "logits")
     }
@@ -169,3 +171,79 @@ def test_a_line_says_what_each_curve_read():
     }
     expected = "baseline 40 to 9,000 labels; text 50 answers of the teacher"
     assert rows_line(saved) == f"different rows that students read: {expected}"
+
+
+# -- outputs that were bought ----------------------------------------------------------------------
+
+ROWS = (250, 1000, 4000)
+
+
+def bought_result():
+    """Text costs 2 per token, top_20 three times that; every token in four rows is paid."""
+    found = result()
+    found["students"] = {
+        f"{kind}_{rows}": {
+            "recipe": {
+                "access": kind,
+                "outputs": {"transfer_rows": rows},
+                "student": {"budget_fraction": 1.0, "learning_rate": 0.01},
+            },
+            "quality": {},
+        }
+        for kind in ("text", "top_20")
+        for rows in ROWS
+    }
+    found["cost"]["outputs_by_student"] = {
+        name: {"paid": {"tokens": 50 * rows, "money": (6 if "top" in name else 2) * 50e-6 * rows}}
+        for name, rows in ((name, int(name.split("_")[-1])) for name in found["students"])
+    } | {"local": {"rows": 5}}
+    found["config"]["cost"] = {"currency": "USD"}
+    return found
+
+
+def bits(**curves):
+    return {
+        f"{kind}_{rows}": {"word_error_rate": exactly(value)}
+        for kind, values in curves.items()
+        for rows, value in zip(ROWS, values, strict=True)
+    }
+
+
+def test_what_a_kind_of_access_needs_is_counted_in_tokens_and_money():
+    estimates = bits(text=(0.8, 0.7, 0.6), top_20=(0.75, 0.65, 0.5))
+    found = bought(bought_result(), estimates, {"word_error_rate": -1})
+    assert found["reference"] == "text"
+    assert found["curves"]["top_20"] == {
+        "top_20_250": 12500,
+        "top_20_1000": 5e4,
+        "top_20_4000": 2e5,
+    }
+    needs = found["needs"]["word_error_rate"]
+    assert needs["text_250"]["top_20"] == "less"
+    at_seven = needs["text_1000"]["top_20"]
+    assert at_seven["tokens"]["ratio"] == pytest.approx(0.5)  # half-way from 250 to 1,000 rows
+    assert at_seven["money"]["ratio"] == pytest.approx(3 * 0.5)
+
+
+def test_without_outputs_of_several_kinds_that_were_bought_there_is_no_such_study():
+    assert bought(result(), errors(text=(3, 2, 1)), {}) is None
+    one = bought_result()
+    one["students"] = {n: e for n, e in one["students"].items() if n.startswith("text")}
+    assert bought(one, bits(text=(3, 2, 1)), {}) is None
+
+
+def test_the_table_shows_the_bill_and_what_is_not_known():
+    found = bought_result()
+    estimates = bits(text=(0.8, 0.7, 0.6), top_20=(0.75, 0.65, 0.5))
+    for name, entry in found["students"].items():
+        mean = estimates[name]["word_error_rate"].mean
+        value = {"mean": mean, "ci95": [mean, mean], "per_seed": [mean]}
+        entry["quality"] = {"word_error_rate": value}
+    found["bought"] = bought(found, estimates, {"word_error_rate": -1})
+    paid, needs = bought_tables(found)
+    assert paid[2][0][:4] == ["text_250", "12,500", "0.0250", "80.0"]
+    assert needs[0] == "Tokens bought at the same word errors, as a ratio to text's"
+    assert needs[1][2] == "top_20: tokens (money)"
+    assert [row[2] for row in needs[2]] == [
+        "below the least tried", "0.50 [0.50, 0.50] (1.50)", "0.40 [0.40, 0.40] (1.19)",
+    ]  # fmt: skip
