@@ -175,6 +175,37 @@ def test_what_is_concluded_from_savings_is_what_its_intervals_show():
         assert {result("savings")["savings"]["labels"][name] for name in answered} == {0}
 
 
+def test_what_is_concluded_from_methods_is_what_its_claims_show():
+    claims = [v for v in result("methods")["verdicts"] if v["metric"] == "sequence_agreement"]
+    found = {v["claim"]: v["result"] for v in claims}
+
+    def of(name):
+        return [found.get(f"{name} beats {other}") for other in ("baseline", "forward_kl")]
+
+    names = {claim.split()[0] for claim in found} - {"shuffled", "forward_kl"}
+    assert [name for name in names if of(name) == ["better", "better"]] == ["states"]
+    assert found["text beats forward_kl"] == "better"
+    for name in (
+        "answers",
+        "sharp_answers",
+        "cold",
+        "warm",
+        "top_5",
+        "top_1",
+        "sampled_12",
+        "invented",
+    ):
+        assert of(name) == ["not distinguished"] * 2
+    for name in ("hot", "two_teachers"):
+        assert found[f"{name} beats baseline"] == "worse"
+    recipes = config("methods").recipes
+    other = [n for n, r in recipes.items() if {*r.objective} - {"forward_kl", "cross_entropy"}]
+    for name in {*other, "on_policy", "mixed", "assisted", "born_again", "first_layer"} - {
+        "states"
+    }:
+        assert found[f"{name} beats baseline"] == "worse"
+
+
 def test_what_is_concluded_from_digits_is_what_its_claims_show():
     found = {(v["claim"], v["metric"]): v for v in result("digits")["verdicts"]}
     for claim in ("t4 beats t1", "t20 beats t1", "t4 beats baseline"):
@@ -215,11 +246,15 @@ def test_every_message_in_troubleshooting_is_one_that_the_project_prints():
 
 def test_every_objective_and_every_level_of_access_has_a_row_in_methods():
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*)\|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` (.*)\|$", page, re.MULTILINE)
     assert {name for name, _ in rows if name in OBJECTIVES} == set(OBJECTIVES)
     shown = {name for name in ACCESS if f"`{name}`" in page or f"access: {name}" in page}
     assert shown == set(ACCESS)
     recipes = config("methods").recipes
-    named = {n for _, cell in rows for n in re.findall(r"`(\w+)`", cell)}
-    assert named - {"grpo", *OBJECTIVES} <= set(recipes)
+    tables = re.findall(r"<!-- column/methods\.json -->(.*?)<!-- end -->", page, re.DOTALL)
+    cells = [line.split("|")[-3] for table in tables for line in table.strip().splitlines()]
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} - {*OBJECTIVES}
+    assert named <= set(recipes) | {"forward_kl", "cross_entropy"}
+    shown = named | {"forward_kl", "reverse_kl", "adaptive_kl", "total_variation", "text"}
+    assert shown | {"skewed_reverse_kl"} >= set(recipes) - {"answers", "sharp_answers", "assistant"}
     assert "grpo" in config("reason").recipes

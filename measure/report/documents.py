@@ -6,16 +6,25 @@ import re
 from pathlib import Path
 from typing import Any
 
+from measure.metrics import AGREEMENT, DIVERGENCE, metrics_in
 from measure.report.sentences import facts_of
-from measure.report.tables import had_the_machine, models_table, more_tables, task_of
+from measure.report.tables import (
+    cells_of,
+    had_the_machine,
+    models_table,
+    more_tables,
+    task_of,
+)
 
-BLOCK = re.compile(r"(<!-- (results|table|answers)/(\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (\w+)/(\S+)\.json -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+NAMED = re.compile(r"`(\w+)`")
 ABOUT = re.compile(r"About \d+ minutes")
 
 
 def with_tables(page: str, results: Path) -> str:
     """The text with every block rewritten from results/NAME.json: `<!-- results/NAME.json --> ...
-    <!-- end -->` holds the tables and findings, `table` only the models, `answers` some answers.
+    <!-- end -->` holds the tables and findings, `table` only the models, `answers` some answers;
+    `column` is a table whose last column holds the results of the recipes named in the one before.
     `eval.py RUN --update` writes it, and a test compares it."""
 
     def block(match: re.Match) -> str:
@@ -23,8 +32,10 @@ def with_tables(page: str, results: Path) -> str:
         result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         if result is None or not is_current(result):
             return match[0]
+        if match[2] == "column":
+            return match[1] + with_column(match[4], result) + match[5]
         write = {"results": markdown, "table": table_of_models, "answers": table_of_answers}
-        return match[1] + write[match[2]](result) + match[4]
+        return match[1] + write[match[2]](result) + match[5]
 
     return BLOCK.sub(block, page)
 
@@ -77,6 +88,23 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 def table_of_models(result: dict[str, Any]) -> str:
     _, headings, rows = models_table(result, interval=False)
     return table(headings, rows)
+
+
+def with_column(text: str, result: dict[str, Any]) -> str:
+    """A table with its last column rewritten: agreement with the teacher and divergence from it of
+    each student named in the column before."""
+    metrics = metrics_in(result)
+    shown = {name: metrics[name] for name in (AGREEMENT, DIVERGENCE)}
+    title, _, *rows = [
+        [cell.strip() for cell in line.strip().strip("|").split("|")]
+        for line in text.strip().splitlines()
+    ]
+    title[-1] = "agreement %, KL"
+    for row in rows:
+        names = [name for name in NAMED.findall(row[-2]) if name in result["students"]]
+        cells = [", ".join(cells_of(result["students"][n], shown, interval=False)) for n in names]
+        row[-1] = "; ".join(cells) or "-"
+    return table(title, rows)
 
 
 def table_of_answers(result: dict[str, Any]) -> str:
