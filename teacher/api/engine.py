@@ -7,7 +7,7 @@ into the slots of those that left.
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +19,9 @@ from transformers.cache_utils import DynamicLayer
 from configs.schema import LabError
 from models.language import device_of
 
+ROOM = 16  # jobs join when this fraction of the batch is free
+SPARE = 8  # columns
+MOST_PADDING = 256  # tokens in one reading of prompts
 # A token, and the log-probabilities [V] that it was drawn from if the job wants them
 Step = tuple[int, Tensor | None]
 
@@ -129,7 +132,8 @@ class Batch:
         if holes:
             for layer in self.cache.layers:
                 for stored in layer.stored:
-                    stored[holes] = stored[movers]
+                    used = stored[:, :, : self.length]
+                    used[holes] = used[movers]
             self.filled[holes], self.last[holes] = self.filled[movers], self.last[movers]
             for hole, mover in zip(holes, movers, strict=True):
                 self.jobs[hole] = self.jobs[mover]
@@ -167,7 +171,9 @@ class Engine:
     def __init__(self, model: nn.Module, task: Answered, most_rows: int = 64) -> None:
         self.model, self.most_rows = model, most_rows
         self.end, self.vocabulary = task.end, task.vocabulary
-        self.columns = 2 * task.longest_row
+        # A few more than a row needs, so that rows need not be moved at each step; many more would
+        # spread those that are filled over more memory.
+        self.columns = task.longest_row + SPARE
         cache = DynamicCache(config=model.config)
         if not all(type(layer) is DynamicLayer for layer in cache.layers):
             raise LabError(
@@ -176,6 +182,7 @@ class Engine:
             )
         self.layers = len(cache.layers)
         self.waiting: queue.SimpleQueue[Job | Score | None] = queue.SimpleQueue()
+        self.backlog: list[Job] = []
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
@@ -195,36 +202,48 @@ class Engine:
                 for job in batch.jobs:
                     job.deliver(None)
                 return
-            if joining:
-                self.begin(batch, joining)
+            for alike in of_similar_length(joining):
+                self.begin(batch, alike)
             if batch.jobs:
                 self.advance(batch)
 
     def joining(self, answered: int) -> list[Job] | None:
-        """The jobs that join before the next step; waits for one if nothing is being answered. None
-        to stop."""
-        found: list[Job] = []
+        """The jobs that join before the next step: the one that has waited longest, and those whose
+        prompts are about as long; waits for one if nothing is being answered. None to stop."""
         room = self.most_rows - answered
-        if (
-            room < self.most_rows // 8
-        ):  # reading many prompts at once takes less than a few each time
-            return found
-        while len(found) < room:
+        if not self.receive(block=not answered and not self.backlog):
+            for job in self.backlog:
+                job.deliver(None)
+            return None
+        for job in (job for job in self.backlog if job.cancelled):
+            job.deliver(None)
+        self.backlog = [job for job in self.backlog if not job.cancelled]
+        # Reading many prompts at once takes less than a few each time.
+        if not self.backlog or room < self.most_rows // ROOM:
+            return []
+        length = len(self.backlog[0].prompt)
+        order = sorted(
+            range(len(self.backlog)), key=lambda i: abs(len(self.backlog[i].prompt) - length)
+        )
+        chosen = set(order[:room])
+        found = [job for i, job in enumerate(self.backlog) if i in chosen]
+        self.backlog = [job for i, job in enumerate(self.backlog) if i not in chosen]
+        return found
+
+    def receive(self, block: bool) -> bool:
+        """Take what has arrived; scores are answered at once. False to stop."""
+        while True:
             try:
-                job = self.waiting.get(block=not answered and not found)
+                job = self.waiting.get(block=block)
             except queue.Empty:
-                break
+                return True
             if job is None:
-                for one in found:
-                    one.deliver(None)
-                return None
+                return False
             if isinstance(job, Score):
                 job.deliver(self.scored(job.tokens))
-            elif job.cancelled:
-                job.deliver(None)
             else:
-                found.append(job)
-        return found
+                self.backlog.append(job)
+                block = False
 
     @torch.no_grad()
     def scored(self, tokens: list[int]) -> Tensor:
@@ -284,6 +303,21 @@ class Engine:
             use_cache=True,
             logits_to_keep=1,
         ).logits
+
+
+def of_similar_length(jobs: list[Job]) -> Iterator[list[Job]]:
+    """Jobs in groups in which their prompts are padded by few tokens: reading many of these takes
+    longer than one more pass. The longest come first, so that the others fit."""
+    group: list[Job] = []
+    padding = 0
+    for job in sorted(jobs, key=lambda job: -len(job.prompt)):
+        padding += len(group[0].prompt) - len(job.prompt) if group else 0
+        if padding > MOST_PADDING:
+            yield group
+            group, padding = [], 0
+        group.append(job)
+    if group:
+        yield group
 
 
 def distribution(logits: Tensor, jobs: list[Job]) -> Tensor:

@@ -2,14 +2,24 @@
 
 import queue
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 
 from configs.schema import LabError, Model
 from models.generate import generate
 from models.language import build_model, initialise
 from tasks.pronounce import Pronounce
-from teacher.api.engine import Engine, Job, distribution, draw, nucleus
+from teacher.api.engine import (
+    MOST_PADDING,
+    Engine,
+    Job,
+    distribution,
+    draw,
+    nucleus,
+    of_similar_length,
+)
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -47,6 +57,27 @@ def answered(engine, jobs, later=()) -> None:
         engine.submit(job)
     for _ in (*jobs, *later):
         over.get(timeout=60)
+
+
+@given(st.lists(st.integers(1, 200), max_size=80))
+def test_prompts_are_read_in_groups_with_little_padding(lengths):
+    jobs = [Job([1] * length, 1, None) for length in lengths]
+    groups = [*of_similar_length(jobs)]
+    assert sorted(map(id, jobs)) == sorted(id(job) for group in groups for job in group)
+    longest = [len(job.prompt) for group in groups for job in group]
+    assert longest == sorted(longest, reverse=True)  # later ones fit into the columns of the first
+    for group in groups:
+        assert sum(len(group[0].prompt) - len(job.prompt) for job in group) <= MOST_PADDING
+
+
+def test_who_has_waited_longest_is_next_with_prompts_about_as_long(engine):
+    engine.close()  # nothing is answered meanwhile
+    lengths = [9, 3, 20, 8, 10, 9, 4, 11]
+    engine.backlog = [Job([1] * length, 1, None) for length in lengths]
+    order = []
+    while engine.backlog:
+        order.append([len(job.prompt) for job in engine.joining(answered=1)])
+    assert order == [[9, 8, 10, 9], [3, 20, 4, 11]]
 
 
 def test_answers_are_those_of_generate_whatever_else_is_in_the_batch(engine, model, task):
