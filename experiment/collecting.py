@@ -179,7 +179,7 @@ class Seller:
         """The address of the run's own server, which starts now. LabError if it does not."""
         command = [sys.executable, "-m", "teacher.api", "--database", str(self.database.resolve())]
         process = subprocess.Popen(
-            [*command, "serve", str(self.run.folder.resolve()), "--port", "0"],
+            [*command, "serve", str(self.run.folder.resolve()), "--port", "0", "--no-admin"],
             cwd=ROOT, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.stack.callback(end, process)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -24,36 +25,47 @@ def chromium() -> str:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Page]:
-    """The page in a window; errors and warnings of the console fail the test."""
+def opened(
+    where: Path | str, password: tuple[str, str] | None = None, expected: str | None = None
+) -> Iterator[Page]:
+    """A file or an address in a window; errors and warnings of the console, and requests to
+    elsewhere, fail the test. password: (user, password) of the page. expected: a part of messages
+    that do not."""
+    address = where if isinstance(where, str) else where.as_uri()
+    parts = urlsplit(address)
+    origin = f"{parts.scheme}://{parts.netloc}/" if parts.netloc else address
     messages = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=chromium(), args=["--no-sandbox"] if os.name == "posix" else []
         )
-        page = browser.new_page()
+        user, word = password or (None, None)
+        page = browser.new_page(
+            http_credentials={"username": user, "password": word} if user else None
+        )
         page.on("console", lambda message: messages.append(message.text))
         page.on("pageerror", lambda error: messages.append(str(error)))
         page.on("request", lambda request: messages.append(request.url))
-        page.goto(file.as_uri())
+        page.goto(address)
         yield page
         browser.close()
-    assert [m for m in messages if m != file.as_uri() and not m.startswith("data:")] == []
+    others = [m for m in messages if not m.startswith((origin, "data:"))]
+    assert [m for m in others if not (expected and expected in m)] == []
 
 
-def problems_of(file: Path) -> list[str]:
+def problems_of(where: Path | str, password: tuple[str, str] | None = None) -> list[str]:
     """What axe-core finds wrong with a page (contrast, labels, headings), and whether it is wider
     than the window; in light and dark colours, at three widths."""
     found = []
-    with opened(file) as page:
+    with opened(where, password) as page:
         for colours in ("light", "dark"):
             for width in WIDTHS:
                 page.emulate_media(color_scheme=colours)
                 page.set_viewport_size({"width": width, "height": 900})
-                where = f"{colours}, {width} px"
+                seen = f"{colours}, {width} px"
                 if page.evaluate("document.documentElement.scrollWidth") > width:
-                    found.append(f"wider than the window: {where}")
+                    found.append(f"wider than the window: {seen}")
                 for problem in Axe().run(page).response["violations"]:
                     nodes = [node["html"][:120] for node in problem["nodes"][:3]]
-                    found.append(f"{problem['id']}: {where}: {nodes}")
+                    found.append(f"{problem['id']}: {seen}: {nodes}")
     return found

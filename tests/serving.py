@@ -15,10 +15,12 @@ from tasks.pronounce import Pronounce
 from tasks.task import Task
 from teacher.api.app import create_app
 from teacher.api.engine import Engine
+from teacher.api.pages import add_pages
 from teacher.api.prompts import TaskPrompts
 from teacher.api.service import Service
 from teacher.api.store import Store
 
+PASSWORD = "the owner's"
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -31,9 +33,9 @@ def small_teacher(folder: Path, task: Task | None = None) -> Iterator[SimpleName
     store.publish_terms("1", "No training.", "no")
     engine = Engine(model, task)
     service = Service(store, engine, TaskPrompts(task), "small")
-    config = uvicorn.Config(
-        create_app(service, b"salt"), host="127.0.0.1", port=0, log_level="error", lifespan="off"
-    )
+    app = create_app(service, b"salt")
+    add_pages(app, service, PASSWORD, "lead")
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -42,7 +44,7 @@ def small_teacher(folder: Path, task: Task | None = None) -> Iterator[SimpleName
     port = server.servers[0].sockets[0].getsockname()[1]
     yield SimpleNamespace(
         task=task, model=model, store=store, engine=engine, service=service, port=port,
-        url=f"http://127.0.0.1:{port}/v1",
+        url=f"http://127.0.0.1:{port}/v1", home=f"http://127.0.0.1:{port}/",
     )  # fmt: skip
     server.should_exit = True
     thread.join()

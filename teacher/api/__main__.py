@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--certificate", type=Path, help="for TLS")
     one.add_argument("--certificate-key", type=Path)
     one.add_argument("--expose-without-tls", action="store_true")
+    one.add_argument("--no-admin", action="store_true", help="without the page of all accounts")
     one.set_defaults(do=serve)
 
     account = commands.add_parser("account").add_subparsers(required=True)
@@ -105,6 +106,7 @@ def serve(options: argparse.Namespace) -> int:
     from tasks import load_task
     from teacher.api.app import create_app
     from teacher.api.engine import Engine
+    from teacher.api.pages import OWNER, add_pages
     from teacher.api.prompts import TaskPrompts
     from teacher.api.service import Service
 
@@ -122,9 +124,11 @@ def serve(options: argparse.Namespace) -> int:
         say(f"{left} requests were interrupted when the last server ended; they cost nothing")
     engine = Engine(open_model(run, "teacher"), task)
     service = Service(store, engine, TaskPrompts(task), config.name)
+    app, password = create_app(service, secrets.token_bytes(16)), secrets.token_urlsafe(9)
+    add_pages(app, service, None if options.no_admin else password, (*task.examples, "")[0])
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(service, secrets.token_bytes(16)), log_level="warning",
+            app, log_level="warning",
             ssl_certfile=options.certificate, ssl_keyfile=options.certificate_key,
         )
     )  # fmt: skip
@@ -132,6 +136,10 @@ def serve(options: argparse.Namespace) -> int:
         scheme = "https" if options.certificate else "http"
         address = f"{scheme}://{options.host}:{listener.getsockname()[1]}/v1"
         say(f"model {config.name} at {address} , accounts in {options.database}; Ctrl-C ends it")
+        if not options.no_admin:
+            say(
+                f"accounts at {address.removesuffix('v1')}admin , user {OWNER}, password {password}"
+            )
         sys.stdout.flush()  # whoever started this waits for the address
         with suppress(KeyboardInterrupt):  # Ctrl-C has ended it in order
             server.run(sockets=[listener])

@@ -28,6 +28,7 @@ from teacher.api.service import (
 from teacher.api.shapes import ChatShape, CompletionShape, Shape
 from teacher.api.store import Account
 
+LATEST = 20  # requests that an account is shown
 LARGEST_BODY = 1_000_000  # bytes
 BodyType = TypeVar("BodyType", bound=Sampling)
 
@@ -42,10 +43,12 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        known = {404: "not_found", 405: "method_not_allowed"}
-        code = known.get(error.status_code, "invalid_request")
-        status = 404 if error.status_code in known else 400
-        return ApiError(status, code, str(error.detail)).response()
+        known = {401: (401, "wrong_password"), 404: (404, "not_found")}
+        known[405] = (404, "method_not_allowed")
+        status, code = known.get(error.status_code, (400, "invalid_request"))
+        response = ApiError(status, code, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(Exception)
     async def our_error(request: Request, error: Exception) -> JSONResponse:
@@ -69,6 +72,11 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
     async def account(request: Request) -> Response:
         found = service.account(request.headers.get("authorization"))
         return json_of(service.statement(found))
+
+    @app.get("/v1/account/usage")
+    async def usage(request: Request) -> Response:
+        found = service.account(request.headers.get("authorization"))
+        return json_of({"object": "list", "data": service.store.latest(found.id, LATEST)})
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:

@@ -262,6 +262,34 @@ class Store:
             )
         return len(rows)
 
+    def latest(self, account: str, count: int) -> list[dict[str, Any]]:
+        """The last requests of an account, the latest first, as it may see them itself."""
+        found = self.database.execute(
+            "SELECT request_id, start, endpoint, prompt_tokens, completion_tokens, status FROM "
+            "usage WHERE account = ? ORDER BY start DESC, request_id LIMIT ?",
+            (account, count),
+        )
+        return [dict(row) for row in found]
+
+    def activity(self) -> list[dict[str, Any]]:
+        """All accounts, with what each has used and owes."""
+        found = self.database.execute(
+            "SELECT accounts.id, name, accounts.tier, accounts.status, "
+            "COUNT(usage.request_id) AS requests, COALESCE(SUM(cost), 0) AS cost, "
+            "COALESCE(SUM(prompt_tokens + COALESCE(completion_tokens, 0)), 0) AS tokens, "
+            "MAX(start) AS last FROM accounts LEFT JOIN usage ON usage.account = accounts.id "
+            "GROUP BY accounts.id ORDER BY tokens DESC, accounts.created, accounts.id"
+        )
+        return [dict(row) for row in found]
+
+    def traffic(self, since: float) -> list[dict[str, Any]]:
+        """Tokens of each account in each minute."""
+        found = self.database.execute(
+            "SELECT account, minute, tokens FROM meter WHERE minute >= ? AND tokens > 0",
+            (int(since // 60),),
+        )
+        return [dict(row) for row in found]
+
     def usage_of(self, account: str, since: float = 0.0) -> list[sqlite3.Row]:
         return self.database.execute(
             "SELECT * FROM usage WHERE account = ? AND start > ? ORDER BY start, request_id",
