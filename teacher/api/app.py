@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from openai.types import Model
 from pydantic import BaseModel, ValidationError
@@ -43,9 +44,9 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        known = {401: (401, "wrong_password"), 404: (404, "not_found")}
-        known[405] = (404, "method_not_allowed")
-        status, code = known.get(error.status_code, (400, "invalid_request"))
+        known = {401: "wrong_password", 404: "not_found", 405: "method_not_allowed"}
+        status = error.status_code if error.status_code in known else 400
+        code = known.get(status, "invalid_request")
         response = ApiError(status, code, str(error.detail)).response()
         response.headers.update(error.headers or {})
         return response
@@ -56,6 +57,8 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
         if request_id:
             service.store.finish(request_id, 0, "failed", error_code="server_error")
         return ApiError(500, "server_error", "an error of the server", retry_after=1).response()
+
+    app.openapi = lambda: openapi_of(app)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -78,7 +81,7 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
         found = service.account(request.headers.get("authorization"))
         return json_of({"object": "list", "data": service.store.latest(found.id, LATEST)})
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", openapi_extra=reads(ChatRequest))
     async def chat(request: Request) -> Response:
         account = service.account(request.headers.get("authorization"))
         body = await read(request, ChatRequest)
@@ -89,7 +92,7 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
         work = Work(service, request, account, body, prompt, text, asked, salt)
         return await work.respond(ChatShape(body, service))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", openapi_extra=reads(CompletionRequest))
     async def complete(request: Request) -> Response:
         account = service.account(request.headers.get("authorization"))
         body = await read(request, CompletionRequest)
@@ -106,6 +109,46 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
         return await work.respond(CompletionShape(body, service))
 
     return app
+
+
+COMPONENT = "#/components/schemas/{model}"
+
+
+def reads(kind: type[Sampling]) -> dict[str, Any]:
+    """The body of an endpoint, for /openapi.json: the endpoints read it themselves, after the
+    key."""
+    schema = {"$ref": COMPONENT.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def openapi_of(app: FastAPI) -> dict[str, Any]:
+    """The description of the API: bodies, keys, and errors in OpenAI's shape."""
+    found = get_openapi(title=app.title, version="1", routes=app.routes)
+    parts = found.setdefault("components", {}).setdefault("schemas", {})
+    for kind in (ChatRequest, CompletionRequest):
+        schema = kind.model_json_schema(ref_template=COMPONENT)
+        parts |= schema.pop("$defs", {}) | {kind.__name__: schema}
+    parts["Error"] = {
+        "type": "object", "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object", "required": ["message", "type", "param", "code"],
+                "properties": {
+                    "message": {"type": "string"}, "type": {"type": "string"},
+                    "param": {"type": ["string", "null"]}, "code": {"type": "string"},
+                },
+            }
+        },
+    }  # fmt: skip
+    found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    found["security"] = [{"key": []}]
+    error = {"$ref": COMPONENT.format(model="Error")}
+    for operation in (one for path in found["paths"].values() for one in path.values()):
+        operation["responses"].pop("422", None)
+        operation["responses"]["default"] = {
+            "description": "an error", "content": {"application/json": {"schema": error}},
+        }  # fmt: skip
+    return found
 
 
 def described(service: Service) -> Model:

@@ -5,8 +5,8 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-    404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error",
-    500: "server_error", 503: "server_error"}  # fmt: skip
+    404: "not_found_error", 405: "invalid_request_error", 413: "invalid_request_error",
+    429: "rate_limit_error", 500: "server_error", 503: "server_error"}  # fmt: skip
 
 
 class ApiError(Exception):
