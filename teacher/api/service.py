@@ -40,13 +40,17 @@ class Prompts(Protocol):
 
 @dataclass(eq=False)
 class Answer:
-    """An answer as it grows. finish_reason: `stop`, `length`, or None while it grows."""
+    """An answer as it grows. finish_reason: `stop`, `length`, or None while it grows. text is that
+    of the first `read` tokens: later ones are a part of a letter. To render a token takes those
+    from `before` on."""
 
     index: int
     job: Job
     steps: list[Step] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     text: str = ""
+    before: int = 0
+    read: int = 0
     finish_reason: str | None = None
 
 
@@ -244,15 +248,24 @@ class Service:
         tokens = answer.tokens
         if tokens[-1] == self.prompts.end:
             answer.finish_reason = "stop"
-        else:
-            answer.text = self.prompts.render(tokens)
+        elif len(tokens) == answer.job.longest:
+            answer.finish_reason = "length"
+        known = len(answer.text)
+        self.render(answer)
         for stop in stops:
-            place = answer.text.find(stop)
+            place = answer.text.find(stop, max(0, known - len(stop)))
             if place >= 0:
                 answer.text, answer.finish_reason = answer.text[:place], "stop"
                 answer.job.cancelled = True
-        if answer.finish_reason is None and len(tokens) == answer.job.longest:
-            answer.finish_reason = "length"
+
+    def render(self, answer: Answer) -> None:
+        """Add the text of the tokens that are new, unless they end within a letter."""
+        known = self.prompts.render(answer.tokens[answer.before : answer.read])
+        longer = self.prompts.render(answer.tokens[answer.before :])
+        if longer.endswith("\ufffd") and not answer.finish_reason:
+            return
+        answer.text += longer[len(known) :]
+        answer.before, answer.read = answer.read, len(answer.tokens)
 
 
 def alternatives_of(log_probs: Tensor, count: int) -> list[tuple[int, float]]:
