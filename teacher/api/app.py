@@ -31,6 +31,7 @@ from teacher.api.store import Account
 
 LATEST = 20  # requests that an account is shown
 LARGEST_BODY = 1_000_000  # bytes
+BODY_SECONDS = 30.0  # in which it must arrive
 BodyType = TypeVar("BodyType", bound=Sampling)
 
 
@@ -166,10 +167,16 @@ def json_of(content: BaseModel | dict[str, Any], headers: dict[str, str] | None 
 async def read(request: Request, kind: type[BodyType]) -> BodyType:
     """The body of a request. ApiError for one that is too large, no JSON, or not of this kind."""
     received = bytearray()
-    async for part in request.stream():
-        received += part
-        if len(received) > LARGEST_BODY:
-            raise ApiError(413, "body_too_large", f"the body exceeds {LARGEST_BODY} bytes")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                received += part
+                if len(received) > LARGEST_BODY:
+                    raise ApiError(413, "body_too_large", f"the body exceeds {LARGEST_BODY} bytes")
+    except TimeoutError:
+        raise ApiError(
+            408, "body_too_slow", f"the body did not arrive within {BODY_SECONDS} seconds"
+        ) from None
     try:
         content = json.loads(received.decode("utf-8"))
     except UnicodeDecodeError:
@@ -224,6 +231,8 @@ class Work:
         if shape.echo:
             shape.echoed = await self.service.scored(self.prompt) if len(self.prompt) > 1 else None
         found = await self.whole(request_id, jobs)
+        if found is None:
+            return Response(status_code=499)  # as nginx writes it in its log; nobody reads it
         return json_of(shape.whole(found), {"x-request-id": request_id})
 
     def begin(self, reserved: int, shape: Shape) -> str:
@@ -261,8 +270,8 @@ class Work:
             content=(self.text, text, KEEP_CONTENTS),
         )
 
-    async def whole(self, request_id: str, jobs: list) -> list[Answer]:
-        """All answers; ends them if the client is gone."""
+    async def whole(self, request_id: str, jobs: list) -> list[Answer] | None:
+        """All answers; None if the client is gone, which ends them."""
         answers: dict[int, Answer] = {}
         gone = asyncio.create_task(disconnected(self.request))
         status = "disconnected"
@@ -278,6 +287,8 @@ class Work:
         finally:
             gone.cancel()
             self.finish(request_id, answers, status)
+        if status == "disconnected":
+            return None
         return [answers[index] for index in sorted(answers)]
 
     async def stream(self, request_id: str, jobs: list, shape: Shape) -> AsyncIterator[bytes]:

@@ -4,9 +4,14 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-    404: "not_found_error", 405: "invalid_request_error", 413: "invalid_request_error",
-    429: "rate_limit_error", 500: "server_error", 503: "server_error"}  # fmt: skip
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
 
 
 class ApiError(Exception):
@@ -26,7 +31,11 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        found = {"message": self.message, "type": TYPES[self.status], "param": self.param}
+        found = {
+            "message": self.message,
+            "type": TYPES.get(self.status, "invalid_request_error"),
+            "param": self.param,
+        }
         return {"error": found | {"code": self.code}}
 
     @property

@@ -14,6 +14,7 @@ import openai
 import pytest
 import torch
 
+from teacher.api import app
 from teacher.api.app import LARGEST_BODY
 from teacher.api.service import Service
 from teacher.api.tiers import TIERS
@@ -283,10 +284,15 @@ def test_other_addresses_are_not_found(served, client_of):
     assert post(served, client_of(), b"{}", "/v1/embeddings").status_code == 404
 
 
+@pytest.mark.parametrize("streams", [True, False])
 def test_a_client_that_leaves_ends_its_answer_and_is_charged_once_for_what_there_was(
-    served, client_of, monkeypatch
+    streams, served, client_of, monkeypatch
 ):
-    client, forward = client_of(), served.engine.forward
+    client, forward, failed = client_of(), served.engine.forward, []
+    finish = served.store.finish
+    monkeypatch.setattr(
+        served.store, "finish", lambda *a, **k: (failed.extend(a[2:3]), finish(*a, **k))
+    )
 
     def slow(*arguments):
         time.sleep(0.03)  # so that the answer cannot be complete before the client is gone
@@ -294,7 +300,7 @@ def test_a_client_that_leaves_ends_its_answer_and_is_charged_once_for_what_there
 
     monkeypatch.setattr(served.engine, "forward", slow)
     body = {
-        "model": "small", "messages": [{"role": "user", "content": "lead"}], "stream": True,
+        "model": "small", "messages": [{"role": "user", "content": "lead"}], "stream": streams,
         "max_tokens": 60, "logit_bias": {str(served.task.end): -100},
     }  # fmt: skip
     request = json.dumps(body).encode()
@@ -306,17 +312,30 @@ def test_a_client_that_leaves_ends_its_answer_and_is_charged_once_for_what_there
             + request
         )
         received = b""
-        while received.count(b"data: ") < 4:  # the opening, and three tokens
+        while streams and received.count(b"data: ") < 4:  # the opening, and three tokens
             received += connection.recv(1000)
+        time.sleep(0.0 if streams else 0.3)
     for _ in range(200):
         row = last_row(served, client)
         if row["status"] != "running":
             break
         time.sleep(0.02)
     assert row["status"] == "disconnected"
-    assert 3 <= row["completion_tokens"] < 60
+    assert 1 <= row["completion_tokens"] < 60
+    assert "failed" not in failed  # an incomplete answer was made into a response
     assert row["cost"] == TIERS["open"].cost(row["prompt_tokens"], row["completion_tokens"])
     assert len(served.store.usage_of(client.account)) == 1
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(served, client_of, monkeypatch):
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
+    key = client_of().api_key.encode()
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + key
+            + b"\r\ncontent-length: 100\r\n\r\n{"
+        )  # fmt: skip
+        assert b" 408 " in connection.recv(1000).splitlines()[0]
 
 
 def test_an_error_of_the_server_has_the_same_shape_and_costs_nothing(
