@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -19,15 +19,10 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from teacher.api.errors import ApiError
+from teacher.api.exchange import Exchange, Origin
 from teacher.api.requests import ChatRequest, CompletionRequest, Sampling
-from teacher.api.service import (
-    KEEP_CONTENTS,
-    Answer,
-    Service,
-    fields_of,
-)
+from teacher.api.service import Service
 from teacher.api.shapes import ChatShape, CompletionShape, Shape
-from teacher.api.store import Account
 
 LATEST = 20  # requests that an account is shown
 LARGEST_BODY = 1_000_000  # bytes
@@ -90,8 +85,9 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
         prompt = service.prompts.chat(messages)
         asked = body.max_completion_tokens or body.max_tokens
         text = json.dumps(messages, ensure_ascii=False)
-        work = Work(service, request, account, body, prompt, text, asked, salt)
-        return await work.respond(ChatShape(body, service))
+        origin = origin_of(request, salt)
+        exchange = Exchange(service, origin, account, body, prompt, text, asked)
+        return await respond(exchange, request, ChatShape(body, service))
 
     @app.post("/v1/completions", openapi_extra=reads(CompletionRequest))
     async def complete(request: Request) -> Response:
@@ -106,8 +102,9 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
             raise ApiError(400, "invalid_value", "echo: not with stream", "echo")
         if not (asked or body.echo):
             raise ApiError(400, "invalid_value", "max_tokens: 0 needs echo", "max_tokens")
-        work = Work(service, request, account, body, prompt, text, asked, salt)
-        return await work.respond(CompletionShape(body, service))
+        origin = origin_of(request, salt)
+        exchange = Exchange(service, origin, account, body, prompt, text, asked)
+        return await respond(exchange, request, CompletionShape(body, service))
 
     return app
 
@@ -194,122 +191,53 @@ async def read(request: Request, kind: type[BodyType]) -> BodyType:
         raise ApiError(400, code, f"{where}{message}", place) from None
 
 
-class Work:
-    """One request that passed its key: limits, usage row, answers, response."""
+def origin_of(request: Request, salt: bytes) -> Origin:
+    address = request.client.host if request.client else ""
+    return Origin(
+        request.url.path,
+        hmac.new(salt, address.encode(), hashlib.sha256).hexdigest()[:16],
+        request.headers.get("user-agent", "")[:200],
+    )
 
-    def __init__(
-        self,
-        service: Service,
-        request: Request,
-        account: Account,
-        body: Sampling,
-        prompt: list[int],
-        text: str,
-        asked: int | None,
-        salt: bytes,
-    ) -> None:
-        self.service, self.request, self.account = service, request, account
-        self.body, self.prompt, self.text, self.salt = body, prompt, text, salt
-        self.longest = service.room(prompt, asked)
 
-    async def respond(self, shape: Shape) -> Response:
-        bias = self.service.require_exposure(self.account, shape.alternatives, self.body)
-        count = self.body.n or 1
-        reserved = len(self.prompt) + count * self.longest
-        self.service.require_model(self.body.model)
-        self.service.require_rate(self.account, reserved)
-        request_id = self.begin(reserved, shape)
-        self.request.state.request_id = request_id
-        shape.begin(request_id, self.prompt)
-        jobs = self.service.jobs(self.body, self.prompt, self.longest, bias, shape.logprobs)
-        if self.body.stream:
-            return StreamingResponse(
-                self.stream(request_id, jobs, shape),
-                media_type="text/event-stream",
-                headers={"x-request-id": request_id, "cache-control": "no-store"},
-            )
-        if shape.echo:
-            shape.echoed = await self.service.scored(self.prompt) if len(self.prompt) > 1 else None
-        found = await self.whole(request_id, jobs)
-        if found is None:
-            return Response(status_code=499)  # as nginx writes it in its log; nobody reads it
-        return json_of(shape.whole(found), {"x-request-id": request_id})
-
-    def begin(self, reserved: int, shape: Shape) -> str:
-        """The usage row. ApiError if the quota of the day does not hold the request."""
-        address = self.request.client.host if self.request.client else ""
-        request_id = self.service.store.begin(
-            self.account,
-            reserved,
-            endpoint=self.request.url.path,
-            ip_hash=hmac.new(self.salt, address.encode(), hashlib.sha256).hexdigest()[:16],
-            user_agent=self.request.headers.get("user-agent", "")[:200],
-            prompt_tokens=len(self.prompt),
-            max_tokens=self.longest,
-            logprobs=int(shape.logprobs),
-            top_logprobs=shape.alternatives,
-            **fields_of(self.body, self.text),
+async def respond(exchange: Exchange, request: Request, shape: Shape) -> Response:
+    """The answers in the shape of an endpoint, whole or as they grow."""
+    exchange.admit(shape.logprobs, shape.alternatives)
+    request_id = request.state.request_id = exchange.request_id
+    shape.begin(request_id, exchange.prompt)
+    if exchange.body.stream:
+        return StreamingResponse(
+            stream(exchange, shape),
+            media_type="text/event-stream",
+            headers={"x-request-id": request_id, "cache-control": "no-store"},
         )
-        if request_id is None:
-            raise ApiError(
-                429, "insufficient_quota",
-                f"the {self.account.tier.tokens_per_day} tokens per day of tier "
-                f"{self.account.tier_name} do not hold this request",
-            )  # fmt: skip
-        return request_id
+    if shape.echo and len(exchange.prompt) > 1:
+        shape.echoed = await exchange.service.scored(exchange.prompt)
+    gone = asyncio.create_task(disconnected(request))
+    try:
+        found = await exchange.answers(gone)
+    finally:
+        gone.cancel()
+    if found is None:
+        return Response(status_code=499)  # as nginx writes it in its log; nobody reads it
+    return json_of(shape.whole(found), {"x-request-id": request_id})
 
-    def finish(self, request_id: str, answers: dict[int, Answer], status: str) -> None:
-        used = sum(len(answer.steps) for answer in answers.values())
-        reasons = {answer.finish_reason for answer in answers.values()}
-        text = "\n".join(answers[index].text for index in sorted(answers))
-        self.service.store.finish(
-            request_id,
-            used,
-            status,
-            finish_reason=reasons.pop() if len(reasons) == 1 else "mixed",
-            content=(self.text, text, KEEP_CONTENTS),
-        )
 
-    async def whole(self, request_id: str, jobs: list) -> list[Answer] | None:
-        """All answers; None if the client is gone, which ends them."""
-        answers: dict[int, Answer] = {}
-        gone = asyncio.create_task(disconnected(self.request))
-        status = "disconnected"
-        try:
-            growing = self.service.answers(jobs, self.body.stops)
+async def stream(exchange: Exchange, shape: Shape) -> AsyncIterator[bytes]:
+    """Server-sent events; ends the answers if the client is gone."""
+    options = exchange.body.stream_options
+    try:
+        for chunk in shape.opening(len(exchange.jobs)):
+            yield event(chunk)
+        async with aclosing(exchange.growing()) as growing:
             async for answer in growing:
-                answers[answer.index] = answer
-                if gone.done():
-                    await growing.aclose()
-                    break
-            else:
-                status = "done"
-        finally:
-            gone.cancel()
-            self.finish(request_id, answers, status)
-        if status == "disconnected":
-            return None
-        return [answers[index] for index in sorted(answers)]
-
-    async def stream(self, request_id: str, jobs: list, shape: Shape) -> AsyncIterator[bytes]:
-        """Server-sent events; ends the answers if the client is gone."""
-        answers: dict[int, Answer] = {}
-        status, growing = "disconnected", self.service.answers(jobs, self.body.stops)
-        try:
-            for chunk in shape.opening(len(jobs)):
-                yield event(chunk)
-            async for answer in growing:
-                answers[answer.index] = answer
                 yield event(shape.chunk(answer))
-            if self.body.stream_options and self.body.stream_options.include_usage:
-                yield event(shape.usage_chunk([*answers.values()]))
-            status = "done"
-            self.finish(request_id, answers, status)  # before the client knows
-            yield b"data: [DONE]\n\n"
-        finally:
-            with suppress(RuntimeError):
-                await growing.aclose()
-            self.finish(request_id, answers, status)
+        if options and options.include_usage:
+            yield event(shape.usage_chunk([*exchange.found.values()]))
+        exchange.finish("done")  # before the client knows
+        yield b"data: [DONE]\n\n"
+    finally:
+        exchange.finish("disconnected")
 
 
 async def disconnected(request: Request) -> None:
