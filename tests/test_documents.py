@@ -17,6 +17,8 @@ from student.recipe import FROM_TEXT, control_recipe
 from tasks import TASKS, load_task
 from tasks.pronounce import LONG, SPLITS, split_of
 from teacher.access import ACCESS
+from teacher.api import __main__ as seller
+from teacher.api.traffic import ATTACKS
 from tests.helpers import ROOT
 
 # By commands of the project; in `reported`, by others, with their sources.
@@ -107,6 +109,12 @@ def of_configs() -> list[str]:
     ]
 
 
+def of_api() -> list[str]:
+    options = seller.parser().parse_args(["traffic", "runs/text"])
+    assert (options.days, len(ATTACKS)) == (5, 5)
+    return [f"five days of {options.customers} customers"]
+
+
 @pytest.fixture(scope="module")
 def prose() -> str:
     """All pages but code, what commands write and what is no quantity, on one line."""
@@ -119,7 +127,7 @@ GENERATED = "architectures"
 
 
 def test_every_number_in_the_prose_is_confirmed_by_the_project(prose):
-    confirmed = [*of_setup_and_cost(), *of_words(), *of_rules(), *of_configs()]
+    confirmed = [*of_setup_and_cost(), *of_words(), *of_rules(), *of_configs(), *of_api()]
     missing = [text for text in confirmed if text not in prose]
     assert not missing
     for text in (*confirmed, *OF_NO_RUN):

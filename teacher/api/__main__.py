@@ -7,6 +7,7 @@
     python -m teacher.api terms --publish terms.txt --version 2 --allows-distillation no
     python -m teacher.api usage acct-1234abcd
     python -m teacher.api bill acct-1234abcd
+    python -m teacher.api --database runs/traffic.sqlite traffic runs/text   # a log to look at
 
 Accounts and usage are in one SQLite file, `--database`, by default runs/api.sqlite.
 """
@@ -16,17 +17,28 @@ import ipaddress
 import secrets
 import socket
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from configs.files import printable, read_text, say
+from configs.files import printable, read_text, say, write_atomically
 from configs.schema import LabError
 from experiment.command import run_command, sleep_soon
 from teacher.api.store import ACTIVE, REVOKED, SUSPENDED, Store
 from teacher.api.tiers import PER_MILLION, TIERS
 
+if TYPE_CHECKING:  # these import torch, which managing accounts does not need
+    from configs.schema import Config
+    from tasks.task import Task
+    from teacher.api.engine import Engine
+    from teacher.api.service import Service
+
 DATABASE = Path("runs") / "api.sqlite"
+POOL = 8_000  # prompts that made-up customers ask
+MONDAY = 1_767_571_200.0  # 5 January 2026, when made-up traffic begins
 FIRST_TERMS = (
     "You may use the answers for any purpose but one: you may not train a model on them that does "
     "what this one does."
@@ -77,16 +89,26 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("account", nargs="?")
     one.add_argument("--forget", action="store_true", help="delete all prompts and answers")
     one.set_defaults(do=usage)
+    one = commands.add_parser(
+        "traffic", help="days of made-up customers and extractors, in minutes"
+    )
+    one.add_argument("run", help="a run whose teacher they ask, e.g. runs/text")
+    one.add_argument("--customers", type=int, default=600)
+    one.add_argument("--extractors", type=int, default=18, help="of each of five kinds")
+    one.add_argument("--days", type=int, default=5)
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--sent", type=float, default=0.05, help="share really sent over HTTP")
+    one.set_defaults(do=make_traffic)
     one = commands.add_parser("bill", help="what an account has used and owes")
     one.add_argument("account")
     one.set_defaults(do=bill)
     return found
 
 
-def opened(options: argparse.Namespace) -> Store:
+def opened(options: argparse.Namespace, clock: Callable[[], float] = time.time) -> Store:
     """The store; the first one has terms."""
     options.database.parent.mkdir(parents=True, exist_ok=True)
-    store = Store(options.database)
+    store = Store(options.database, clock)
     try:
         store.current_terms()
     except LabError:
@@ -97,33 +119,17 @@ def opened(options: argparse.Namespace) -> Store:
 def serve(options: argparse.Namespace) -> int:
     require_safe_address(options)
     sleep_soon()  # before torch is imported
-    import psutil
-    import torch
     import uvicorn
 
-    from experiment.experiment import open_model
-    from experiment.run import Run
-    from tasks import load_task
     from teacher.api.app import create_app
-    from teacher.api.engine import Engine
     from teacher.api.pages import OWNER, add_pages
-    from teacher.api.prompts import TaskPrompts
-    from teacher.api.service import Service
 
-    run = Run(Path(options.run)).reload()
-    config = run.config()
-    if not run.stage_done("teacher"):
-        raise LabError(f"{run.folder} has no trained teacher yet; run train.py on its config")
-    torch.set_num_threads(max(1, min(8, (psutil.cpu_count(logical=False) or 1) - 1)))
-    task = load_task(config.task)
-    if task.tokenizer is None:
-        raise LabError(f"task {task.name} has images; only text can be served")
+    config, task, engine = opened_teacher(options.run)
     store = opened(options)
     left = store.close_interrupted()
     if left:
         say(f"{left} requests were interrupted when the last server ended; they cost nothing")
-    engine = Engine(open_model(run, "teacher"), task)
-    service = Service(store, engine, TaskPrompts(task), config.name)
+    service = service_of(store, engine, task, config.name)
     app, password = create_app(service, secrets.token_bytes(16)), secrets.token_urlsafe(9)
     add_pages(app, service, None if options.no_admin else password, (*task.examples, "")[0])
     server = uvicorn.Server(
@@ -145,6 +151,36 @@ def serve(options: argparse.Namespace) -> int:
             server.run(sockets=[listener])
     engine.close()
     return 0
+
+
+def opened_teacher(folder: str) -> tuple["Config", "Task", "Engine"]:
+    """A run's teacher, ready to answer. LabError if it is not trained or does not answer text."""
+    import psutil
+    import torch
+
+    from experiment.experiment import open_model
+    from experiment.run import Run
+    from tasks import load_task
+    from teacher.api.engine import Engine
+
+    run = Run(Path(folder)).reload()
+    config = run.config()
+    if not run.stage_done("teacher"):
+        raise LabError(f"{run.folder} has no trained teacher yet; run train.py on its config")
+    if config.sold_elsewhere:
+        raise LabError(f"the teacher of {run.folder} is behind an endpoint; there is none to serve")
+    torch.set_num_threads(max(1, min(8, (psutil.cpu_count(logical=False) or 1) - 1)))
+    task = load_task(config.task)
+    if task.tokenizer is None:
+        raise LabError(f"task {task.name} has images; only text can be served")
+    return config, task, Engine(open_model(run, "teacher"), task)
+
+
+def service_of(store: Store, engine: "Engine", task: "Task", name: str) -> "Service":
+    from teacher.api.prompts import TaskPrompts
+    from teacher.api.service import Service
+
+    return Service(store, engine, TaskPrompts(task), name)
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -219,6 +255,44 @@ def usage(options: argparse.Namespace) -> int:
         start = datetime.fromtimestamp(row["start"], UTC).isoformat(timespec="seconds")
         used = row["completion_tokens"] if row["completion_tokens"] is not None else "-"
         say(f"{start}  {row['endpoint']}  {row['prompt_tokens']} + {used} tokens  {row['status']}")
+    return 0
+
+
+def make_traffic(options: argparse.Namespace) -> int:
+    """Into a new database, so that nobody's bill grows; who was what is written beside it."""
+    if options.database.exists():
+        raise LabError(f"{options.database} exists; name another --database for made-up traffic")
+    sleep_soon()
+    import asyncio
+    import json
+
+    from tqdm import tqdm
+
+    from teacher.api.replay import Clock, play
+    from teacher.api.traffic import Pool, population
+
+    config, task, engine = opened_teacher(options.run)
+    pool = Pool.of(task, task.rows("train"), POOL)
+    customers = population(pool, options.customers, options.extractors, options.days, options.seed)
+    clock = Clock(MONDAY)
+    store = opened(options, clock)
+    service = service_of(store, engine, task, config.name)
+    accounts = [store.add_account(f"Customer {n}", one.tier) for n, one in enumerate(customers)]
+    keys = [key for _, key in accounts]
+    total = sum(len(one.asks) for one in customers)
+    with tqdm(total=total, unit="request", ascii=True, disable=None) as bar:
+        asyncio.run(play(service, clock, customers, keys, pool, options.sent, bar.update))
+    engine.close()
+    labels = {
+        account: {"kind": one.kind, "ring": one.ring}
+        for (account, _), one in zip(accounts, customers, strict=True)
+    }
+    answers = options.database.with_suffix(".labels.json")
+    write_atomically(answers, json.dumps(labels, indent=1) + "\n")
+    say(
+        f"{total:,} requests of {len(customers)} accounts in {options.database}\nwho was what in "
+        f"{answers}, which no detector may read"
+    )
     return 0
 
 

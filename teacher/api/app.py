@@ -4,8 +4,6 @@ Responses are built from the types of OpenAI's client: see shapes.py.
 """
 
 import asyncio
-import hashlib
-import hmac
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -19,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from teacher.api.errors import ApiError
-from teacher.api.exchange import Exchange, Origin
+from teacher.api.exchange import Exchange, Origin, hashed_address
 from teacher.api.requests import ChatRequest, CompletionRequest, Sampling
 from teacher.api.service import Service
 from teacher.api.shapes import ChatShape, CompletionShape, Shape
@@ -195,7 +193,7 @@ def origin_of(request: Request, salt: bytes) -> Origin:
     address = request.client.host if request.client else ""
     return Origin(
         request.url.path,
-        hmac.new(salt, address.encode(), hashlib.sha256).hexdigest()[:16],
+        hashed_address(address, salt),
         request.headers.get("user-agent", "")[:200],
     )
 

@@ -1,6 +1,8 @@
 """One request that passed its key, however it came: limits, usage row, answers, bill."""
 
 import asyncio
+import hashlib
+import hmac
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -19,6 +21,10 @@ class Origin:
     endpoint: str
     ip_hash: str
     user_agent: str
+
+
+def hashed_address(address: str, salt: bytes) -> str:
+    return hmac.new(salt, address.encode(), hashlib.sha256).hexdigest()[:16]
 
 
 class Exchange:

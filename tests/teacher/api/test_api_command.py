@@ -1,5 +1,6 @@
 """`python -m teacher.api`, as a seller of answers types it."""
 
+import json
 import random
 import re
 import signal
@@ -56,6 +57,24 @@ def test_terms_are_published_and_shown(api, tmp_path):
     )
     assert code == 0
     assert printed == "version 2, allows distillation: yes\nDo what you like.\n"
+
+
+def test_traffic_goes_into_a_log_of_its_own_and_who_was_what_beside_it(api, tiny_run, tmp_path):
+    small = ("--customers", 8, "--extractors", 1, "--days", 1)
+    code, printed, _ = api("traffic", tiny_run, *small)
+    assert code == 0
+    labels = json.loads((tmp_path / "api.labels.json").read_text(encoding="utf-8"))
+    store = Store(tmp_path / "api.sqlite")
+    assert {row["id"] for row in store.accounts()} == set(labels)
+    rows = store.database.execute("SELECT COUNT(*), SUM(status = 'done') FROM usage").fetchone()
+    assert printed.startswith(f"{rows[0]:,} requests of {len(labels)} accounts")
+    assert rows[0] == rows[1] > 100
+    kinds = [label["kind"] for label in labels.values()]
+    assert kinds.count("hydra") == 20
+    assert kinds.count("chat") == 4
+    assert not any(kind in row["name"] for row in store.accounts() for kind in kinds)
+    store.close()
+    assert "exists; name another" in api("traffic", tiny_run, *small)[2]
 
 
 def test_a_bill_adds_up(api, tmp_path):
