@@ -112,7 +112,8 @@ def of_configs() -> list[str]:
 def of_api() -> list[str]:
     options = seller.parser().parse_args(["traffic", "runs/text"])
     assert (options.days, len(ATTACKS)) == (5, 5)
-    return [f"five days of {options.customers} customers"]
+    bought = [recipe.outputs.transfer_rows for recipe in config("extract").recipes.values()]
+    return [f"five days of {options.customers} customers", f"its {sum(bought):,} questions"]
 
 
 @pytest.fixture(scope="module")
