@@ -42,13 +42,13 @@ def forest(result: dict[str, Any]) -> dict[str, str]:
         groups.setdefault((verdict["metric"], against), []).append(verdict)
     metrics = metrics_in(result)
     return {
-        f"{metrics[name].heading}{against}": claims_drawn(found, metrics[name])
+        f"{metrics[name].heading}{against}": claims_drawn(found, metrics[name], against)
         for (name, against), found in groups.items()
     }
 
 
-def claims_drawn(verdicts: list[dict[str, Any]], metric: Metric) -> str:
-    """A row per claim about one metric."""
+def claims_drawn(verdicts: list[dict[str, Any]], metric: Metric, against: str) -> str:
+    """A row per claim about one metric. against: what all rows have in common, in the title."""
     figure, axes = subplots(size=(WIDTH, 0.65 + 0.25 * len(verdicts)))
     axes.axvline(0, color=GREY, lw=1)
     for row, verdict in enumerate(verdicts):
@@ -63,7 +63,7 @@ def claims_drawn(verdicts: list[dict[str, Any]], metric: Metric) -> str:
         )  # fmt: skip
         if verdict["threshold"]:
             axes.plot(metric.scale * verdict["threshold"], row, "2", color=INK, ms=9)
-    axes.set_yticks(range(len(verdicts)), labels=map(claim_label, verdicts))
+    axes.set_yticks(range(len(verdicts)), labels=[label_of(v, against) for v in verdicts])
     axes.set(ylim=(len(verdicts) - 0.5, -0.7))
     left, right = "\N{LEFTWARDS ARROW} worse", "better \N{RIGHTWARDS ARROW}"
     axes.set_xlabel(f"{left}\N{EM SPACE}{metric.difference_unit}\N{EM SPACE}{right}")
@@ -72,10 +72,10 @@ def claims_drawn(verdicts: list[dict[str, Any]], metric: Metric) -> str:
     return drawn(figure, f"{len(verdicts)} claims about {metric.heading}, with 95 % intervals")
 
 
-def claim_label(verdict: dict[str, Any]) -> str:
+def label_of(verdict: dict[str, Any], against: str) -> str:
     first, _, second = verdict["claim"].split()
     split = "" if verdict["split"] in ("heldout", "validation") else f", {verdict['split']}"
-    return f"{first} against {second}{split}"
+    return f"{first}{split}" if against else f"{first} against {second}{split}"
 
 
 def cost_bars(result: dict[str, Any], key: str) -> str:

@@ -14,9 +14,11 @@ from measure.report.tables import (
     task_of,
     value_in,
 )
+from tasks.task import Metric
 from teacher.access import ACCESS
 
-SHOWN = 4  # students in the story; a study has more in its tables
+SHOWN = 5  # students in the story; a study has more in its tables
+MANY = 8  # students that are a study of methods
 
 Verdict = dict[str, Any]
 
@@ -36,10 +38,17 @@ class Card:
 
 def shown_students(result: dict[str, Any]) -> list[str]:
     """The students of the story, those with a teacher first: the dearest of each kind where budgets
-    are compared, otherwise the first."""
+    or purchases are compared; of many, the first of each kind of access and traces."""
     names = list(result["students"])
-    if result.get("savings"):
-        names = [list(students)[-1] for students in result["savings"]["curves"].values()]
+    compared = result.get("savings") or result.get("bought")
+    if compared:
+        names = [list(students)[-1] for students in compared["curves"].values()]
+    elif len(names) > MANY:
+        kinds: dict[tuple[str, str], str] = {}
+        for name in names:
+            recipe = result["students"][name]["recipe"]
+            kinds.setdefault((recipe["access"], recipe["outputs"]["traces"]), name)
+        names = list(kinds.values()) if len(kinds) > 2 else names
     return sorted(names, key=lambda name: not learns_from_teacher(result, name))[:SHOWN]
 
 
@@ -214,7 +223,28 @@ def where_worse(result: dict[str, Any]) -> list[str]:
         part = f"{metric.heading} ({'; '.join(filter(None, parts))})"
         lines.setdefault(verdict["claim"].split()[0], []).append(part)
     worse = [f"{name} is worse than {reference} in {listed(p)}" for name, p in lines.items()]
+    if len(worse) > SHOWN:
+        worse = worse_by_metric(reference, claims, metrics)
     return worse + dearer(result)
+
+
+def worse_by_metric(reference: str, claims: list[Verdict], metrics: dict[str, Metric]) -> list[str]:
+    """A line per metric: the students that are worse in it, the least first."""
+    lines = []
+    for name in dict.fromkeys(verdict["metric"] for verdict in claims):
+        about, metric = [v for v in claims if v["metric"] == name], metrics[name]
+        worse = [v for v in about if (v["here"] or v["result"]) == "worse"]
+        worse.sort(key=lambda verdict: abs(verdict["difference"]))
+        shown = [
+            f"{v['claim'].split()[0]} ({fixed(metric.scale * abs(v['difference']), metric.digits)})"
+            for v in worse
+        ]
+        if shown:
+            lines.append(
+                f"{len(worse)} of {len(about)} students are worse than {reference} in "
+                f"{metric.heading}, by {metric.difference_unit}: {listed(shown)}"
+            )
+    return lines
 
 
 def dearer(result: dict[str, Any]) -> list[str]:

@@ -5,7 +5,15 @@ import json
 import pytest
 
 from measure.report.documents import is_current
-from measure.report.story import cards, claims_about, conclusion, listed, where_worse
+from measure.report.story import (
+    SHOWN,
+    cards,
+    claims_about,
+    conclusion,
+    listed,
+    shown_students,
+    where_worse,
+)
 from tests.helpers import ROOT
 
 FILES = sorted((ROOT / "results").glob("*.json"))
@@ -17,12 +25,27 @@ def quickstart() -> dict:
     return json.loads((ROOT / "results" / "quickstart.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture
+def methods() -> dict:
+    return json.loads((ROOT / "results" / "methods.json").read_text(encoding="utf-8"))
+
+
+def test_many_students_that_are_worse_share_a_line_per_metric(methods):
+    (line,) = where_worse(methods)
+    assert line.startswith("14 of 26 students are worse than baseline in agreement with teacher")
+    assert line.endswith("on_policy (45.2) and total_variation (54.4)")
+
+
+def test_of_many_students_the_story_shows_each_kind_of_access(methods):
+    assert shown_students(methods) == ["forward_kl", "top_5", "sampled_12", "text", "states"]
+
+
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_every_committed_result_has_a_story(file):
     result = json.loads(file.read_text(encoding="utf-8"))
     story = cards(result)
     assert [card.name for card in story["teacher"]] == ["teacher"]
-    assert 1 <= len(story["taught"]) <= 4
+    assert 1 <= len(story["taught"]) <= SHOWN
     assert all(card.closeness and card.share for card in story["taught"])
     assert all(line.endswith(".") for line in conclusion(result))
 
