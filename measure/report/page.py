@@ -3,6 +3,7 @@
 It reads eval.json, the log and the evaluations, and computes no metrics.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def render_report(
     rows of `reference`."""
     students, task = shown_students(result), reference.task
     models = models_side_by_side(result)
-    return template("report.html").render(
+    page = template("report.html").render(
         result=result,
         name=result["config"]["name"],
         students=students,
@@ -103,6 +104,12 @@ def render_report(
         ),
         command=result["environment"]["trained"]["command"],
     )
+    return with_whole_numbers(page)
+
+
+def with_whole_numbers(page: str) -> str:
+    """No line ends between a number and its percent sign."""
+    return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", page)
 
 
 def template(name: str) -> jinja2.Template:
@@ -244,9 +251,11 @@ def render_picture(result: dict[str, Any]) -> str:
 def render_check(result: dict[str, Any], reference: dict[str, Any], lines: list[str]) -> str:
     """HTML of a check: its lines, and every metric against the band of the committed seeds."""
     bands = reference.get("bands") or {}
-    return template("check.html").render(
-        name=result["config"]["name"],
-        lines=lines,
-        seeds=max((len(band["values"]) for band in bands.values()), default=0),
-        figure=strips(per_seed_values(result), bands) if bands else None,
+    return with_whole_numbers(
+        template("check.html").render(
+            name=result["config"]["name"],
+            lines=lines,
+            seeds=max((len(band["values"]) for band in bands.values()), default=0),
+            figure=strips(per_seed_values(result), bands) if bands else None,
+        )
     )

@@ -103,3 +103,9 @@ def test_examples_are_familiar_rows_or_else_evenly_spaced_ones():
     assert shown_rows(few, rows, 4) == [i * len(rows) // 4 for i in range(4)]
     digits = TASKS["digits"]
     assert digits.familiar == ()
+
+
+def test_no_line_ends_between_a_number_and_its_percent_sign(tiny_run):
+    page = (tiny_run / "report.html").read_text(encoding="utf-8")
+    assert "5\N{NO-BREAK SPACE}% of" in page
+    assert not re.search(r"\d %", page)
