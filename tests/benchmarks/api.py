@@ -5,16 +5,19 @@
 
 Engine: the answers to held-out rows, asked at once, against `generate` on the same rows. Server:
 requests per second and the time to the first token, by OpenAI's client over a socket, many at a
-time and one at a time.
+time and one at a time; ours, and transformers' own (`transformers serve`) with the same model.
 """
 
 import asyncio
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +37,8 @@ from teacher.api.store import Store
 ROOT = Path(__file__).parent.parent.parent
 LEAST = {"engine / generate": 0.8}
 ROUNDS, ROWS = 5, 2048
-ASKED, AT_ONCE = 400, 64
+ASKED, AT_ONCE, ALONE = 400, 64, 50
+LONGEST = 16  # tokens of an answer
 
 
 def main() -> int:
@@ -56,13 +60,28 @@ def main() -> int:
     }
     for name, ratio in found.items():
         print(f"{name}: {ratio:.2f} of the rows per second (at least {LEAST[name]:g})")
-    questions = [task.question(rows, i) for i in range(min(ASKED, len(rows)))]
-    for name, at_once in (("many at a time", AT_ONCE), ("one at a time", 1)):
-        count, first = served(
-            run.folder, run.config().name, questions[: ASKED if at_once > 1 else 100], at_once
+    prompts = [" ".join(task.tokens[t] for t in rows.prompt(i)[1:]) for i in range(ASKED)]
+    port, asked = free_port(), {"many at a time": (ASKED, AT_ONCE), "one at a time": (ALONE, 1)}
+    speeds: dict[str, list[float]] = {}
+    for name, (command, model) in servers(run, port).items():
+        with started(command) as key:
+            for how, (count, at_once) in asked.items():
+                per_second, first = asyncio.run(ask(port, key, model, prompts[:count], at_once))
+                speeds.setdefault(how, []).append(per_second)
+                print(
+                    f"{name}, {how}: {per_second:.0f} requests per second, first token after "
+                    f"{1000 * first:.0f} ms"
+                )
+    for how, (ours, theirs) in speeds.items():
+        print(
+            f"ours / transformers serve, {how}: {ours / theirs:.1f} times the requests per second"
         )
-        print(f"{name}: {count:.0f} requests per second, first token after {1000 * first:.0f} ms")
     return int(any(ratio < LEAST[name] for name, ratio in found.items()))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 def timed(work: object) -> float:
@@ -93,49 +112,70 @@ def together(engine: Engine, task: Task, rows: Rows) -> None:
     over.wait()
 
 
-def served(run: Path, model: str, questions: list[str], at_once: int) -> tuple[float, float]:
-    """(requests per second, median seconds to the first token) of a server."""
+def servers(run: Run, port: int) -> dict[str, tuple[list[str], str]]:
+    """{name: (its command, the model's name there)} of ours and of transformers' own."""
+    ours = [sys.executable, "-m", "teacher.api", "serve", str(run.folder), "--port", str(port)]
+    program = Path(sys.executable).with_name("transformers")
+    theirs = [
+        str(program), "serve", str(run.teacher), "--port", str(port), "--device", "cpu",
+        "--continuous-batching", "--log-level", "error",
+    ]  # fmt: skip
+    return {"ours": (ours, run.config().name), "transformers serve": (theirs, str(run.teacher))}
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[str]:
+    """A server, and a key for it."""
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "api.sqlite")
         store.publish_terms("1", "No training.", "no")
         _, key = store.add_account("Benchmark", "internal")
-        command = [sys.executable, "-m", "teacher.api", "--database", f"{folder}/api.sqlite"]
-        server = subprocess.Popen([*command, "serve", str(run), "--port", "8765"], cwd=ROOT)
+        store.close()
+        if "teacher.api" in command:
+            place = command.index("serve")
+            command = [*command[:place], "--database", f"{folder}/api.sqlite", *command[place:]]
+        server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
-            return asyncio.run(ask(key, questions, at_once, model))
+            yield key
         finally:
             server.terminate()
             server.wait()
-            store.close()
 
 
-async def ask(key: str, questions: list[str], at_once: int, model: str) -> tuple[float, float]:
-    client = openai.AsyncOpenAI(api_key=key, base_url="http://127.0.0.1:8765/v1", max_retries=0)
+async def ask(
+    port: int, key: str, model: str, prompts: list[str], at_once: int
+) -> tuple[float, float]:
+    """(requests per second, median seconds to the first token)."""
+    client = openai.AsyncOpenAI(
+        api_key=key, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, timeout=300
+    )
     while True:
         try:
             await client.models.list()
             break
         except openai.APIConnectionError:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.2)
     first: list[float] = []
     gate = asyncio.Semaphore(at_once)
 
-    async def one(question: str) -> None:
+    async def one(prompt: str) -> None:
         async with gate:
             started = time.perf_counter()
-            stream = await client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": question}], temperature=0,
-                stream=True,
-            )  # fmt: skip
             waiting = True
-            async for chunk in stream:
-                if waiting and chunk.choices[0].delta.content:
+            async for chunk in await client.completions.create(
+                model=model, prompt=prompt, temperature=0, max_tokens=LONGEST, stream=True
+            ):
+                if waiting and chunk.choices and chunk.choices[0].text:
                     first.append(time.perf_counter() - started)
                     waiting = False
 
-    started = time.perf_counter()
-    await asyncio.gather(*map(one, questions))
-    return len(questions) / (time.perf_counter() - started), statistics.median(first)
+    await asyncio.gather(*map(one, prompts[: 2 * at_once]))  # as a server that has been running
+    first.clear()
+    started_at = time.perf_counter()
+    await asyncio.gather(*map(one, prompts))
+    seconds = time.perf_counter() - started_at
+    await client.close()
+    return len(prompts) / seconds, statistics.median(first)
 
 
 if __name__ == "__main__":
