@@ -215,6 +215,24 @@ def test_what_is_concluded_from_methods_is_what_its_claims_show():
         assert found[f"{name} beats baseline"] == "worse"
 
 
+def test_what_is_concluded_from_scaling_is_what_its_students_and_laws_show():
+    found = result("scaling")
+    kl = {n: e["fidelity"]["kl_teacher_student"] for n, e in found["students"].items()}
+    most = kl["words_100k"]["mean"]
+    assert min(kl["words_300k"]["mean"], kl["words_1m"]["mean"]) > most
+    assert kl["words_30k"]["ci95"][0] <= most <= kl["words_30k"]["ci95"][1]
+    assert kl["words_10k"]["ci95"][0] > most
+    rows, size = found["laws"]["rows"], found["laws"]["size"]
+    constant = rows["law_ci95"][2]
+    assert constant[0] < most < constant[1]
+    assert set(rows["x"]) == {"words_1k", "words_3k", "words_10k", "words_30k", "words_100k"}
+    assert size["identified"]
+    assert size["minimum_ci95"][1] < size["x"]["size_8th"]
+    scaling = config("scaling")
+    shapes = map(scaling.model_of, scaling.recipes.values())
+    assert {model.num_hidden_layers for model in shapes} == {2}
+
+
 def test_what_is_concluded_from_digits_is_what_its_claims_show():
     found = {(v["claim"], v["metric"]): v for v in result("digits")["verdicts"]}
     for claim in ("t4 beats t1", "t20 beats t1", "t4 beats baseline"):
