@@ -26,7 +26,7 @@ from torch import nn
 
 from configs.schema import Config, LabError, Recipe, Training
 from experiment.budget import check_budgets, steps_within_budget
-from experiment.collecting import OpenSource, ask_teacher, sources
+from experiment.collecting import OpenSource, ask_teacher, check_seller, sources
 from experiment.cost import CountedForward, cpu_seconds, load_of_others
 from experiment.environment import environment
 from experiment.experiment import (
@@ -98,6 +98,7 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
         experiment = open_experiment(config, Run(folder), accelerator)
         check_experiment(experiment)
         check_budgets(experiment)
+        check_seller(experiment)
         experiment = begin_run(experiment, folder)
         plan, run = experiment.plan, experiment.run
         before = [*run.ledger]
@@ -182,8 +183,8 @@ def produce_outputs(
     """Compute, or buy, and store what the teacher reveals for the transfer rows."""
     run, request = experiment.run, experiment.plan.request(recipe)
     binding = binding_of(experiment, recipe, request)
-    api = experiment.config.teacher.api  # what was bought with a permission is not for all
-    made_from = "+".join(map(str, [*binding.values(), *([api.permission] if api else [])]))
+    permission = [experiment.config.teacher.api.permission] if "api" in binding else []
+    made_from = "+".join(map(str, [*binding.values(), *permission]))
     if run.stage_done(stage) or (not fresh and reuse_stage(experiment, stage, made_from)):
         return
     rows, folder = request.transfer_rows or len(experiment.rows), run.folder / stage

@@ -27,6 +27,16 @@ def check_api(config: Config, task: type[Task]) -> Iterator[str]:
             yield f"teacher.api.{key} is missing: an endpoint at a url needs model and key_env"
         if value and not api.url:
             yield f"teacher.api.{key} is for an endpoint at a url; remove it, or name the url"
+    if api.endpoint == "completions" and not task.continues_text:
+        yield (
+            f"teacher.api.endpoint completions continues a text, which a question of task "
+            f"{task.name} is not; use chat"
+        )
+    if api.url is None and not api.permission:
+        yield (
+            "teacher.api.permission is missing: the terms under which a run sells its own teacher "
+            "do not allow that a model is trained on its answers; say who allowed it"
+        )
     yield from check_url(api.url)
     for name, recipe in config.recipes.items():
         yield from (f"recipes.{name}: {problem}" for problem in check_recipe(recipe))

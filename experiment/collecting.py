@@ -51,7 +51,7 @@ def sources(experiment: Experiment) -> Iterator[OpenSource]:
         seller = Seller(experiment, stack)
 
         def open_source(stage: str, recipe: Recipe, request: OutputsRequest) -> Source:
-            if experiment.config.teacher.api is None:
+            if experiment.config.teacher.api is None or recipe.teachers != ["teacher"]:
                 return source_of(experiment, recipe, request, CountedForward)
             if experiment.config.sold_elsewhere and not seller.asked:
                 require_same_model(experiment, seller)
@@ -79,6 +79,19 @@ def endpoint_of(
     )
     endpoint.require_revealed(experiment.task.question(experiment.validation, 0))
     return endpoint
+
+
+def check_seller(experiment: Experiment) -> None:
+    """Before a run folder is made: the endpoint answers, knows the key, and its terms, which are
+    shown, allow it. LabError otherwise."""
+    if experiment.config.sold_elsewhere:
+        with ExitStack() as stack:
+            show_terms(Seller(experiment, stack).offer("text", None, "terms"))
+
+
+def show_terms(offer: "Offer") -> None:
+    say(f"terms of {offer.model}, version {offer.terms}, allow distillation: "
+        f"{offer.allows_distillation}. {offer.terms_text}".rstrip())  # fmt: skip
 
 
 def ask_teacher(experiment: Experiment, stage: str) -> StageResult:
@@ -159,18 +172,19 @@ class Seller:
             url, model = self.own_url, self.config.name
             key = self.own_key(access, k, customer)
         else:
-            url, model, key = settings.url, settings.model, os.environ.get(settings.key_env, "")
-            if not key:
+            url, model = settings.url, settings.model
+            key = os.environ.get(settings.key_env, "").strip()
+            if not (key and key.isascii() and key.isprintable()):
                 raise LabError(f"the environment variable {settings.key_env} holds no key; set it")
         offer = Offer.of(url, model, key, settings)
-        if not (self.asked or (self.run.stage_done("teacher") and settings.url)):
-            say(f"terms of {model}, version {offer.terms}, allow distillation: "
-                f"{offer.allows_distillation}. {offer.terms_text}".rstrip())  # fmt: skip
+        if settings.url is None and not self.asked:
+            show_terms(offer)
         self.asked = True
         if offer.allows_distillation == "no" and not settings.permission:
             raise LabError(
-                f"the terms of {model} do not allow that a model is trained on its answers; if its "
-                "owner has allowed it, say so in teacher.api.permission"
+                f"the terms of {model}, version {offer.terms}, do not allow that a model is "
+                f"trained on its answers: {offer.terms_text[:300]!r}. If its owner has allowed it, "
+                "say who in teacher.api.permission"
             )
         return offer
 

@@ -257,7 +257,7 @@ def teacher_made_from(experiment: Experiment, seed: int) -> str:
 
 def binding_of(experiment: Experiment, recipe: Recipe, request: OutputsRequest) -> dict[str, Any]:
     """What the outputs of a recipe must be bound to in this run."""
-    api = experiment.config.teacher.api
+    api = experiment.config.teacher.api if recipe.teachers == ["teacher"] else None
     return request.binding(
         teacher_sha256=teacher_sha256(experiment, recipe),
         tokenizer_sha256=experiment.run.manifest["data"]["tokenizer"],

@@ -154,9 +154,20 @@ class OutputsLog:
 def print_summary(run: Run) -> None:
     """Print where things are, what they cost, and the next command."""
     minutes = sum(row["seconds"] for row in run.ledger) / 60
+    bought = [row for row in run.ledger if "requests" in row]
+    requests, tokens, money = (
+        sum(row[key] for row in bought for key in keys)
+        for keys in (("requests",), ("prompt_tokens", "completion_tokens"), ("money",))
+    )
+    currency = run.config().cost.currency
+    bill = (
+        f"bought     {requests:,} answers, {tokens:,} tokens, {money:.4f} {currency}\n"
+        if bought
+        else ""
+    )
     text = (
         f"teacher    {run.teacher}\nstudents   {run.folder / 'students'}\n"
-        f"cost       {run.folder / 'ledger.json'} ({minutes:.1f} minutes in all)\n\n"
+        f"cost       {run.folder / 'ledger.json'} ({minutes:.1f} minutes in all)\n{bill}\n"
         f"next: {command_line('eval.py', run.folder)}"
     )
     width = max(80, *(len(line) + 4 for line in text.splitlines()))  # commands stay on one line

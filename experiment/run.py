@@ -84,6 +84,10 @@ class LogLine(Shape):
     loss: float
 
 
+# Keys that may change while a run is resumed: they decide how far it gets, not what it makes.
+ADJUSTABLE = ("teacher.api.budget_", "teacher.api.at_once")
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -105,11 +109,14 @@ class Run:
         settings = config.model_dump(mode="json")
         if (folder / "config.yaml").exists():
             differing = differences(run.reload().config().model_dump(mode="json"), settings)
-            if differing:
+            others = [key for key in differing if not key.startswith(ADJUSTABLE)]
+            if others:
                 raise LabError(
-                    f"{folder} was made with another config ({differing[0]}); "
+                    f"{folder} was made with another config ({others[0]}); "
                     "give this one another name=..., or delete the folder"
                 )
+            if differing:
+                run.write_config(settings)
             run.reopen_missing_stages()
         else:
             begun = {"manifest.json", "ledger.json"}  # left by a start that was killed
@@ -119,13 +126,9 @@ class Run:
                 "schema": SCHEMA,
                 "started": now(),
                 "finished": None,
-                "config": sha256_of_json(settings),
                 "stages": {},
             }
-            run.save()
-            write_atomically(
-                folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, width=100)
-            )
+            run.write_config(settings)
         if not run.manifest["finished"]:
             run.record_environment(environment)
             run.save()
@@ -174,6 +177,12 @@ class Run:
             say(f"{self.folder / stage} is missing: it is made again")
             del stages[stage]
             self.manifest["finished"] = None
+
+    def write_config(self, settings: dict[str, Any]) -> None:
+        self.manifest["config"] = sha256_of_json(settings)
+        self.save()
+        text = yaml.safe_dump(settings, sort_keys=False, width=100)
+        write_atomically(self.folder / "config.yaml", text)
 
     def record_environment(self, here: dict[str, Any]) -> None:
         """Record where the run continues. The previous environment is kept if it made a stage, or a

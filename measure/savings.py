@@ -91,6 +91,8 @@ def bought(
     if len(curves) < 2:
         return None
     reference = next(iter(curves))
+    if not all(paid[name][key] for curve in curves.values() for name in curve for key in PAID):
+        return None  # at no price there is nothing to compare
     needs = needs_of(curves, reference, paid, PAID, estimates, signs)
     return {"reference": reference, "curves": curves, "paid": paid, "needs": needs}
 

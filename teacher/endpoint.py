@@ -9,6 +9,7 @@ import json
 import sqlite3
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -16,10 +17,17 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from openai import APIConnectionError, APIStatusError, OpenAI, RateLimitError
+from openai import (
+    APIConnectionError,
+    APIStatusError,
+    DefaultHttpxClient,
+    OpenAI,
+    RateLimitError,
+)
 from safetensors.numpy import load, save
 
 from configs.schema import Api, LabError
@@ -58,15 +66,18 @@ class Offer:
     def of(cls, url: str, model: str, key: str, settings: Api) -> "Offer":
         """As the server states it (`/v1/account`, which most do not have) or else as the config
         does. LabError if it cannot be reached or does not know the key."""
-        client = OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=PATIENCE)
+        client = client_of(url, key)
         try:
             found = client.get("/account", cast_to=object)
+            tier, terms = found["tier"], found["terms"]
+        except (TypeError, KeyError, ValueError):  # something else is at that address
+            prices = settings.price_in, settings.price_out
+            return cls(url, model, key, *prices, allows_distillation=settings.allows_distillation)
         except (APIStatusError, APIConnectionError) as error:
             if getattr(error, "status_code", None) not in (404, 405):
                 raise problem(url, error) from None
             prices = settings.price_in, settings.price_out
             return cls(url, model, key, *prices, allows_distillation=settings.allows_distillation)
-        tier, terms = found["tier"], found["terms"]
         return cls(
             url, model, key, tier["price_in"], tier["price_out"], tier["access"], tier["k"],
             terms["version"], terms["text"], terms["allows_distillation"],
@@ -74,6 +85,17 @@ class Offer:
 
     def money(self, prompt_tokens: int, completion_tokens: int) -> float:
         return (self.price_in * prompt_tokens + self.price_out * completion_tokens) / PER_MILLION
+
+
+def client_of(url: str, key: str) -> OpenAI:
+    """OpenAI's client; to this machine it goes straight, whatever proxy the environment names."""
+    local = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    http = DefaultHttpxClient(trust_env=not local)
+    client = OpenAI(
+        base_url=url, api_key=key, max_retries=RETRIES, timeout=PATIENCE, http_client=http
+    )
+    weakref.finalize(client, http.close)
+    return client
 
 
 def problem(url: str, error: APIStatusError | APIConnectionError) -> LabError:
@@ -227,13 +249,11 @@ class Endpoint:
         # how many log-probabilities to ask for at each token
         self.alternatives = ACCESS[access].sold(k, task.vocabulary)
         self.journal, self.seed = journal, seed
-        self.client = OpenAI(
-            base_url=offer.url, api_key=offer.key, max_retries=RETRIES, timeout=PATIENCE
-        )
+        self.client = client_of(offer.url, offer.key)
         self.spending = Spending(
             offer, settings.budget_tokens, settings.budget_money, *journal.totals()
         )
-        self.unreadable = 0
+        self.asked = self.unreadable = 0
 
     def origin(self) -> dict[str, Any]:
         """Whose answers they are, and on which terms they were bought."""
@@ -300,9 +320,10 @@ class Endpoint:
 
     def read_row(self, rows: Rows, i: int, answer: Answer) -> Iterator[TeacherRow]:
         """The row of an answer; none if the task cannot read it. LabError if there are many."""
+        self.asked += 1
         if not len(answer.tokens):
             self.unreadable += 1
-            if self.unreadable > max(10, MOST_UNREADABLE * len(rows)):
+            if self.unreadable > max(10, MOST_UNREADABLE * self.asked):
                 raise LabError(
                     f"task {self.task.name} cannot read {self.unreadable} of the answers of "
                     f"{self.offer.model}; is it a model for this task?"
@@ -343,10 +364,18 @@ class Endpoint:
             "temperature": temperature,
             "seed": row_id(f"{self.seed} {row}") % 2**31,
         }
-        found = json.loads(self.patiently(partial(self.send, question, asked)))
-        choice, usage = found["choices"][0], found["usage"]
-        used = usage["prompt_tokens"], usage["completion_tokens"]
-        answer = self.read(choice)
+        body = self.patiently(partial(self.send, question, asked))
+        used = len(question.encode()) + self.spending.overhead, longest  # if it does not say
+        try:
+            found = json.loads(body)
+            usage = found.get("usage") or {}
+            used = usage.get("prompt_tokens", used[0]), usage.get("completion_tokens", used[1])
+            answer = self.read(found["choices"][0])
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            answer = Answer.of([], [])  # paid, whatever it is
+        except LabError:
+            self.journal.add(row, used, Answer.of([], []))
+            raise
         self.journal.add(row, used, answer)
         return answer, used
 

@@ -268,7 +268,12 @@ def needs_cell(need: dict[str, Any] | str, keys: list[str]) -> str:
 def models_table(result: dict[str, Any], interval: bool) -> ShownTable:
     """A row per model: size, cost in % of the teacher's training FLOPs, outputs included, and the
     metrics of the short table."""
-    compared, columns = compared_in(result), columns_of(result, short=True)
+    compared, entries = compared_in(result), models_in(result).values()
+    columns = {
+        name: metric
+        for name, metric in columns_of(result, short=True).items()
+        if any(value_in(entry, name) for entry in entries)
+    }
     headings = ["", "parameters", "cost %", *map(heading, columns.values()), *more_headings(result)]
     rows = []
     for name, entry in models_in(result).items():

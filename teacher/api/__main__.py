@@ -143,9 +143,8 @@ def serve(options: argparse.Namespace) -> int:
         address = f"{scheme}://{options.host}:{listener.getsockname()[1]}/v1"
         say(f"model {config.name} at {address} , accounts in {options.database}; Ctrl-C ends it")
         if not options.no_admin:
-            say(
-                f"accounts at {address.removesuffix('v1')}admin , user {OWNER}, password {password}"
-            )
+            here = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/admin"
+            say(f"accounts at {here} , user {OWNER}, password {password}")
         sys.stdout.flush()  # whoever started this waits for the address
         with suppress(KeyboardInterrupt):  # Ctrl-C has ended it in order
             server.run(sockets=[listener])

@@ -25,7 +25,7 @@ TEMPLATES = Environment(
 )
 DAYS_SHOWN = 7 * 24 * 3600.0  # seconds of traffic
 OWNER = "owner"  # the user of the admin page
-LOCAL = {"127.0.0.1", "localhost", "[::1]", "testserver"}
+LOCAL = {"127.0.0.1", "localhost", "[::1]"}
 
 
 class Change(BaseModel):

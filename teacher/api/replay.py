@@ -7,6 +7,7 @@ the limits on, without HTTP. Either way the clock of the log is that of the traf
 import asyncio
 import hashlib
 import heapq
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -126,7 +127,7 @@ async def replayed(
         service.account(f"Bearer {key}"),
         body,
         service.prompts.chat(messages),
-        pool.prompts[ask.prompt],
+        json.dumps(messages, ensure_ascii=False),
         body.max_tokens,
     )
     exchange.admit(bool(body.logprobs), ask.top_logprobs)

@@ -71,7 +71,7 @@ def test_terms_that_forbid_it_need_a_permission_even_if_another_run_had_one(boug
     code = train_tiny(bought.folder.parent, *BOUGHT[1:], "name=other", "teacher.api={}")
     assert code == 2
     error = capsys.readouterr().err
-    assert "do not allow that a model is trained on its answers" in error
+    assert "teacher.api.permission is missing" in error
     assert len(error.splitlines()) == 1
     assert psutil.Process().children() == []
 
@@ -104,6 +104,7 @@ def test_the_teacher_is_the_one_that_was_not_sold(bought, tiny_run):
         ("recipes.top_3.outputs.temperature=0.5", "use 0 or 1"),
         ("recipes.top_3.outputs.prompts=invented", "use prompts train"),
         ("task={name: digits}", "digits has images"),
+        ("teacher.api.endpoint=completions", "which a question of task pronounce is not; use chat"),
     ],
 )
 def test_what_an_endpoint_cannot_answer_is_refused(change, problem, tmp_path, capsys):
@@ -111,6 +112,35 @@ def test_what_an_endpoint_cannot_answer_is_refused(change, problem, tmp_path, ca
     error = capsys.readouterr().err
     assert problem in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_budget_can_be_raised_and_what_was_bought_is_kept(tmp_path, capsys):
+    poor = [*BOUGHT[1:], "teacher.api={permission: me, budget_tokens: 600, at_once: 2}"]
+    assert train_tiny(tmp_path, *poor) == 2
+    assert "raise teacher.api.budget_tokens" in capsys.readouterr().err
+    rich = [*BOUGHT[1:], "teacher.api={permission: me, budget_tokens: 90000, at_once: 8}"]
+    assert train_tiny(tmp_path, *rich) == 0
+    run = Run.finished(tmp_path / "tiny")
+    assert run.config().teacher.api.budget_tokens == 90000
+    store = Store(run.folder / "api.sqlite")
+    asked = store.database.execute("SELECT COUNT(*) FROM usage").fetchone()[0]
+    assert asked == 200  # none twice
+    store.close()
+
+
+def test_a_student_of_another_student_is_not_sold_the_teachers_answers(tmp_path):
+    recipes = (
+        "recipes={text: {access: text, sequences: teacher, objective: cross_entropy,"
+        " outputs: {transfer_rows: 50}, student: {budget_fraction: 0.3}}, "
+        "second: {teachers: [text], access: logits, sequences: teacher,"
+        " outputs: {transfer_rows: 20}}}"
+    )
+    assert train_tiny(tmp_path, *BOUGHT, recipes) == 0
+    run = Run.finished(tmp_path / "tiny")
+    bought = [stage for stage, made in run.manifest["stages"].items() if "bought" in made]
+    assert bought == ["outputs/teacher-text-train-50"]
+    made = [stage for stage in run.manifest["stages"] if stage.startswith("outputs/")]
+    assert len(made) == 2
 
 
 # -- a teacher behind a url, whose weights are unknown ---------------------------------------------
@@ -147,6 +177,7 @@ def test_a_run_whose_teacher_is_behind_an_endpoint(elsewhere, key, tmp_path, cap
     assert train_tiny(tmp_path, *far(elsewhere)) == 0
     run = Run.finished(tmp_path / "tiny")
     bill = elsewhere.store.bill_of(key)
+    assert "bought     230 answers, " in capsys.readouterr().out
     paid = [row for row in run.ledger if "requests" in row]
     splits = ("validation", *elsewhere.task.evaluation_splits)
     rows = {split: len(elsewhere.task.rows(split)) for split in splits}
@@ -179,6 +210,17 @@ class Answers:
         return self.task.grade(self.rows.ids, self.texts)["wrong"].mean()
 
 
+def test_terms_that_forbid_it_stop_before_anything_is_made(elsewhere, key, tmp_path, capsys):
+    """With the permission, the same command then works."""
+    api = f"url: '{elsewhere.url}', model: small, key_env: LAB_KEY"
+    forbidden = [o for o in far(elsewhere) if not o.startswith("teacher=")]
+    assert train_tiny(tmp_path, *forbidden, f"teacher={{api: {{{api}}}}}") == 2
+    assert "version 1, do not allow that a model is trained on" in capsys.readouterr().err
+    assert not (tmp_path / "tiny" / "config.yaml").exists()
+    assert elsewhere.store.usage_of(key) == []
+    assert train_tiny(tmp_path, *far(elsewhere)) == 0
+
+
 def test_another_model_behind_the_name_is_noticed(elsewhere, key, tmp_path, capsys):
     few = "recipes={text: {access: text, sequences: teacher, objective: cross_entropy, " + (
         "outputs: {transfer_rows: 20}}}"
@@ -196,7 +238,7 @@ def test_another_model_behind_the_name_is_noticed(elsewhere, key, tmp_path, caps
             weight.copy_(before)
     shown = capsys.readouterr()
     assert "there is another model behind the name" in shown.err
-    assert shown.out.count("No training.") == 1  # the terms
+    assert shown.out.count("No training.") == 2  # the terms, once by each command
     assert train_tiny(tmp_path, *far(elsewhere), few, "compare=null") == 0
 
 

@@ -272,6 +272,30 @@ def test_answers_that_the_task_cannot_read_are_left_out(served, rows, endpoint, 
         answers(one, rows)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>", b'{"error": {"message": "?"}}', b'{"choices": []}',
+        b'{"choices": [{"finish_reason": "stop", "message": {"content": null}}], "usage": null}',
+    ],
+)  # fmt: skip
+def test_an_answer_of_another_shape_is_paid_once_and_left_out(body, rows, endpoint, monkeypatch):
+    """It was a traceback, and was asked and paid again at every rerun."""
+    monkeypatch.setattr(Endpoint, "send", lambda self, question, asked: body)
+    one, few = endpoint(), rows.take(np.arange(5))
+    assert answers(one, few) == {}
+    assert one.bill()["requests"] == 5
+    assert one.bill()["completion_tokens"] > 0  # the most that it can have been
+    again = endpoint()
+    monkeypatch.setattr(Endpoint, "send", lambda self, question, asked: pytest.fail("asked again"))
+    assert answers(again, few) == {}
+
+
+def test_a_proxy_is_not_asked_for_a_server_on_this_machine(rows, endpoint, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    assert len(answers(endpoint(), rows.take(np.arange(3)))) == 3
+
+
 # -- killed ----------------------------------------------------------------------------------------
 
 COLLECT = """
