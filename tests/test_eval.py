@@ -74,7 +74,7 @@ def test_a_run_is_found_by_its_name_and_behind_the_questions(copy, tmp_path, mon
 def test_held_out_rows_count_as_read_when_the_evaluation_begins(copy, monkeypatch):
     before = Run(copy).reload().manifest["heldout_reads"]
     monkeypatch.setattr(
-        judge, "TeacherReference", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        judge, "teacher_references", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     assert judge.main([str(copy)]) == 130
     assert Run(copy).reload().manifest["heldout_reads"] == before + 1

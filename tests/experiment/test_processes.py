@@ -13,6 +13,7 @@ import pytest
 import train
 from configs.schema import LabError
 from experiment.check import losses_of
+from experiment.collecting import sources
 from experiment.run import Run
 from teacher import outputs
 from tests.helpers import ROOT, TINY, fit
@@ -55,7 +56,9 @@ def test_outputs_are_finished_when_all_processes_have_written_their_shards(lab, 
     )  # fmt: skip
     recipe = lab.config.recipes["distilled"]
     stage = lab.plan.request(recipe).stage
-    train.produce_outputs(dataclasses.replace(lab, accelerator=two), stage, recipe, fresh=True)
+    shared = dataclasses.replace(lab, accelerator=two)
+    with sources(shared) as open_source:
+        train.produce_outputs(shared, stage, recipe, open_source, fresh=True)
     assert lab.run.manifest["stages"][stage]["rows"] == len(lab.rows) > 200
 
 
