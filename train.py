@@ -9,7 +9,7 @@ Rerun the same command to resume. Evaluate the run with eval.py.
 
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -190,7 +190,7 @@ def produce_outputs(
     rows, folder = request.transfer_rows or len(experiment.rows), run.folder / stage
     accelerator = experiment.accelerator
     source = open_source(stage, recipe, request)
-    with OutputsLog(experiment, stage, rows, source) as log:
+    with closing(source), OutputsLog(experiment, stage, rows, source) as log:
         make_outputs(
             folder,
             source,

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -82,8 +82,13 @@ def endpoint_of(
 
 
 def check_seller(experiment: Experiment) -> None:
-    """Before a run folder is made: the endpoint answers, knows the key, and its terms, which are
-    shown, allow it. LabError otherwise."""
+    """Before a run folder is made: one process buys, and an endpoint elsewhere answers, knows the
+    key, and its terms, which are shown, allow it. LabError otherwise."""
+    processes = experiment.accelerator.num_processes
+    if experiment.config.teacher.api and processes > 1:
+        raise LabError(
+            f"{processes} processes would each pay for the answers: with teacher.api launch one"
+        )
     if experiment.config.sold_elsewhere:
         with ExitStack() as stack:
             show_terms(Seller(experiment, stack).offer("text", None, "terms"))
@@ -102,7 +107,8 @@ def ask_teacher(experiment: Experiment, stage: str) -> StageResult:
     rows = {split: evaluated_rows(config, task, split) for split in splits}
     with ExitStack() as stack:
         endpoint = endpoint_of(experiment, stage, "text", None, Seller(experiment, stack))
-        with OutputsLog(experiment, stage, sum(map(len, rows.values())), endpoint) as log:
+        count = sum(map(len, rows.values()))
+        with closing(endpoint), OutputsLog(experiment, stage, count, endpoint) as log:
             answers = {split: texts_of(endpoint, found, log) for split, found in rows.items()}
     offer = endpoint.offer
     bought = Bought(
@@ -132,14 +138,15 @@ def require_same_model(experiment: Experiment, seller: "Seller") -> None:
     """Ask again what was asked first. LabError if the model behind the name answers otherwise."""
     config, known = experiment.config, open_bought(experiment.run)
     rows = lowest(evaluated_rows(config, experiment.task, "validation"), PROBED)
-    endpoint = endpoint_of(experiment, f"probe-{os.getpid()}", "text", None, seller)
+    folder = experiment.run.checkpoints("probe")
+    shutil.rmtree(folder, ignore_errors=True)  # of a probe that failed
+    endpoint = endpoint_of(experiment, "probe", "text", None, seller)
     if endpoint.offer.terms != known.terms:
         raise LabError(
             f"{known.model} has terms version {endpoint.offer.terms} now, and this run began under "
             f"version {known.terms}; read them, and begin again under another name=..."
         )
-    folder = experiment.run.checkpoints(f"probe-{os.getpid()}")
-    with OutputsLog(experiment, "probe", len(rows), endpoint) as log:
+    with closing(endpoint), OutputsLog(experiment, "probe", len(rows), endpoint) as log:
         texts = texts_of(endpoint, rows, log)
     shutil.rmtree(folder)
     other = [i for i, text in texts.items() if text != known.answers["validation"][i]]

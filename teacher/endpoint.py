@@ -6,10 +6,9 @@ the answer did not use is given back, so that it is never exceeded.
 """
 
 import json
+import math
 import sqlite3
 import threading
-import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -43,6 +42,7 @@ PATIENCE = 600.0  # seconds for one answer
 OVERHEAD = 64  # tokens that a server's chat template may add to a prompt
 WAIT = 10.0  # seconds before the next try after a rate limit that does not say how many
 PROBE = -1  # in the journal, the answer that shows what an endpoint reveals
+ROUNDING = 1e-3  # of the sum of all probabilities
 MOST_UNREADABLE = 0.1  # of the answers
 
 
@@ -66,18 +66,18 @@ class Offer:
     def of(cls, url: str, model: str, key: str, settings: Api) -> "Offer":
         """As the server states it (`/v1/account`, which most do not have) or else as the config
         does. LabError if it cannot be reached or does not know the key."""
-        client = client_of(url, key)
         try:
-            found = client.get("/account", cast_to=object)
+            with client_of(url, key) as client:
+                found = client.get("/account", cast_to=object)
             tier, terms = found["tier"], found["terms"]
-        except (TypeError, KeyError, ValueError):  # something else is at that address
-            prices = settings.price_in, settings.price_out
-            return cls(url, model, key, *prices, allows_distillation=settings.allows_distillation)
-        except (APIStatusError, APIConnectionError) as error:
-            if getattr(error, "status_code", None) not in (404, 405):
+        except (APIStatusError, APIConnectionError, TypeError, KeyError, ValueError) as error:
+            states_it = getattr(error, "status_code", None) not in (404, 405)
+            if states_it and isinstance(error, APIStatusError | APIConnectionError):
                 raise problem(url, error) from None
-            prices = settings.price_in, settings.price_out
-            return cls(url, model, key, *prices, allows_distillation=settings.allows_distillation)
+            return cls(
+                url, model, key, settings.price_in, settings.price_out,
+                allows_distillation=settings.allows_distillation,
+            )  # fmt: skip
         return cls(
             url, model, key, tier["price_in"], tier["price_out"], tier["access"], tier["k"],
             terms["version"], terms["text"], terms["allows_distillation"],
@@ -90,12 +90,10 @@ class Offer:
 def client_of(url: str, key: str) -> OpenAI:
     """OpenAI's client; to this machine it goes straight, whatever proxy the environment names."""
     local = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    http = DefaultHttpxClient(trust_env=not local)
-    client = OpenAI(
-        base_url=url, api_key=key, max_retries=RETRIES, timeout=PATIENCE, http_client=http
-    )
-    weakref.finalize(client, http.close)
-    return client
+    return OpenAI(
+        base_url=url, api_key=key, max_retries=RETRIES, timeout=PATIENCE,
+        http_client=DefaultHttpxClient(trust_env=not local),
+    )  # fmt: skip
 
 
 def problem(url: str, error: APIStatusError | APIConnectionError) -> LabError:
@@ -187,6 +185,11 @@ class Answer:
         return shared.log().clamp_min(LOG_ZERO).float()
 
 
+def mass_of(log_probs: dict[str, float]) -> float:
+    """The probability of these outcomes together. Outcomes that are impossible may be missing."""
+    return sum(map(math.exp, log_probs.values()))
+
+
 @dataclass
 class Spending:
     """What has been spent, and what requests in flight may spend, of a budget in tokens and in
@@ -254,6 +257,11 @@ class Endpoint:
             offer, settings.budget_tokens, settings.budget_money, *journal.totals()
         )
         self.asked = self.unreadable = 0
+        self.stopped = threading.Event()
+
+    def close(self) -> None:
+        self.client.close()
+        self.journal.database.close()
 
     def origin(self) -> dict[str, Any]:
         """Whose answers they are, and on which terms they were bought."""
@@ -300,18 +308,23 @@ class Endpoint:
                     row = int(rows.ids[waiting.popleft()])
                     asked[pool.submit(self.ask, row, question, longest, temperature)] = i
                 if not asked:
-                    raise LabError(
-                        f"the budget of {self.offer.url} is spent, with {len(waiting)} of "
-                        f"{len(rows)} rows not answered; raise teacher.api.budget_tokens or "
-                        "budget_money, or lower outputs.transfer_rows"
-                    )
+                    raise self.budget_spent(len(waiting), len(rows))
                 for future in wait(asked, return_when=FIRST_COMPLETED).done:
                     i = asked.pop(future)
                     answer, used = future.result()
                     self.spending.settle(i, *used)
                     yield from self.read_row(rows, i, answer)
         finally:
+            if waiting or asked:  # an error: nobody waits for a rate limit any more
+                self.stopped.set()
             pool.shutdown(cancel_futures=True)  # answers in flight are paid for: into the journal
+            self.stopped.clear()
+
+    def budget_spent(self, left: int, rows: int) -> LabError:
+        return LabError(
+            f"the budget of {self.offer.url} is spent, with {left} of {rows} rows not answered; "
+            "raise teacher.api.budget_tokens or budget_money, or lower outputs.transfer_rows"
+        )
 
     def longest(self, question: str) -> int:
         """How many tokens an answer may have."""
@@ -340,10 +353,14 @@ class Endpoint:
     def require_revealed(self, question: str) -> None:
         """LabError if the endpoint does not reveal what is to be learned from: as it states or, if
         it does not, as an answer of one token shows."""
-        if not self.alternatives or self.spending.requests:
+        if not self.alternatives:
             return
         if self.offer.access is None:
-            self.ask(PROBE, question, 1, 0.0)
+            known = self.journal.get(PROBE)
+            if known is None or not len(known.tokens):
+                if not self.spending.reserve(PROBE, len(question.encode()), 1):
+                    raise self.budget_spent(1, 1)
+                self.spending.settle(PROBE, *self.ask(PROBE, question, 1, 0.0)[1])
             return
         most = ACCESS[self.offer.access].sold(self.offer.k, self.task.vocabulary)
         if most < self.alternatives:
@@ -402,9 +419,15 @@ class Endpoint:
                 headers = error.response.headers
                 if error.code == "insufficient_quota" or headers.get("x-should-retry") == "false":
                     raise problem(self.offer.url, error) from None
-                time.sleep(float(headers.get("retry-after", WAIT)))
+                self.pause(headers.get("retry-after", ""))
             except (APIStatusError, APIConnectionError) as error:
                 raise problem(self.offer.url, error) from None
+
+    def pause(self, retry_after: str) -> None:
+        """Wait as long as the server says; LabError if the others have failed meanwhile."""
+        seconds = float(retry_after) if retry_after.isdecimal() else WAIT
+        if self.stopped.wait(seconds):
+            raise LabError(f"{self.offer.url} was being waited for")
 
     # -- reading an answer ---------------------------------------------------------------------
 
@@ -444,7 +467,8 @@ class Endpoint:
             ]
         else:
             names, pairs = found.get("tokens") or [], found.get("top_logprobs") or []
-        if not names or not all(pairs):
+        fewest = min(map(len, pairs), default=0)
+        if not names or not fewest:
             raise LabError(
                 f"{self.offer.url} reveals no log-probabilities of {self.offer.model}: use access "
                 "text"
@@ -455,5 +479,10 @@ class Endpoint:
             raise LabError(
                 f"{self.offer.model} has other tokens than its student, such as {foreign!r}: use "
                 "access text, or a task with its tokenizer"
+            )
+        if fewest < self.alternatives and any(mass_of(one) < 1 - ROUNDING for one in pairs):
+            raise LabError(
+                f"{self.offer.url} reveals {fewest} log-probabilities per token, and the recipe "
+                f"learns from {self.alternatives}: use access top_k with a smaller outputs.k"
             )
         return names, pairs

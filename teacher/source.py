@@ -49,6 +49,7 @@ class Source(Protocol):
     def flops(self) -> float: ...
     def bill(self) -> dict[str, Any]: ...
     def origin(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
     def answer(
         self, rows: Rows, temperature: float, probabilities: bool, generator: torch.Generator
     ) -> Iterator[TeacherRow]: ...
@@ -74,6 +75,9 @@ class LocalModel:
 
     def origin(self) -> dict[str, Any]:
         return {}
+
+    def close(self) -> None:
+        pass
 
     def score(self, rows: Rows) -> Iterator[TeacherRow]:
         """Score the completions of the data: the model's distribution at each of their tokens."""

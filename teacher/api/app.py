@@ -204,7 +204,8 @@ async def respond(exchange: Exchange, request: Request, shape: Shape) -> Respons
     request_id = request.state.request_id = exchange.request_id
     shape.begin(request_id, exchange.prompt)
     if exchange.body.stream:
-        return StreamingResponse(
+        return Streamed(
+            exchange,
             stream(exchange, shape),
             media_type="text/event-stream",
             headers={"x-request-id": request_id, "cache-control": "no-store"},
@@ -221,21 +222,32 @@ async def respond(exchange: Exchange, request: Request, shape: Shape) -> Respons
     return json_of(shape.whole(found), {"x-request-id": request_id})
 
 
+class Streamed(StreamingResponse):
+    """Closes the usage row when the client is gone, even before the first byte was asked for."""
+
+    def __init__(self, exchange: Exchange, content: AsyncIterator[bytes], **options: Any) -> None:
+        super().__init__(content, **options)
+        self.exchange = exchange
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.exchange.finish("disconnected")  # unless it is done
+
+
 async def stream(exchange: Exchange, shape: Shape) -> AsyncIterator[bytes]:
     """Server-sent events; ends the answers if the client is gone."""
     options = exchange.body.stream_options
-    try:
-        for chunk in shape.opening(len(exchange.jobs)):
-            yield event(chunk)
-        async with aclosing(exchange.growing()) as growing:
-            async for answer in growing:
-                yield event(shape.chunk(answer))
-        if options and options.include_usage:
-            yield event(shape.usage_chunk([*exchange.found.values()]))
-        exchange.finish("done")  # before the client knows
-        yield b"data: [DONE]\n\n"
-    finally:
-        exchange.finish("disconnected")
+    for chunk in shape.opening(len(exchange.jobs)):
+        yield event(chunk)
+    async with aclosing(exchange.growing()) as growing:
+        async for answer in growing:
+            yield event(shape.chunk(answer))
+    if options and options.include_usage:
+        yield event(shape.usage_chunk([*exchange.found.values()]))
+    exchange.finish("done")  # before the client knows
+    yield b"data: [DONE]\n\n"
 
 
 async def disconnected(request: Request) -> None:

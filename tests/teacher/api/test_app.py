@@ -1,12 +1,13 @@
 """The server, asked by OpenAI's own client over a socket."""
 
+import asyncio
 import json
 import re
 import shlex
 import socket
 import subprocess
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from io import StringIO
 
 import httpx2
@@ -16,7 +17,10 @@ import torch
 
 from teacher.api import app
 from teacher.api.app import LARGEST_BODY
+from teacher.api.exchange import Exchange, Origin
+from teacher.api.requests import ChatRequest
 from teacher.api.service import Service
+from teacher.api.shapes import ChatShape
 from teacher.api.tiers import TIERS
 from tests.helpers import ROOT
 from tests.serving import small_teacher
@@ -321,10 +325,32 @@ def test_a_client_that_leaves_ends_its_answer_and_is_charged_once_for_what_there
             break
         time.sleep(0.02)
     assert row["status"] == "disconnected"
-    assert 1 <= row["completion_tokens"] < 60
+    assert (3 if streams else 1) <= row["completion_tokens"] < 60
     assert "failed" not in failed  # an incomplete answer was made into a response
     assert row["cost"] == TIERS["open"].cost(row["prompt_tokens"], row["completion_tokens"])
     assert len(served.store.usage_of(client.account)) == 1
+
+
+def test_a_stream_that_nobody_reads_gives_its_reservation_back(served, client_of):
+    """Its row was running, and held tokens of the day, until the server was started again."""
+    client = client_of()
+    account = served.service.account(f"Bearer {client.api_key}")
+    body = ChatRequest(model="small", messages=[{"role": "user", "content": "lead"}], stream=True)
+    origin = Origin("/v1/chat/completions", "", "")
+    prompt = served.task.prompt("lead")
+    exchange = Exchange(served.service, origin, account, body, prompt, "lead", 9)
+    exchange.admit(False, 0)
+    shape = ChatShape(body, served.service)
+    shape.begin(exchange.request_id, prompt)
+    response = app.Streamed(exchange, app.stream(exchange, shape))
+
+    async def gone(message=None):
+        raise OSError("the client is gone")
+
+    with suppress(Exception):
+        asyncio.run(response({"type": "http", "asgi": {"spec_version": "2.4"}}, gone, gone))
+    row = last_row(served, client)
+    assert (row["status"], row["completion_tokens"]) == ("disconnected", 0)
 
 
 def test_a_body_that_does_not_arrive_is_not_waited_for(served, client_of, monkeypatch):
