@@ -32,6 +32,7 @@ mutants-wide: $(VENV)/.installed-test
 	$(RUN) -m tests.mutants_wide
 
 test-all: $(VENV)/.installed-test
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[llama-cpp]"
 	$(RUN) -m pytest
 
 benchmark: $(VENV)/.installed-test

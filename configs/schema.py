@@ -87,6 +87,9 @@ class Api(Section):
     model: str | None = None  # its name there
     key_env: str | None = None  # the environment variable that holds the key
     endpoint: Literal["chat", "completions"] = "chat"
+    # More fields of every request, for what a server knows beyond OpenAI's API: llama.cpp's draws
+    # from all tokens with {top_k: 0, min_p: 0} only.
+    body: dict[str, Any] = {}
     at_once: int = Field(32, gt=0, le=1_000)  # requests in flight
     # Per million tokens of prompts and answers, for a server that does not state them.
     price_in: float = Field(0.0, ge=0)

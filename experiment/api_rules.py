@@ -4,11 +4,17 @@ import ipaddress
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from configs.schema import Config, Recipe
+from configs.schema import Config, LabError, Recipe
 from measure.metrics import metrics_of
 from tasks.task import Task
 from teacher.access import ACCESS, needs_outputs
+from teacher.api.tiers import tier_for
 
+# Fields of a request that the recipe decides
+DECIDED = {
+    "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p",
+    "seed", "n", "stream", "stop", "echo", "logprobs", "top_logprobs",
+}  # fmt: skip
 SOLD = [name for name, access in ACCESS.items() if access.sold]
 
 
@@ -37,9 +43,12 @@ def check_api(config: Config, task: type[Task]) -> Iterator[str]:
             "teacher.api.permission is missing: the terms under which a run sells its own teacher "
             "do not allow that a model is trained on its answers; say who allowed it"
         )
+    for key in api.body.keys() & DECIDED:
+        yield f"teacher.api.body.{key}: the recipe decides it; remove it here"
     yield from check_url(api.url)
     for name, recipe in config.recipes.items():
-        yield from (f"recipes.{name}: {problem}" for problem in check_recipe(recipe))
+        own = api.url is None
+        yield from (f"recipes.{name}: {problem}" for problem in check_recipe(recipe, own))
     if config.sold_elsewhere:
         yield from check_unknown_weights(config, task)
 
@@ -81,8 +90,9 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def check_recipe(recipe: Recipe) -> Iterator[str]:
-    """Outputs through an API are answers to prompts, of the one model behind it."""
+def check_recipe(recipe: Recipe, own: bool) -> Iterator[str]:
+    """Outputs through an API are answers to prompts, of the one model behind it. own: sold by this
+    run's own server."""
     if not ACCESS[recipe.access].teacher or "teacher" not in recipe.teachers:
         return
     if recipe.writes_itself or not needs_outputs(recipe) or recipe.sequences != "teacher":
@@ -94,6 +104,11 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
         yield "outputs.prompts: an endpoint answers prompts; use prompts train"
     if recipe.access not in SOLD:
         yield f"access {recipe.access} is not sold through an API; use {', '.join(SOLD)}"
+    elif own and ACCESS[recipe.access].uses_k:
+        try:
+            tier_for(recipe.access, recipe.outputs.k)
+        except LabError as error:
+            yield f"outputs.k: {error}"
     if ACCESS[recipe.access].probabilities and recipe.outputs.temperature not in (0, 1):
         yield (
             f"outputs.temperature {recipe.outputs.temperature:g}: the log-probabilities of an "

@@ -14,7 +14,7 @@ from tasks.task import Task
 
 FILE = "endpoint.json"
 # Keys of teacher.api that say whose answers they are, and by whose leave they are used.
-IDENTITY = {"url", "model", "endpoint", "permission", "evaluation_rows"}
+IDENTITY = {"url", "model", "endpoint", "body", "permission", "evaluation_rows"}
 PROBED = 16  # answers that tell whether the model behind a name has changed
 
 

@@ -1,7 +1,6 @@
 """Where a run's outputs come from: the teacher's weights or, with teacher.api, an endpoint."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +32,8 @@ from teacher.outputs import OutputsRequest
 from teacher.source import Source
 
 if TYPE_CHECKING:
-    from teacher.endpoint import Endpoint, Offer
+    from teacher.endpoint import Endpoint
+    from teacher.offer import Offer
 
 ROOT = Path(__file__).parent.parent
 JOURNAL = "answers.sqlite"
@@ -53,9 +53,12 @@ def sources(experiment: Experiment) -> Iterator[OpenSource]:
         def open_source(stage: str, recipe: Recipe, request: OutputsRequest) -> Source:
             if experiment.config.teacher.api is None or recipe.teachers != ["teacher"]:
                 return source_of(experiment, recipe, request, CountedForward)
-            if experiment.config.sold_elsewhere and not seller.asked:
-                require_same_model(experiment, seller)
-            return endpoint_of(experiment, stage, request.access, request.k, seller)
+            unknown = experiment.config.sold_elsewhere and not seller.asked
+            endpoint = endpoint_of(experiment, stage, request.access, request.k, seller)
+            if unknown:
+                with closed_after_errors(endpoint):
+                    require_same_model(experiment, stage, endpoint)
+            return endpoint
 
         yield open_source
 
@@ -66,19 +69,33 @@ def endpoint_of(
     """Ready to be asked: the key is known, the terms allow it, and what the recipe learns from is
     revealed. LabError otherwise, before anything is paid."""
     offer = seller.offer(access, k, stage.removeprefix("outputs/"))
-    from teacher.endpoint import Endpoint, Journal
+    from teacher.endpoint import Endpoint
+    from teacher.journal import Journal
 
+    teacher = experiment.run.manifest["stages"].get("teacher", {}).get("sha256", offer.url)
     endpoint = Endpoint(
         experiment.task,
         offer,
         experiment.config.teacher.api,
         access,
         k,
-        Journal(experiment.run.checkpoints(stage) / JOURNAL),
+        Journal(
+            experiment.run.checkpoints(stage) / JOURNAL, f"{teacher} {offer.model} {offer.terms}"
+        ),
         experiment.config.teacher.seed,
     )
-    endpoint.require_revealed(experiment.task.question(experiment.validation, 0))
+    with closed_after_errors(endpoint):
+        endpoint.require_revealed(experiment.task.question(experiment.validation, 0))
     return endpoint
+
+
+@contextmanager
+def closed_after_errors(source: "Endpoint") -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        source.close()
+        raise
 
 
 def check_seller(experiment: Experiment) -> None:
@@ -134,21 +151,19 @@ def texts_of(endpoint: "Endpoint", rows: Rows, log: OutputsLog) -> dict[str, str
     return texts
 
 
-def require_same_model(experiment: Experiment, seller: "Seller") -> None:
-    """Ask again what was asked first. LabError if the model behind the name answers otherwise."""
+def require_same_model(experiment: Experiment, stage: str, endpoint: "Endpoint") -> None:
+    """Ask again some of what was asked first, at the cost of this stage. LabError if the model
+    behind the name answers otherwise, or has other terms."""
     config, known = experiment.config, open_bought(experiment.run)
-    rows = lowest(evaluated_rows(config, experiment.task, "validation"), PROBED)
-    folder = experiment.run.checkpoints("probe")
-    shutil.rmtree(folder, ignore_errors=True)  # of a probe that failed
-    endpoint = endpoint_of(experiment, "probe", "text", None, seller)
     if endpoint.offer.terms != known.terms:
         raise LabError(
             f"{known.model} has terms version {endpoint.offer.terms} now, and this run began under "
             f"version {known.terms}; read them, and begin again under another name=..."
         )
-    with closing(endpoint), OutputsLog(experiment, "probe", len(rows), endpoint) as log:
+    rows = lowest(evaluated_rows(config, experiment.task, "validation"), PROBED)
+    endpoint.journal.set_aside(rows.ids.tolist())  # asked again after each start
+    with OutputsLog(experiment, stage, len(rows), endpoint) as log:
         texts = texts_of(endpoint, rows, log)
-    shutil.rmtree(folder)
     other = [i for i, text in texts.items() if text != known.answers["validation"][i]]
     if len(other) > MOST_OTHER * len(rows):
         raise LabError(
@@ -171,7 +186,7 @@ class Seller:
         """What is sold to a key that may see what a recipe with this access learns from. LabError
         without packages or key, or if the terms forbid it."""
         try:
-            from teacher.endpoint import Offer
+            from teacher.offer import Offer
         except ImportError:
             raise LabError(NEEDS_EXTRA) from None
         settings: Api = self.config.teacher.api
@@ -199,9 +214,10 @@ class Seller:
     def own_url(self) -> str:
         """The address of the run's own server, which starts now. LabError if it does not."""
         command = [sys.executable, "-m", "teacher.api", "--database", str(self.database.resolve())]
+        command += ["serve", str(self.run.folder.resolve()), "--port", "0", "--no-admin"]
         process = subprocess.Popen(
-            [*command, "serve", str(self.run.folder.resolve()), "--port", "0", "--no-admin"],
-            cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            [*command, "--end-with-input"],  # even if this process is killed
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.stack.callback(end, process)
         for line in process.stdout:
@@ -224,5 +240,4 @@ class Seller:
 
 def end(process: subprocess.Popen) -> None:
     process.terminate()
-    process.wait()
-    process.stdout.close()
+    process.communicate()

@@ -295,9 +295,8 @@ def load_model(folder: Path) -> nn.Module:
     except Exception as error:
         raise cannot_read(folder, error) from None
     require_all_weights(report, f"{folder}", TRAIN_AGAIN)
-    ends = end_marks(model)
-    if ends and ends != [end := load_tokenizer(folder).eos_token_id]:
-        add_up_end_marks(model, end, ends)
+    if end_marks(model):
+        use_one_end_mark(model, load_tokenizer(folder).eos_token_id)
     return unmapped(model).eval()
 
 
@@ -329,10 +328,12 @@ def end_marks(model: nn.Module) -> list[int]:
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
-def add_up_end_marks(model: nn.Module, end: int, ends: list[int]) -> None:
+def use_one_end_mark(model: nn.Module, end: int) -> None:
     """Let a model with several end marks, or with another one than its tokenizer, use a single one,
     with the probability of all of them: then it stops, and is scored and imitated, like others."""
-    others = [token for token in ends if token != end]
+    others = [token for token in end_marks(model) if token != end]
+    if not others:
+        return
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         logits = output.logits.clone()

@@ -1,8 +1,12 @@
-"""Whether token ids mean the same in two models: only then can distributions be compared."""
+"""What token ids mean: only where it is the same in two models can they be compared."""
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from configs.schema import LabError
+
+BYTE_OF = {symbol: byte for byte, symbol in bytes_to_unicode().items()}  # of byte-level BPE
+BYTES = "bytes:"  # what the name of a part of a letter begins with
 
 
 def first_differing_id(
@@ -37,3 +41,39 @@ def require_same_vocabulary(
         f"{what}: teacher and student have different vocabularies ({len(teacher)} and "
         f"{len(student)} tokens; id {differing} is {there!r} and {here!r}). Use {alternatives}"
     )
+
+
+def token_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What OpenAI's API calls each token: its text, or the bytes of a part of a letter, as in
+    `bytes:\\xc3`."""
+    byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+    added = tokenizer.get_added_vocab()
+    symbols = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [
+        symbol if symbol in added else name_of(bytes_of_symbol(symbol, byte_level))
+        for symbol in symbols
+    ]
+
+
+def bytes_of_symbol(symbol: str, byte_level: bool) -> bytes:
+    """The text of a vocabulary's entry: of byte-level BPE, or of SentencePiece, which writes a
+    space as U+2581 and a single byte as <0xC3>."""
+    if byte_level:
+        return bytes(BYTE_OF[letter] for letter in symbol)
+    if len(symbol) == 6 and symbol.startswith("<0x") and symbol.endswith(">"):
+        return bytes.fromhex(symbol[3:5])
+    return symbol.replace("\u2581", " ").encode()
+
+
+def name_of(text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return BYTES + "".join(f"\\x{byte:02x}" for byte in text)
+
+
+def bytes_of(name: str) -> bytes:
+    """The text of a token with this name."""
+    if name.startswith(BYTES + "\\x"):
+        return bytes.fromhex(name.removeprefix(BYTES).replace("\\x", ""))
+    return name.encode()

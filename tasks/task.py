@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.schema import Section
 from models.rows import Rows
+from models.vocabulary import token_names
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,11 @@ class Task:
 
     def token_name(self, token: int) -> str:
         """One outcome, as a reader sees it; no two have the same name."""
-        return self.tokenizer.convert_ids_to_tokens(int(token))
+        return self.names[int(token)]
+
+    @cached_property
+    def names(self) -> list[str]:
+        return token_names(self.tokenizer)
 
     # -- rows and questions --------------------------------------------------------------------
 

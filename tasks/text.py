@@ -20,7 +20,6 @@ import numpy as np
 from pydantic import Field
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from configs.files import read_jsonl, read_text
 from configs.schema import LabError, Section
@@ -32,7 +31,6 @@ SHA256 = "c3daeaf48ba26fb640ce8ec6a85fb3b9dbb6c69d032c53e190c45167c4eb26bc"
 SPECIALS = ("<pad>", "<s>", "</s>")
 SPLITS = {"train": range(90), "validation": range(90, 95), "heldout": range(95, 100)}
 TEXT_FILES, JSON_LINES = (".txt", ".md"), ".jsonl"
-BYTE_OF = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
 
 
 def bible_file() -> Path:
@@ -198,14 +196,6 @@ class Text(Task):
     @property
     def data_licence(self) -> str:
         return "" if self.settings.path else "the World English Bible (public domain)"
-
-    def token_name(self, token: int) -> str:
-        """Its text; the bytes of a part of a letter, as OpenAI's API writes them."""
-        text = self.tokenizer.decode([int(token)])
-        if "\ufffd" not in text:
-            return text
-        symbols = self.tokenizer.convert_ids_to_tokens(int(token))
-        return "bytes:" + "".join(f"\\x{BYTE_OF[symbol]:02x}" for symbol in symbols)
 
     def rows(self, split: str) -> Rows:
         """Prompts are `<s> tokens`, completions the tokens that follow."""

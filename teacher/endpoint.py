@@ -7,228 +7,34 @@ the answer did not use is given back, so that it is never exceeded.
 
 import json
 import math
-import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from openai import (
-    APIConnectionError,
-    APIStatusError,
-    DefaultHttpxClient,
-    OpenAI,
-    RateLimitError,
-)
-from safetensors.numpy import load, save
+from openai import APIConnectionError, APIStatusError, RateLimitError
 
 from configs.schema import Api, LabError
 from models.rows import Rows, row_id
+from models.vocabulary import bytes_of
 from tasks.task import Task
 from teacher.access import ACCESS
-from teacher.api.tiers import PER_MILLION
-from teacher.signal import LOG_ZERO
+from teacher.journal import Answer, Journal, Spending
+from teacher.offer import Offer, client_of, problem
 from teacher.source import TeacherRow
 
-RETRIES = 5  # of a request that fails for reasons of the network or the server
-PATIENCE = 600.0  # seconds for one answer
-OVERHEAD = 64  # tokens that a server's chat template may add to a prompt
 WAIT = 10.0  # seconds before the next try after a rate limit that does not say how many
 PROBE = -1  # in the journal, the answer that shows what an endpoint reveals
 ROUNDING = 1e-3  # of the sum of all probabilities
 MOST_UNREADABLE = 0.1  # of the answers
 
 
-@dataclass(frozen=True)
-class Offer:
-    """What an endpoint sells to a key, and on which terms. access and k: what it reveals; None if
-    it does not say."""
-
-    url: str
-    model: str
-    key: str
-    price_in: float  # per million tokens
-    price_out: float
-    access: str | None = None
-    k: int = 0
-    terms: str = "unknown"  # their version
-    terms_text: str = ""
-    allows_distillation: str = "unknown"
-
-    @classmethod
-    def of(cls, url: str, model: str, key: str, settings: Api) -> "Offer":
-        """As the server states it (`/v1/account`, which most do not have) or else as the config
-        does. LabError if it cannot be reached or does not know the key."""
-        try:
-            with client_of(url, key) as client:
-                found = client.get("/account", cast_to=object)
-            tier, terms = found["tier"], found["terms"]
-        except (APIStatusError, APIConnectionError, TypeError, KeyError, ValueError) as error:
-            states_it = getattr(error, "status_code", None) not in (404, 405)
-            if states_it and isinstance(error, APIStatusError | APIConnectionError):
-                raise problem(url, error) from None
-            return cls(
-                url, model, key, settings.price_in, settings.price_out,
-                allows_distillation=settings.allows_distillation,
-            )  # fmt: skip
-        return cls(
-            url, model, key, tier["price_in"], tier["price_out"], tier["access"], tier["k"],
-            terms["version"], terms["text"], terms["allows_distillation"],
-        )  # fmt: skip
-
-    def money(self, prompt_tokens: int, completion_tokens: int) -> float:
-        return (self.price_in * prompt_tokens + self.price_out * completion_tokens) / PER_MILLION
-
-
-def client_of(url: str, key: str) -> OpenAI:
-    """OpenAI's client; to this machine it goes straight, whatever proxy the environment names."""
-    local = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    return OpenAI(
-        base_url=url, api_key=key, max_retries=RETRIES, timeout=PATIENCE,
-        http_client=DefaultHttpxClient(trust_env=not local),
-    )  # fmt: skip
-
-
-def problem(url: str, error: APIStatusError | APIConnectionError) -> LabError:
-    """One line about a request that will not pass."""
-    if isinstance(error, APIStatusError):
-        return LabError(f"{url}: {error.message}")
-    return LabError(f"{url} does not answer ({error.__cause__})")
-
-
-class Journal:
-    """The answers that were paid for, in a SQLite file: by row id, what the endpoint returned."""
-
-    def __init__(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.database = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
-        self.database.execute("PRAGMA journal_mode = WAL")
-        self.database.execute("PRAGMA synchronous = NORMAL")
-        self.database.execute(
-            "CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY, prompt_tokens INTEGER, "
-            "completion_tokens INTEGER, content BLOB)"
-        )
-        self.lock = threading.Lock()
-
-    def add(self, row: int, usage: tuple[int, int], answer: "Answer") -> None:
-        with self.lock:
-            self.database.execute(
-                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", (row, *usage, answer.packed())
-            )
-
-    def get(self, row: int) -> "Answer | None":
-        with self.lock:
-            found = self.database.execute(
-                "SELECT content FROM answers WHERE id = ?", (row,)
-            ).fetchone()
-        return Answer.unpacked(found[0]) if found else None
-
-    def totals(self) -> tuple[int, int, int]:
-        """Requests, prompt tokens and completion tokens."""
-        with self.lock:
-            return self.database.execute(
-                "SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), "
-                "COALESCE(SUM(completion_tokens), 0) FROM answers"
-            ).fetchone()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer of n tokens of the student, and m log-probabilities that were revealed at each:
-    tokens [n]; log_probs [n, m] of the outcomes in indices [n, m]. m is 0 for text alone; n is 0
-    for an answer that the task cannot read."""
-
-    tokens: np.ndarray
-    indices: np.ndarray
-    log_probs: np.ndarray
-
-    @classmethod
-    def of(cls, tokens: list[int], revealed: list[dict[int, float]]) -> "Answer":
-        """revealed: {outcome: log-probability} at each token; where there are fewer than elsewhere,
-        the first is repeated."""
-        most = max(map(len, revealed), default=0)
-        padded = [[*pairs.items()] for pairs in revealed]
-        padded = [pairs + pairs[:1] * (most - len(pairs)) for pairs in padded]
-        found = np.array(padded, np.float64).reshape(len(tokens), most, 2)
-        return cls(
-            np.array(tokens, np.int64),
-            found[..., 0].astype(np.int32),
-            found[..., 1].astype(np.float32),
-        )
-
-    def packed(self) -> bytes:
-        return save(vars(self))
-
-    @classmethod
-    def unpacked(cls, content: bytes) -> "Answer":
-        return cls(**load(content))
-
-    def distribution(self, count: int, vocabulary: int) -> torch.Tensor:
-        """Log-probabilities [count, V] at the first tokens. What was not revealed shares the rest
-        evenly: with the k largest revealed, nobody sees how."""
-        indices, log_probs = (
-            torch.from_numpy(values[:count].copy()) for values in (self.indices, self.log_probs)
-        )
-        known = torch.zeros((count, vocabulary), dtype=torch.bool)
-        known.scatter_(-1, indices.long(), True)
-        dense = torch.zeros((count, vocabulary), dtype=torch.float64)
-        dense.scatter_(-1, indices.long(), log_probs.double().exp())
-        rest = (1 - dense.sum(-1)).clamp_min(0) / (~known).sum(-1).clamp_min(1)
-        shared = torch.where(known, dense, rest[:, None])
-        return shared.log().clamp_min(LOG_ZERO).float()
-
-
-def mass_of(log_probs: dict[str, float]) -> float:
-    """The probability of these outcomes together. Outcomes that are impossible may be missing."""
-    return sum(map(math.exp, log_probs.values()))
-
-
-@dataclass
-class Spending:
-    """What has been spent, and what requests in flight may spend, of a budget in tokens and in
-    money; None is unlimited."""
-
-    offer: Offer
-    most_tokens: int | None
-    most_money: float | None
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
-    overhead: int = OVERHEAD
-    reserved: dict[int, tuple[int, int]] = field(default_factory=dict)
-
-    @property
-    def money(self) -> float:
-        return self.offer.money(self.prompt_tokens, self.completion_tokens)
-
-    def reserve(self, row: int, prompt: int, longest: int) -> bool:
-        """Whether the budget holds one more request: a prompt of this many bytes, which has no more
-        tokens, and an answer of this many tokens."""
-        asked = [*self.reserved.values(), (prompt, longest)]
-        tokens_in = self.prompt_tokens + sum(size + self.overhead for size, _ in asked)
-        tokens_out = self.completion_tokens + sum(size for _, size in asked)
-        money = self.offer.money(tokens_in, tokens_out)
-        if self.most_tokens is not None and tokens_in + tokens_out > self.most_tokens:
-            return False
-        if self.most_money is not None and money > self.most_money:
-            return False
-        self.reserved[row] = (prompt, longest)
-        return True
-
-    def settle(self, row: int, prompt_tokens: int, completion_tokens: int) -> None:
-        """An answer has arrived: what it used instead of what was reserved."""
-        prompt, _ = self.reserved.pop(row)
-        self.requests += 1
-        self.prompt_tokens += prompt_tokens
-        self.completion_tokens += completion_tokens
-        self.overhead = max(self.overhead, prompt_tokens - prompt)
+class Unreadable(LabError):
+    """An answer that the task or the student's tokenizer cannot read."""
 
 
 class Endpoint:
@@ -256,7 +62,7 @@ class Endpoint:
         self.spending = Spending(
             offer, settings.budget_tokens, settings.budget_money, *journal.totals()
         )
-        self.asked = self.unreadable = 0
+        self.asked, self.unreadable, self.reason = 0, 0, ""
         self.stopped = threading.Event()
 
     def close(self) -> None:
@@ -339,7 +145,7 @@ class Endpoint:
             if self.unreadable > max(10, MOST_UNREADABLE * self.asked):
                 raise LabError(
                     f"task {self.task.name} cannot read {self.unreadable} of the answers of "
-                    f"{self.offer.model}; is it a model for this task?"
+                    f"{self.offer.model}; is it a model for this task?{self.reason}"
                 )
             return
         length = int(rows.prompt_lengths[i])
@@ -380,7 +186,10 @@ class Endpoint:
             "max_tokens": longest,
             "temperature": temperature,
             "seed": row_id(f"{self.seed} {row}") % 2**31,
+            "extra_body": self.settings.body,
         }
+        if temperature:  # not whatever part of the distribution the server draws from by default
+            asked["top_p"] = 1.0
         body = self.patiently(partial(self.send, question, asked))
         used = len(question.encode()) + self.spending.overhead, longest  # if it does not say
         try:
@@ -390,9 +199,12 @@ class Endpoint:
             answer = self.read(found["choices"][0])
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             answer = Answer.of([], [])  # paid, whatever it is
-        except LabError:
-            self.journal.add(row, used, Answer.of([], []))
-            raise
+        except LabError as error:
+            answer = Answer.of([], [])
+            if row == PROBE or not isinstance(error, Unreadable):
+                self.journal.add(row, used, answer)
+                raise
+            self.reason = f" ({error})"
         self.journal.add(row, used, answer)
         return answer, used
 
@@ -432,57 +244,72 @@ class Endpoint:
     # -- reading an answer ---------------------------------------------------------------------
 
     @cached_property
-    def ids(self) -> dict[str, int]:
-        """{what the endpoint calls a token: its id here}."""
-        return {self.task.token_name(token): token for token in range(self.task.vocabulary)}
+    def ids(self) -> dict[bytes, int]:
+        """{the text of a token: its id}. Some servers show no text for the end mark."""
+        names = map(self.task.token_name, range(self.task.vocabulary))
+        return {b"": self.task.end} | {bytes_of(name): token for token, name in enumerate(names)}
+
+    def id_of(self, name: str, text: list[int] | None = None) -> int:
+        """The token of a name or, where they are known, of its bytes: servers write a part of a
+        letter in different ways. Unreadable if the student has no such token."""
+        found = self.ids.get(bytes_of(name) if text is None else bytes(text))
+        if found is None:
+            raise Unreadable(
+                f"{self.offer.model} has other tokens than its student, such as {name!r}: use "
+                "access text, or a task with its tokenizer"
+            )
+        return found
 
     def read(self, choice: dict[str, Any]) -> Answer:
-        """An answer in the student's tokens; without tokens if the task cannot read it."""
+        """An answer in the student's tokens. Unreadable if it has none."""
         ended, end = choice["finish_reason"] == "stop", self.task.end
         if not self.alternatives:
             text = choice["text"] if "text" in choice else choice["message"]["content"]
             try:
-                tokens = self.task.encode_answer(text)
-            except LabError:
-                return Answer.of([], [])
-            tokens += [end] if ended else []
+                tokens = self.task.encode_answer(text) + [end] * ended
+            except LabError as error:
+                raise Unreadable(str(error)) from None
             return Answer.of(tokens, [{} for _ in tokens])
-        names, revealed = self.revealed(choice)
-        tokens = [self.ids[name] for name in names]
-        pairs = [{self.ids[name]: value for name, value in one.items()} for one in revealed]
+        tokens, pairs = self.revealed(choice)
         if ended and end not in tokens[-1:]:  # some endpoints do not show the end mark
             tokens.append(end)
             pairs.append({end: 0.0})
         return Answer.of(tokens, pairs)
 
-    def revealed(self, choice: dict[str, Any]) -> tuple[list[str], list[dict[str, float]]]:
-        """The names of an answer's tokens, and at each of them {name: log-probability}. LabError
-        for an answer without, or in other tokens than the student's."""
+    def revealed(self, choice: dict[str, Any]) -> tuple[list[int], list[dict[int, float]]]:
+        """An answer's tokens, and at each of them {outcome: log-probability}. LabError for an
+        answer without, Unreadable for one in other tokens than the student's."""
         found = choice.get("logprobs") or {}
         if "content" in found:
-            names = [one["token"] for one in found["content"]]
+            tokens = [self.id_of(one["token"], one.get("bytes")) for one in found["content"]]
             pairs = [
-                {other["token"]: other["logprob"] for other in one["top_logprobs"]}
+                [
+                    (self.id_of(o["token"], o.get("bytes")), o["logprob"])
+                    for o in one["top_logprobs"]
+                ]
                 for one in found["content"]
             ]
         else:
-            names, pairs = found.get("tokens") or [], found.get("top_logprobs") or []
+            tokens = [*map(self.id_of, found.get("tokens") or [])]
+            pairs = [
+                [(self.id_of(name), value) for name, value in one.items()]
+                for one in found.get("top_logprobs") or []
+            ]
         fewest = min(map(len, pairs), default=0)
-        if not names or not fewest:
+        if not tokens or not fewest:
             raise LabError(
                 f"{self.offer.url} reveals no log-probabilities of {self.offer.model}: use access "
                 "text"
-            )
-        foreign = next((n for n in (*names, *(n for p in pairs for n in p)) if n not in self.ids),
-                       None)  # fmt: skip
-        if foreign is not None:
-            raise LabError(
-                f"{self.offer.model} has other tokens than its student, such as {foreign!r}: use "
-                "access text, or a task with its tokenizer"
             )
         if fewest < self.alternatives and any(mass_of(one) < 1 - ROUNDING for one in pairs):
             raise LabError(
                 f"{self.offer.url} reveals {fewest} log-probabilities per token, and the recipe "
                 f"learns from {self.alternatives}: use access top_k with a smaller outputs.k"
             )
-        return names, pairs
+        # Of several that mean the same here, the likeliest, which comes first.
+        return tokens, [dict(reversed(one)) for one in pairs]
+
+
+def mass_of(pairs: list[tuple[int, float]]) -> float:
+    """The probability of these outcomes together. Outcomes that are impossible may be missing."""
+    return sum(math.exp(value) for _, value in pairs)

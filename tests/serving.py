@@ -17,7 +17,7 @@ from teacher.api.app import create_app
 from teacher.api.engine import Engine
 from teacher.api.pages import add_pages
 from teacher.api.prompts import TaskPrompts
-from teacher.api.service import Service
+from teacher.api.service import Prompts, Service
 from teacher.api.store import Store
 
 PASSWORD = "the owner's"
@@ -26,13 +26,20 @@ SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 @contextmanager
 def small_teacher(folder: Path, task: Task | None = None) -> Iterator[SimpleNamespace]:
-    """task, model, store, engine, service, port and url."""
+    """An untrained teacher of a task, with an account's page: what `serving` gives, task, model."""
     task = task or Pronounce(limit=300)
     model = initialise(build_model(Model(initializer_range=0.2, **SHAPE), task), 0).eval()
+    with serving(folder, Engine(model, task), TaskPrompts(task), "small") as served:
+        served.task, served.model = task, model
+        yield served
+
+
+@contextmanager
+def serving(folder: Path, engine: Engine, prompts: Prompts, name: str) -> Iterator[SimpleNamespace]:
+    """store, engine, service, port, url and home."""
     store = Store(folder / "api.sqlite")
     store.publish_terms("1", "No training.", "no")
-    engine = Engine(model, task)
-    service = Service(store, engine, TaskPrompts(task), "small")
+    service = Service(store, engine, prompts, name)
     app = create_app(service, b"salt")
     add_pages(app, service, PASSWORD, "lead")
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
@@ -43,7 +50,7 @@ def small_teacher(folder: Path, task: Task | None = None) -> Iterator[SimpleName
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     yield SimpleNamespace(
-        task=task, model=model, store=store, engine=engine, service=service, port=port,
+        store=store, engine=engine, service=service, port=port,
         url=f"http://127.0.0.1:{port}/v1", home=f"http://127.0.0.1:{port}/",
     )  # fmt: skip
     server.should_exit = True

@@ -1,6 +1,7 @@
 """Sell a teacher's answers: serve it behind accounts, and manage these.
 
     python -m teacher.api serve runs/quickstart --port 8000
+    python -m teacher.api serve --pretrained HuggingFaceTB/SmolLM2-135M-Instruct
     python -m teacher.api account add "A reader" --tier top5     # prints its key, once
     python -m teacher.api account list
     python -m teacher.api account suspend acct-1234abcd          # or activate, revoke, rotate
@@ -17,9 +18,11 @@ import ipaddress
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,12 +34,14 @@ from teacher.api.store import ACTIVE, REVOKED, SUSPENDED, Store
 from teacher.api.tiers import PER_MILLION, TIERS
 
 if TYPE_CHECKING:  # these import torch, which managing accounts does not need
-    from configs.schema import Config
+    import uvicorn
+
     from tasks.task import Task
     from teacher.api.engine import Engine
-    from teacher.api.service import Service
+    from teacher.api.service import Prompts
 
 DATABASE = Path("runs") / "api.sqlite"
+LONGEST = 1024  # tokens of a pretrained model's prompt and answer: caches for all slots are kept
 POOL = 8_000  # prompts that made-up customers ask
 MONDAY = 1_767_571_200.0  # 5 January 2026, when made-up traffic begins
 FIRST_TERMS = (
@@ -56,13 +61,18 @@ def parser() -> argparse.ArgumentParser:
     commands = found.add_subparsers(required=True)
 
     one = commands.add_parser("serve", help="answer requests, until Ctrl-C")
-    one.add_argument("run", help="a finished run, e.g. runs/quickstart")
+    one.add_argument("run", nargs="?", help="a run with a trained teacher, e.g. runs/quickstart")
+    one.add_argument("--pretrained", metavar="NAME", help="instead: a model's folder or hub id")
     one.add_argument("--host", default="127.0.0.1")
     one.add_argument("--port", type=int, default=8000, help="0 for any that is free")
     one.add_argument("--certificate", type=Path, help="for TLS")
     one.add_argument("--certificate-key", type=Path)
     one.add_argument("--expose-without-tls", action="store_true")
     one.add_argument("--no-admin", action="store_true", help="without the page of all accounts")
+    one.add_argument(
+        "--end-with-input", action="store_true",
+        help="end when standard input does: for programs that start a server",
+    )  # fmt: skip
     one.set_defaults(do=serve)
 
     account = commands.add_parser("account").add_subparsers(required=True)
@@ -123,44 +133,66 @@ def serve(options: argparse.Namespace) -> int:
 
     from teacher.api.app import create_app
     from teacher.api.pages import OWNER, add_pages
+    from teacher.api.service import Service
 
-    config, task, engine = opened_teacher(options.run)
+    if bool(options.run) == bool(options.pretrained):
+        raise LabError("serve what? Name a run, as in serve runs/quickstart, or --pretrained NAME")
+    teacher = pretrained(options.pretrained) if options.pretrained else teacher_of(options.run)
     store = opened(options)
     left = store.close_interrupted()
     if left:
         say(f"{left} requests were interrupted when the last server ended; they cost nothing")
-    service = service_of(store, engine, task, config.name)
+    service = Service(store, teacher.engine, teacher.prompts, teacher.name)
     app, password = create_app(service, secrets.token_bytes(16)), secrets.token_urlsafe(9)
-    add_pages(app, service, None if options.no_admin else password, (*task.examples, "")[0])
+    add_pages(app, service, None if options.no_admin else password, teacher.example)
     server = uvicorn.Server(
         uvicorn.Config(
             app, log_level="warning",
             ssl_certfile=options.certificate, ssl_keyfile=options.certificate_key,
         )
     )  # fmt: skip
+    if options.end_with_input:
+        threading.Thread(target=end_with_input, args=(server,), daemon=True).start()
     with listening(options.host, options.port) as listener:
         scheme = "https" if options.certificate else "http"
         address = f"{scheme}://{options.host}:{listener.getsockname()[1]}/v1"
-        say(f"model {config.name} at {address} , accounts in {options.database}; Ctrl-C ends it")
+        say(f"model {teacher.name} at {address} , accounts in {options.database}; Ctrl-C ends it")
         if not options.no_admin:
             here = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/admin"
             say(f"accounts at {here} , user {OWNER}, password {password}")
         sys.stdout.flush()  # whoever started this waits for the address
         with suppress(KeyboardInterrupt):  # Ctrl-C has ended it in order
             server.run(sockets=[listener])
-    engine.close()
+    teacher.engine.close()
     return 0
 
 
-def opened_teacher(folder: str) -> tuple["Config", "Task", "Engine"]:
-    """A run's teacher, ready to answer. LabError if it is not trained or does not answer text."""
-    import psutil
-    import torch
+def end_with_input(server: "uvicorn.Server") -> None:
+    sys.stdin.read()
+    server.should_exit = True
 
-    from experiment.experiment import open_model
+
+@dataclass(frozen=True)
+class Teacher:
+    """What is sold, under which name; task: None of a pretrained model."""
+
+    name: str
+    engine: "Engine"
+    prompts: "Prompts"
+    task: "Task | None" = None
+
+    @property
+    def example(self) -> str:
+        return self.task.examples[0] if self.task and self.task.examples else ""
+
+
+def teacher_of(folder: str) -> Teacher:
+    """A run's teacher, ready to answer. LabError if it is not trained or does not answer text."""
+    from experiment.experiment import open_model, teacher_task
     from experiment.run import Run
     from tasks import load_task
     from teacher.api.engine import Engine
+    from teacher.api.prompts import TaskPrompts
 
     run = Run(Path(folder)).reload()
     config = run.config()
@@ -168,18 +200,35 @@ def opened_teacher(folder: str) -> tuple["Config", "Task", "Engine"]:
         raise LabError(f"{run.folder} has no trained teacher yet; run train.py on its config")
     if config.sold_elsewhere:
         raise LabError(f"the teacher of {run.folder} is behind an endpoint; there is none to serve")
-    torch.set_num_threads(max(1, min(8, (psutil.cpu_count(logical=False) or 1) - 1)))
     task = load_task(config.task)
     if task.tokenizer is None:
         raise LabError(f"task {task.name} has images; only text can be served")
-    return config, task, Engine(open_model(run, "teacher"), task)
+    task = teacher_task(config, run, task)
+    use_threads()
+    engine = Engine(open_model(run, "teacher"), task)
+    return Teacher(config.name, engine, TaskPrompts(task), task)
 
 
-def service_of(store: Store, engine: "Engine", task: "Task", name: str) -> "Service":
-    from teacher.api.prompts import TaskPrompts
-    from teacher.api.service import Service
+def pretrained(name: str) -> Teacher:
+    """A pretrained model, ready to answer. LabError if it cannot be loaded."""
+    from models.language import load_pretrained, load_tokenizer, use_one_end_mark
+    from teacher.api.engine import Engine
+    from teacher.api.prompts import TokenizerPrompts
 
-    return Service(store, engine, TaskPrompts(task), name)
+    model, tokenizer = load_pretrained(name).eval(), load_tokenizer(name)
+    use_one_end_mark(model, tokenizer.eos_token_id)
+    most = getattr(model.config, "max_position_embeddings", None) or LONGEST
+    prompts = TokenizerPrompts(tokenizer, min(most, LONGEST))
+    use_threads()
+    return Teacher(Path(name).name, Engine(model, prompts), prompts)
+
+
+def use_threads() -> None:
+    """All but one, which answers requests."""
+    import psutil
+    import torch
+
+    torch.set_num_threads(max(1, min(8, (psutil.cpu_count(logical=False) or 1) - 1)))
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -268,20 +317,21 @@ def make_traffic(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from teacher.api.replay import Clock, play
+    from teacher.api.service import Service
     from teacher.api.traffic import Pool, population
 
-    config, task, engine = opened_teacher(options.run)
-    pool = Pool.of(task, task.rows("train"), POOL)
+    teacher = teacher_of(options.run)
+    pool = Pool.of(teacher.task, teacher.task.rows("train"), POOL)
     customers = population(pool, options.customers, options.extractors, options.days, options.seed)
     clock = Clock(MONDAY)
     store = opened(options, clock)
-    service = service_of(store, engine, task, config.name)
+    service = Service(store, teacher.engine, teacher.prompts, teacher.name)
     accounts = [store.add_account(f"Customer {n}", one.tier) for n, one in enumerate(customers)]
     keys = [key for _, key in accounts]
     total = sum(len(one.asks) for one in customers)
     with tqdm(total=total, unit="request", ascii=True, disable=None) as bar:
         asyncio.run(play(service, clock, customers, keys, pool, options.sent, bar.update))
-    engine.close()
+    teacher.engine.close()
     labels = {
         account: {"kind": one.kind, "ring": one.ring}
         for (account, _), one in zip(accounts, customers, strict=True)

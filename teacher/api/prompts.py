@@ -1,6 +1,10 @@
-"""How the text of a request becomes tokens: by a task's prompt format."""
+"""How the text of a request becomes tokens: by a task's prompt format, or a tokenizer's."""
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from configs.schema import LabError
+from models.vocabulary import token_names
 from tasks.task import Task
 from teacher.api.errors import ApiError
 
@@ -27,13 +31,55 @@ class TaskPrompts:
 
     def raw(self, text: str) -> list[int]:
         """The start mark and the tokens of a text. ApiError for one that has none."""
-        tokens = self.task.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not tokens or self.task.tokenizer.unk_token_id in tokens:
-            raise ApiError(400, "invalid_prompt", "the prompt has no tokens here", "prompt")
-        return [self.task.tokenizer.bos_token_id, *tokens]
+        return raw(self.task.tokenizer, text)
 
     def render(self, tokens: list[int]) -> str:
         return self.task.render(tokens)
 
     def token_name(self, token: int) -> str:
         return self.names[token]
+
+
+class TokenizerPrompts:
+    """A pretrained model: a chat is written by its chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest_row: int) -> None:
+        self.tokenizer, self.end, self.vocabulary = (
+            tokenizer, tokenizer.eos_token_id, len(tokenizer),
+        )  # fmt: skip
+        self.longest_row = self.longest_answer = longest_row
+        self.names = token_names(tokenizer)
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """ApiError without a template, or for messages that it does not know."""
+        if not self.tokenizer.chat_template:
+            raise ApiError(
+                400, "unsupported_messages", "this model has no chat template; continue a text "
+                "with /v1/completions", "messages",
+            )  # fmt: skip
+        try:
+            found = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ApiError(400, "invalid_prompt", str(error), "messages") from None
+        return found
+
+    def raw(self, text: str) -> list[int]:
+        return raw(self.tokenizer, text)
+
+    def render(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def token_name(self, token: int) -> str:
+        return self.names[token]
+
+
+def raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The start mark, if there is one, and the tokens of a text. ApiError for one without."""
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    if not tokens or (unknown is not None and unknown in tokens):
+        raise ApiError(400, "invalid_prompt", "the prompt has no tokens here", "prompt")
+    start = tokenizer.bos_token_id
+    return tokens if start is None else [start, *tokens]

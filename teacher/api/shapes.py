@@ -6,6 +6,7 @@ from openai.types import Completion, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.completion_choice import CompletionChoice, Logprobs
 
+from models.vocabulary import bytes_of
 from teacher.api.requests import ChatRequest, CompletionRequest
 from teacher.api.service import Answer, Service, alternatives_of
 
@@ -62,7 +63,7 @@ class ChatShape(Shape):
 
     def named(self, token: int, log_prob: float) -> dict[str, Any]:
         name = self.service.prompts.token_name(token)
-        return {"token": name, "logprob": log_prob, "bytes": [*name.encode()]}
+        return {"token": name, "logprob": log_prob, "bytes": [*bytes_of(name)]}
 
     def whole(self, answers: list[Answer]) -> ChatCompletion:
         choices = [

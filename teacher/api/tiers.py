@@ -64,7 +64,6 @@ def tier_for(access: str, k: int | None) -> str:
     if not enough:
         most = max(tier.k for tier in TIERS.values())
         raise LabError(
-            f"no tier reveals what access {access} learns from with outputs.k {k}: its largest k "
-            f"is {most}"
+            f"no tier reveals what access {access} learns from with k {k}: the largest k is {most}"
         )
     return min(enough, key=lambda name: TIERS[name].price_out)

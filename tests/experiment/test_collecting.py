@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 import eval as judge
+from configs.schema import LabError
 from experiment.bought import PROBED, evaluated_rows
+from experiment.collecting import check_seller
 from experiment.run import Run
 from measure.evaluate import free_running
 from teacher.api.store import Store
@@ -105,6 +108,8 @@ def test_the_teacher_is_the_one_that_was_not_sold(bought, tiny_run):
         ("recipes.top_3.outputs.prompts=invented", "use prompts train"),
         ("task={name: digits}", "digits has images"),
         ("teacher.api.endpoint=completions", "which a question of task pronounce is not; use chat"),
+        ("recipes.top_3.outputs.k=21", "no tier reveals what access top_k learns from with k 21"),
+        ("teacher.api.body={top_k: 0, seed: 1}", "teacher.api.body.seed: the recipe decides it"),
     ],
 )
 def test_what_an_endpoint_cannot_answer_is_refused(change, problem, tmp_path, capsys):
@@ -143,6 +148,13 @@ def test_a_student_of_another_student_is_not_sold_the_teachers_answers(tmp_path)
     assert len(made) == 2
 
 
+def test_several_processes_do_not_each_pay(bought):
+    two = SimpleNamespace(num_processes=2)
+    config = SimpleNamespace(teacher=bought.config().teacher, sold_elsewhere=False)
+    with pytest.raises(LabError, match="2 processes would each pay for the answers"):
+        check_seller(SimpleNamespace(config=config, accelerator=two))
+
+
 # -- a teacher behind a url, whose weights are unknown ---------------------------------------------
 
 
@@ -177,14 +189,14 @@ def test_a_run_whose_teacher_is_behind_an_endpoint(elsewhere, key, tmp_path, cap
     assert train_tiny(tmp_path, *far(elsewhere)) == 0
     run = Run.finished(tmp_path / "tiny")
     bill = elsewhere.store.bill_of(key)
-    assert "bought     230 answers, " in capsys.readouterr().out
+    assert f"bought     {bill['requests']} answers, " in capsys.readouterr().out
     paid = [row for row in run.ledger if "requests" in row]
     splits = ("validation", *elsewhere.task.evaluation_splits)
     rows = {split: len(elsewhere.task.rows(split)) for split in splits}
     asked = sum(min(12, count) for count in rows.values())
-    assert [row["requests"] for row in paid] == [asked, 100, 100]
     probes = min(PROBED, rows["validation"], 12)
-    assert bill["requests"] == asked + probes + 200
+    assert [row["requests"] for row in paid] == [asked, probes + 100, 100]
+    assert_booked(run, bill)
     assert judge.main([str(run.folder)]) == 0
     result = json.loads((run.folder / "eval.json").read_text("utf-8"))
     texts = Answers(elsewhere, evaluated_rows(run.config(), elsewhere.task, "heldout"))
@@ -197,6 +209,14 @@ def test_a_run_whose_teacher_is_behind_an_endpoint(elsewhere, key, tmp_path, cap
     assert judge.main([str(run.folder), "--selfcheck"]) == 0
     assert judge.main([str(run.folder), "--ask", "lead"]) == 0
     assert "not asked again" in capsys.readouterr().out
+
+
+def assert_booked(run, bill):
+    """The ledger has all that the account was billed."""
+    paid = [row for row in run.ledger if "requests" in row]
+    for key in ("requests", "prompt_tokens", "completion_tokens"):
+        assert sum(row[key] for row in paid) == bill[key]
+    assert sum(row["money"] for row in paid) == pytest.approx(bill["cost"] / PER_MILLION**2)
 
 
 class Answers:
@@ -240,6 +260,9 @@ def test_another_model_behind_the_name_is_noticed(elsewhere, key, tmp_path, caps
     assert "there is another model behind the name" in shown.err
     assert shown.out.count("No training.") == 2  # the terms, once by each command
     assert train_tiny(tmp_path, *far(elsewhere), few, "compare=null") == 0
+    run = Run.finished(tmp_path / "tiny")
+    paid = run.cost_of("outputs/teacher-text-train-20")
+    assert paid["requests"] == 2 * min(PROBED, 12) + 20  # both probes
 
 
 def test_other_terms_than_were_accepted_at_first_are_noticed(elsewhere, key, tmp_path, capsys):

@@ -13,9 +13,11 @@ import torch
 
 from configs.schema import Api, LabError
 from tasks.text import Text
-from teacher import endpoint as module
+from teacher import offer as module
 from teacher.api.tiers import PER_MILLION, TIERS
-from teacher.endpoint import OVERHEAD, Endpoint, Journal, Offer
+from teacher.endpoint import Endpoint
+from teacher.journal import OVERHEAD, Journal
+from teacher.offer import Offer
 from teacher.signal import LOG_ZERO, tail_of
 from teacher.source import LocalModel
 from tests.helpers import ROOT
@@ -299,6 +301,28 @@ def test_other_tokens_or_no_log_probabilities_are_named(served, rows, endpoint):
         one.read(choice | {"logprobs": None})
 
 
+def test_parts_of_letters_are_read_by_their_bytes_and_an_end_mark_without_text(served, endpoint):
+    """llama.cpp writes both as text that cannot be told apart."""
+    one, task = endpoint("top_k", 2), served.task
+    if task.name != "text":
+        pytest.skip("words and phonemes have no parts of letters")
+    known = task.tokenizer.get_vocab()
+    first, second = known["\u00c3"], known["\u00a9"]  # the bytes of é in byte-level BPE
+    assert task.token_name(first) == "bytes:\\xc3"
+    pairs = [("\ufffd", [0xC3], -0.1), ("", [], -3.0), ("", [], -5.0)]
+    top = [{"token": name, "bytes": text, "logprob": p} for name, text, p in pairs]
+    content = [
+        {**top[0], "top_logprobs": top},
+        {"token": "\ufffd", "bytes": [0xA9], "logprob": -0.2, "top_logprobs": top},
+    ]
+    choice = {"finish_reason": "length", "text": "é", "logprobs": {"content": content}}
+    found = one.read(choice)
+    assert found.tokens.tolist() == [first, second]
+    log_probs = found.distribution(2, task.vocabulary)
+    assert log_probs[0, first] == pytest.approx(-0.1)
+    assert log_probs[0, task.end] == pytest.approx(-3.0)
+
+
 def test_answers_that_the_task_cannot_read_are_left_out(served, rows, endpoint, monkeypatch):
     monkeypatch.setattr(
         served.task, "encode_answer", lambda text: (_ for _ in ()).throw(LabError("?"))
@@ -330,6 +354,41 @@ def test_an_answer_of_another_shape_is_paid_once_and_left_out(body, rows, endpoi
     assert answers(again, few) == {}
 
 
+def test_answers_of_another_teacher_are_not_taken_for_this_one(tmp_path):
+    file = tmp_path / "journal.sqlite"
+    for _ in range(2):
+        Journal(file, "one").database.close()
+    with pytest.raises(LabError, match="holds answers of another teacher"):
+        Journal(file, "another")
+
+
+def test_what_is_set_aside_is_asked_again_and_stays_paid(served, rows, endpoint):
+    few = rows.take(np.arange(5))
+    for times in (1, 2, 3):
+        one = endpoint()
+        one.journal.set_aside(few.ids[:3].tolist())
+        assert len(answers(one, few)) == 5
+        assert one.journal.totals()[0] == one.bill()["requests"] == 5 + 3 * (times - 1)
+
+
+def test_every_request_draws_from_all_tokens_and_has_the_fields_of_the_config(
+    served, rows, endpoint, monkeypatch
+):
+    """Some servers draw from the likeliest tokens only, unless they are told not to."""
+    sent = []
+    monkeypatch.setattr(
+        Endpoint, "send", lambda self, question, asked: sent.append(asked) or b"null"
+    )
+    few = rows.take(np.arange(1))
+    answers(endpoint(body={"top_k": 0}), few, 1.0)
+    answers(endpoint(journal="greedy"), few)
+    assert (sent[0]["top_p"], sent[0]["extra_body"]) == (1.0, {"top_k": 0})
+    assert "top_p" not in sent[1]
+    monkeypatch.undo()
+    with pytest.raises(LabError, match="top_k: this field is not supported"):
+        answers(endpoint(body={"top_k": 0}, journal="sent"), few)
+
+
 def test_a_proxy_is_not_asked_for_a_server_on_this_machine(rows, endpoint, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     assert len(answers(endpoint(), rows.take(np.arange(3)))) == 3
@@ -343,7 +402,9 @@ import numpy as np, torch
 from pathlib import Path
 from configs.schema import Api
 from tasks.pronounce import Pronounce
-from teacher.endpoint import Endpoint, Journal, Offer
+from teacher.endpoint import Endpoint
+from teacher.journal import Journal
+from teacher.offer import Offer
 
 url, key, journal = sys.argv[1:]
 task, settings = Pronounce(limit=300), Api(url=url, model="small", key_env="KEY", at_once=4)

@@ -11,6 +11,7 @@ import threading
 import time
 
 import httpx2
+import psutil
 import pytest
 
 from configs.schema import LabError
@@ -136,6 +137,23 @@ class Served:
         code = self.process.wait(timeout=30)
         self.process.stderr.close()
         return code
+
+
+def test_a_server_ends_when_the_program_that_started_it_is_killed(tiny_run, tmp_path):
+    """It lived on, and kept the port, the memory and the database of a run that was killed."""
+    served = Served(tiny_run, tmp_path / "api.sqlite")
+    served.command.append("--end-with-input")
+    starts_it = f"import subprocess, sys\nserver = subprocess.Popen({served.command!r}, " + (
+        "stdin=subprocess.PIPE, stdout=subprocess.PIPE)\nserver.stdout.readline()\n"
+        "print(server.pid, flush=True)\nserver.wait()"
+    )
+    starter = subprocess.Popen(
+        [sys.executable, "-c", starts_it], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    server = psutil.Process(int(starter.stdout.readline()))
+    starter.kill()
+    starter.communicate()
+    server.wait(timeout=30)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
