@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 from limits import RateLimitItemPerMinute
@@ -279,6 +280,7 @@ def hashed(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+@lru_cache(maxsize=4096)
 def simhash(text: str) -> int:
     """63 bits that differ little between similar texts (Charikar 2002), by runs of four letters."""
     votes = [0] * 63

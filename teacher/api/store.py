@@ -48,6 +48,9 @@ CREATE TABLE IF NOT EXISTS meter (
     PRIMARY KEY (account, minute)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS contents (
     request_id TEXT PRIMARY KEY, prompt TEXT NOT NULL, answer TEXT NOT NULL, expires REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS alarms (
+    account TEXT NOT NULL REFERENCES accounts, rule TEXT NOT NULL, at REAL NOT NULL,
+    p REAL NOT NULL, PRIMARY KEY (account, rule)) WITHOUT ROWID;
 """
 
 
@@ -277,10 +280,17 @@ class Store:
             "SELECT accounts.id, name, accounts.tier, accounts.status, "
             "COUNT(usage.request_id) AS requests, COALESCE(SUM(cost), 0) AS cost, "
             "COALESCE(SUM(prompt_tokens + COALESCE(completion_tokens, 0)), 0) AS tokens, "
+            "(SELECT GROUP_CONCAT(rule, ', ') FROM alarms WHERE account = accounts.id) AS alarms, "
             "MAX(start) AS last FROM accounts LEFT JOIN usage ON usage.account = accounts.id "
             "GROUP BY accounts.id ORDER BY tokens DESC, accounts.created, accounts.id"
         )
         return [dict(row) for row in found]
+
+    def record_alarm(self, account: str, rule: str, at: float, p: float) -> None:
+        """What a detector says of an account, for its owner to look at; the first of each rule."""
+        self.database.execute(
+            "INSERT OR IGNORE INTO alarms VALUES (?, ?, ?, ?)", (account, rule, at, p)
+        )
 
     def traffic(self, since: float) -> list[dict[str, Any]]:
         """Tokens of each account in each minute."""

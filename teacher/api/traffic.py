@@ -16,7 +16,7 @@ camouflaged  sessions as of a chat customer, but every topic once until the pool
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.random import Generator
@@ -92,7 +92,8 @@ def application(pool: Pool, draw: Generator, days: int) -> list[list[Ask]]:
     times = in_the_daytime(draw, days, draw.uniform(10, 40))
     prompts = draw.choice(popular, len(times), p=share / share.sum())
     longest = int(draw.choice([8, 16]))
-    return [[Ask(t, int(p), 0.0, longest) for t, p in zip(times, prompts, strict=True)]]
+    shown = int(draw.choice([0, 5], p=[0.7, 0.3]))  # some show how sure the model is
+    return [[Ask(t, int(p), 0.0, longest, shown) for t, p in zip(times, prompts, strict=True)]]
 
 
 def batch(pool: Pool, draw: Generator, days: int) -> list[list[Ask]]:
@@ -122,12 +123,12 @@ def evaluation(pool: Pool, draw: Generator, days: int) -> list[list[Ask]]:
 def naive(pool: Pool, draw: Generator, days: int) -> list[list[Ask]]:
     size = min(len(pool.prompts), int(draw.integers(500, 1200)))
     times = draw.uniform(0, days - 1) * DAY + np.cumsum(draw.exponential(1.1, size))
-    return [extraction(draw.permutation(len(pool.prompts))[:size], times)]
+    return [extraction(draw, draw.permutation(len(pool.prompts))[:size], times)]
 
 
 def throttled(pool: Pool, draw: Generator, days: int) -> list[list[Ask]]:
     times = in_the_daytime(draw, days, draw.uniform(50, 100))[: len(pool.prompts)]
-    return [extraction(draw.permutation(len(pool.prompts))[: len(times)], times)]
+    return [extraction(draw, draw.permutation(len(pool.prompts))[: len(times)], times)]
 
 
 def mixed(pool: Pool, draw: Generator, days: int) -> list[list[Ask]]:
@@ -143,11 +144,13 @@ def mixed(pool: Pool, draw: Generator, days: int) -> list[list[Ask]]:
 
 def hydra(pool: Pool, draw: Generator, days: int) -> list[list[Ask]]:
     parts = np.array_split(draw.permutation(len(pool.prompts)), RING)
-    heads = []
-    for part in parts:
-        times = in_the_daytime(draw, days, draw.uniform(8, 20))[: len(part)]
-        heads.append(extraction(part[: len(times)], times))
-    return heads
+    times = [in_the_daytime(draw, days, draw.uniform(8, 20))[: len(part)] for part in parts]
+    whole = extraction(draw, np.concatenate(parts), np.zeros(len(pool.prompts)))
+    starts = np.cumsum([0, *map(len, parts)])
+    return [
+        [replace(ask, at=t) for ask, t in zip(whole[start:], at, strict=False)]
+        for start, at in zip(starts, times, strict=False)
+    ]
 
 
 def camouflaged(pool: Pool, draw: Generator, days: int) -> list[list[Ask]]:
@@ -155,9 +158,14 @@ def camouflaged(pool: Pool, draw: Generator, days: int) -> list[list[Ask]]:
     return [sessions(pool, draw, days, lambda: next(topics), draw.uniform(5, 9))]
 
 
-def extraction(prompts: np.ndarray, times: np.ndarray) -> list[Ask]:
-    """Sampled answers, as long as they may be, with what is revealed beside them."""
-    return [Ask(t, int(p), 1.0, 24, 5) for t, p in zip(times, prompts, strict=True)]
+def extraction(draw: Generator, prompts: np.ndarray, times: np.ndarray) -> list[Ask]:
+    """An answer to every prompt. One extractor asks for what is revealed beside it, another only
+    for the text; one samples, another does not."""
+    temperature, longest = float(draw.choice([0.0, 0.7, 1.0])), int(draw.choice([16, 24, 32]))
+    shown = int(draw.choice([0, 5]))
+    return [
+        Ask(t, int(p), temperature, longest, shown) for t, p in zip(times, prompts, strict=True)
+    ]
 
 
 # -- how people ask --------------------------------------------------------------------------------
