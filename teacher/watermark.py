@@ -1,0 +1,96 @@
+"""A watermark in the tokens that a model draws: green lists (Kirchenbauer et al. 2023, arXiv
+2301.10226, algorithm 2), as transformers draws them with the scheme "lefthash".
+
+The token before decides which tokens are green: a share of the vocabulary, another for every key.
+Their logits are raised by `bias`, so that a text has more of them than chance would give.
+"""
+
+import hashlib
+import hmac
+import secrets
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import WatermarkLogitsProcessor
+
+from configs.files import Shape, read_json, write_json
+from configs.schema import LabError
+
+SHARE = 0.25  # of the vocabulary is green
+MOST = 4096  # tokens of a vocabulary whose lists are kept in a table
+
+
+class KeyFile(Shape):
+    """A key that stays secret, and a salt, so that its published hash does not give it away."""
+
+    key: int
+    salt: str
+
+
+class Watermark:
+    """key: an odd number of 31 bits: others have twins that draw the same lists."""
+
+    def __init__(self, key: int, vocabulary: int, bias: float) -> None:
+        self.key, self.vocabulary, self.bias = key, vocabulary, bias
+
+    @property
+    def name(self) -> str:
+        """Of the key, for a log; it does not give the key away."""
+        return hashlib.sha256(f"watermark {self.key}".encode()).hexdigest()[:8]
+
+    def raised(self, log_probs: Tensor, last: int) -> Tensor:
+        """Log-probabilities [.., V] of the next token, after the token `last`, with the mark."""
+        raised = log_probs + self.bias * green(self.key, self.vocabulary)[last]
+        return torch.log_softmax(raised, dim=-1)
+
+
+@lru_cache(maxsize=512)
+def green(key: int, vocabulary: int) -> Tensor:
+    """[V, V] whether a token is green after another. LabError for a vocabulary whose table would be
+    too large. After token 0 nothing is: its list would be the same for every key."""
+    if vocabulary > MOST:
+        raise LabError(
+            f"a watermark needs a table of {vocabulary:,} x {vocabulary:,} tokens; use a teacher "
+            f"with at most {MOST:,}"
+        )
+    lists = WatermarkLogitsProcessor(
+        vocabulary, "cpu", greenlist_ratio=SHARE, hashing_key=key, seeding_scheme="lefthash"
+    )
+    table = torch.zeros((vocabulary, vocabulary), dtype=torch.bool)
+    for last in range(1, vocabulary):
+        table[last, lists._get_greenlist_ids(torch.tensor([last]))] = True
+    return table
+
+
+# -- keys ------------------------------------------------------------------------------------------
+
+
+def random_key() -> int:
+    return secrets.randbits(30) * 2 + 1
+
+
+def key_of_account(key: int, account: str) -> int:
+    """A key of its own for every account, from that of the server."""
+    digest = hmac.new(str(key).encode(), account.encode(), hashlib.sha256).digest()
+    return int.from_bytes(digest[:4], "big") >> 1 | 1
+
+
+def write_key(file: Path) -> str:
+    """A new key. Returns its commitment: published before anybody is taught, it shows later that
+    the key was not chosen to fit. LabError if the file exists."""
+    if file.exists():
+        raise LabError(f"{file} exists; a key that was used is needed to find its mark")
+    content = KeyFile(key=random_key(), salt=secrets.token_hex(16))
+    write_json(file, content.model_dump())
+    file.chmod(0o600)
+    return commitment(content)
+
+
+def read_key(file: Path) -> KeyFile:
+    return KeyFile(**read_json(file, KeyFile, "expected what python -m teacher.api key writes"))
+
+
+def commitment(content: KeyFile) -> str:
+    return hashlib.sha256(f"{content.salt} {content.key}".encode()).hexdigest()
