@@ -8,6 +8,7 @@ Their logits are raised by `bias`, so that a text has more of them than chance w
 import hashlib
 import hmac
 import secrets
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,19 +30,22 @@ class KeyFile(Shape):
     salt: str
 
 
+@dataclass(frozen=True)
 class Watermark:
-    """key: an odd number of 31 bits: others have twins that draw the same lists."""
+    """key: an odd number of 31 bits: others have twins that draw the same lists. bias: in nats."""
 
-    def __init__(self, key: int, vocabulary: int, bias: float) -> None:
-        self.key, self.vocabulary, self.bias = key, vocabulary, bias
+    key: int
+    vocabulary: int
+    bias: float
 
     @property
     def name(self) -> str:
         """Of the key, for a log; it does not give the key away."""
         return hashlib.sha256(f"watermark {self.key}".encode()).hexdigest()[:8]
 
-    def raised(self, log_probs: Tensor, last: int) -> Tensor:
-        """Log-probabilities [.., V] of the next token, after the token `last`, with the mark."""
+    def raised(self, log_probs: Tensor, last: int | Tensor) -> Tensor:
+        """Log-probabilities [.., V] of the next token, after the token `last` [..], with the
+        mark."""
         raised = log_probs + self.bias * green(self.key, self.vocabulary)[last]
         return torch.log_softmax(raised, dim=-1)
 

@@ -14,10 +14,11 @@ from models.language import build_model, initialise
 from tasks.pronounce import Pronounce
 from tasks.task import Task
 from teacher.api.app import create_app
+from teacher.api.defence import Defence
 from teacher.api.engine import Engine
 from teacher.api.pages import add_pages
 from teacher.api.prompts import TaskPrompts
-from teacher.api.service import Prompts, Service
+from teacher.api.service import NONE, Prompts, Service
 from teacher.api.store import Store
 
 PASSWORD = "the owner's"
@@ -25,21 +26,25 @@ SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @contextmanager
-def small_teacher(folder: Path, task: Task | None = None) -> Iterator[SimpleNamespace]:
+def small_teacher(
+    folder: Path, task: Task | None = None, defence: Defence = NONE
+) -> Iterator[SimpleNamespace]:
     """An untrained teacher of a task, with an account's page: what `serving` gives, task, model."""
     task = task or Pronounce(limit=300)
     model = initialise(build_model(Model(initializer_range=0.2, **SHAPE), task), 0).eval()
-    with serving(folder, Engine(model, task), TaskPrompts(task), "small") as served:
+    with serving(folder, Engine(model, task), TaskPrompts(task), "small", defence) as served:
         served.task, served.model = task, model
         yield served
 
 
 @contextmanager
-def serving(folder: Path, engine: Engine, prompts: Prompts, name: str) -> Iterator[SimpleNamespace]:
+def serving(
+    folder: Path, engine: Engine, prompts: Prompts, name: str, defence: Defence = NONE
+) -> Iterator[SimpleNamespace]:
     """store, engine, service, port, url and home."""
     store = Store(folder / "api.sqlite")
     store.publish_terms("1", "No training.", "no")
-    service = Service(store, engine, prompts, name)
+    service = Service(store, engine, prompts, name, defence)
     app = create_app(service, b"salt")
     add_pages(app, service, PASSWORD, "lead")
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")

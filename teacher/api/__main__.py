@@ -5,6 +5,7 @@
     python -m teacher.api account add "A reader" --tier top5     # prints its key, once
     python -m teacher.api account list
     python -m teacher.api account suspend acct-1234abcd          # or activate, revoke, rotate
+    python -m teacher.api key runs/mark.json                     # for serve --watermark
     python -m teacher.api terms --publish terms.txt --version 2 --allows-distillation no
     python -m teacher.api usage acct-1234abcd
     python -m teacher.api bill acct-1234abcd
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # these import torch, which managing accounts does not need
     import uvicorn
 
     from tasks.task import Task
+    from teacher.api.defence import Defence
     from teacher.api.engine import Engine
     from teacher.api.service import Prompts
 
@@ -68,12 +70,24 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--certificate", type=Path, help="for TLS")
     one.add_argument("--certificate-key", type=Path)
     one.add_argument("--expose-without-tls", action="store_true")
+    one.add_argument("--watermark", type=Path, metavar="FILE", help="mark answers with this key")
+    one.add_argument("--bias", type=float, default=1.0, help="of the watermark, in nats")
+    one.add_argument(
+        "--per-account", action="store_true", help="a watermark of its own for every account"
+    )
+    one.add_argument(
+        "--decimals", type=int, choices=range(9), help="of the log-probabilities that are shown"
+    )
     one.add_argument("--no-admin", action="store_true", help="without the page of all accounts")
     one.add_argument(
         "--end-with-input", action="store_true",
         help="end when standard input does: for programs that start a server",
     )  # fmt: skip
     one.set_defaults(do=serve)
+
+    one = commands.add_parser("key", help="a new key for a watermark, and its commitment")
+    one.add_argument("file", type=Path)
+    one.set_defaults(do=new_key)
 
     account = commands.add_parser("account").add_subparsers(required=True)
     one = account.add_parser("add")
@@ -138,11 +152,12 @@ def serve(options: argparse.Namespace) -> int:
     if bool(options.run) == bool(options.pretrained):
         raise LabError("serve what? Name a run, as in serve runs/quickstart, or --pretrained NAME")
     teacher = pretrained(options.pretrained) if options.pretrained else teacher_of(options.run)
+    defence = defence_of(options)
     store = opened(options)
     left = store.close_interrupted()
     if left:
         say(f"{left} requests were interrupted when the last server ended; they cost nothing")
-    service = Service(store, teacher.engine, teacher.prompts, teacher.name)
+    service = Service(store, teacher.engine, teacher.prompts, teacher.name, defence)
     app, password = create_app(service, secrets.token_bytes(16)), secrets.token_urlsafe(9)
     add_pages(app, service, None if options.no_admin else password, teacher.example)
     server = uvicorn.Server(
@@ -252,6 +267,27 @@ def require_safe_address(options: argparse.Namespace) -> None:
             f"--host {options.host} is reachable from elsewhere, and keys would travel in the "
             "clear; add --certificate and --certificate-key, or --expose-without-tls"
         )
+
+
+def defence_of(options: argparse.Namespace) -> "Defence":
+    from teacher.api.defence import Defence
+    from teacher.watermark import read_key
+
+    if options.per_account and not options.watermark:
+        raise LabError("--per-account is for a watermark; name its key with --watermark FILE")
+    key = read_key(options.watermark).key if options.watermark else None
+    return Defence(key, options.bias if key else 0.0, options.per_account, options.decimals)
+
+
+def new_key(options: argparse.Namespace) -> int:
+    from teacher.watermark import write_key
+
+    committed = write_key(options.file)
+    say(
+        f"{options.file} holds the key; keep it secret\ncommitment {committed}\nPublish that "
+        "before anybody is taught: it shows that the key was not chosen afterwards."
+    )
+    return 0
 
 
 def add(options: argparse.Namespace) -> int:

@@ -211,7 +211,7 @@ async def respond(exchange: Exchange, request: Request, shape: Shape) -> Respons
             headers={"x-request-id": request_id, "cache-control": "no-store"},
         )
     if shape.echo and len(exchange.prompt) > 1:
-        shape.echoed = await exchange.service.scored(exchange.prompt)
+        shape.echoed = await exchange.service.scored(exchange.prompt, exchange.watermark)
     gone = asyncio.create_task(disconnected(request))
     try:
         found = await exchange.answers(gone)

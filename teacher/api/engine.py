@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from configs.schema import LabError
 from models.language import device_of
+from teacher.watermark import Watermark
 
 ROOM = 16  # jobs join when this fraction of the batch is free
 SPARE = 8  # columns
@@ -46,6 +47,7 @@ class Job:
     top_p: float = 1.0
     bias: dict[int, float] = field(default_factory=dict)
     seed: int = 0
+    watermark: Watermark | None = None
     wants_log_probs: bool = False
     cancelled: bool = False
 
@@ -61,6 +63,7 @@ class Score:
 
     tokens: list[int]
     deliver: Callable[[Tensor | None], None]
+    watermark: Watermark | None = None
 
 
 class SlotLayer(DynamicLayer):
@@ -240,16 +243,19 @@ class Engine:
             if job is None:
                 return False
             if isinstance(job, Score):
-                job.deliver(self.scored(job.tokens))
+                job.deliver(self.scored(job.tokens, job.watermark))
             else:
                 self.backlog.append(job)
                 block = False
 
     @torch.no_grad()
-    def scored(self, tokens: list[int]) -> Tensor:
+    def scored(self, tokens: list[int], watermark: Watermark | None) -> Tensor:
         ids = torch.tensor([tokens], device=device_of(self.model))
         logits = self.model(ids, use_cache=False).logits[0, :-1, : self.vocabulary]
-        return torch.log_softmax(logits.float().cpu(), dim=-1)
+        log_probs = torch.log_softmax(logits.float().cpu(), dim=-1)
+        if watermark:
+            log_probs = watermark.raised(log_probs, torch.tensor(tokens[:-1]))
+        return log_probs
 
     @torch.no_grad()
     def begin(self, batch: Batch, jobs: list[Job]) -> None:
@@ -321,8 +327,8 @@ def of_similar_length(jobs: list[Job]) -> Iterator[list[Job]]:
 
 
 def distribution(logits: Tensor, jobs: list[Job]) -> Tensor:
-    """[B, V] log-probabilities that the tokens are drawn from: after the bias, the temperature and
-    top_p of each job. At temperature 0 they are those of temperature 1."""
+    """[B, V] log-probabilities that the tokens are drawn from: after the bias, the temperature, the
+    top_p and the watermark of each job. At temperature 0 they are those of temperature 1."""
     for row, job in enumerate(jobs):
         for token, bias in job.bias.items():
             logits[row, token] += bias
@@ -331,6 +337,13 @@ def distribution(logits: Tensor, jobs: list[Job]) -> Tensor:
     rows = [row for row, job in enumerate(jobs) if job.top_p < 1]
     if rows:
         log_probs[rows] = nucleus(log_probs[rows], torch.tensor([jobs[row].top_p for row in rows]))
+    marked: dict[Watermark, list[int]] = {}
+    for row, job in enumerate(jobs):
+        if job.watermark:
+            marked.setdefault(job.watermark, []).append(row)
+    for watermark, rows in marked.items():
+        last = torch.tensor([(jobs[row].tokens or jobs[row].prompt)[-1] for row in rows])
+        log_probs[rows] = watermark.raised(log_probs[rows], last)
     return log_probs
 
 

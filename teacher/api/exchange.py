@@ -55,6 +55,7 @@ class Exchange:
         reserved = len(self.prompt) + (body.n or 1) * self.longest
         service.require_model(body.model)
         service.require_rate(self.account, reserved)
+        self.watermark = service.watermark(self.account)
         request_id = service.store.begin(
             self.account,
             reserved,
@@ -63,6 +64,7 @@ class Exchange:
             max_tokens=self.longest,
             logprobs=int(logprobs),
             top_logprobs=alternatives,
+            watermark=self.watermark and self.watermark.name,
             **fields_of(body, self.text),
         )
         if request_id is None:
@@ -71,7 +73,7 @@ class Exchange:
                 f"{self.account.tier_name} do not hold this request",
             )  # fmt: skip
         self.request_id = request_id
-        self.jobs = service.jobs(body, self.prompt, self.longest, bias, logprobs)
+        self.jobs = service.jobs(body, self.prompt, self.longest, bias, logprobs, self.watermark)
 
     async def growing(self) -> AsyncIterator[Answer]:
         """Each answer whenever it has grown. Leaving the loop early ends them all."""

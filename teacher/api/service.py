@@ -14,15 +14,18 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
 from torch import Tensor
 
+from teacher.api.defence import Defence
 from teacher.api.engine import Engine, Job, Score, Step
 from teacher.api.errors import ApiError
 from teacher.api.requests import Sampling
 from teacher.api.store import ACTIVE, Account, Store
 from teacher.api.tiers import PER_MILLION
+from teacher.watermark import Watermark
 
 KEEP_CONTENTS = 30 * 24 * 3600.0  # seconds
 LIMITS = ("requests_per_minute", "tokens_per_minute", "tokens_per_day")  # of a tier
 POLICY = "1"  # of what is exposed and logged
+NONE = Defence()
 
 
 class Prompts(Protocol):
@@ -59,10 +62,16 @@ class Service:
     """One model behind accounts."""
 
     def __init__(
-        self, store: Store, engine: Engine, prompts: Prompts, model: str, created: int = 0
+        self,
+        store: Store,
+        engine: Engine,
+        prompts: Prompts,
+        model: str,
+        defence: Defence = NONE,
+        created: int = 0,
     ) -> None:
         self.store, self.engine, self.prompts = store, engine, prompts
-        self.model, self.created = model, created
+        self.model, self.defence, self.created = model, defence, created
         memory = MemoryStorage()
         self.requests = MovingWindowRateLimiter(memory)
         self.tokens = SlidingWindowCounterRateLimiter(memory)
@@ -178,6 +187,7 @@ class Service:
         longest: int,
         bias: dict[int, float],
         wants_log_probs: bool,
+        watermark: Watermark | None = None,
     ) -> list[Job]:
         """One for each of the `n` answers, each with another seed."""
         seed = self.random.getrandbits(62) if body.seed is None else body.seed
@@ -190,6 +200,7 @@ class Service:
                 top_p=1.0 if body.top_p is None else body.top_p,
                 bias=bias,
                 seed=(seed + number) % 2**63,
+                watermark=watermark,
                 wants_log_probs=wants_log_probs,
             )
             for number in range(body.n or 1)
@@ -231,7 +242,11 @@ class Service:
             for answer in found:
                 answer.job.cancelled = True
 
-    async def scored(self, tokens: list[int]) -> Tensor:
+    def watermark(self, account: Account) -> Watermark | None:
+        """Of the answers to an account."""
+        return self.defence.watermark(account.id, self.prompts.vocabulary)
+
+    async def scored(self, tokens: list[int], watermark: Watermark | None = None) -> Tensor:
         """The log-probabilities [P - 1, V] of every token of a text but the first."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Tensor] = loop.create_future()
@@ -239,13 +254,15 @@ class Service:
         def deliver(log_probs: Tensor | None) -> None:
             loop.call_soon_threadsafe(future.set_result, log_probs)
 
-        self.engine.submit(Score(tokens, deliver))
-        return await future
+        self.engine.submit(Score(tokens, deliver, watermark))
+        return self.defence.shown(await future)
 
     def grow(self, answer: Answer, step: Step, stops: list[str]) -> None:
         """One token more; it is over with the end mark, a stop or the longest answer."""
-        answer.steps.append(step)
-        answer.tokens.append(step[0])
+        token, log_probs = step
+        shown = None if log_probs is None else self.defence.shown(log_probs)
+        answer.steps.append((token, shown))
+        answer.tokens.append(token)
         tokens = answer.tokens
         if tokens[-1] == self.prompts.end:
             answer.finish_reason = "stop"

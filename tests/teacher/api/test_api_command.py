@@ -16,7 +16,9 @@ import pytest
 
 from configs.schema import LabError
 from teacher.api import __main__ as command
+from teacher.api.defence import Defence
 from teacher.api.store import Store
+from teacher.watermark import commitment, read_key
 from tests.helpers import ROOT
 
 
@@ -106,6 +108,29 @@ def test_keys_do_not_travel_in_the_clear_unless_asked_for(host):
         )
     for safe in ("127.0.0.1", "::1", "localhost"):
         command.require_safe_address(command.parser().parse_args(["serve", "r", "--host", safe]))
+
+
+def test_a_key_is_written_once_and_committed_to(api, tmp_path):
+    code, printed, _ = api("key", tmp_path / "mark.json")
+    assert code == 0
+    assert commitment(read_key(tmp_path / "mark.json")) in printed
+    assert str(read_key(tmp_path / "mark.json").key) not in printed
+    assert "exists" in api("key", tmp_path / "mark.json")[2]
+
+
+def test_what_is_done_to_answers_is_chosen_when_they_are_served(api, tmp_path):
+    api("key", tmp_path / "mark.json")
+    key = read_key(tmp_path / "mark.json").key
+
+    def defence(*arguments):
+        return command.defence_of(command.parser().parse_args(["serve", "run", *arguments]))
+
+    assert defence() == Defence()
+    marked = ("--watermark", str(tmp_path / "mark.json"), "--bias", "2")
+    assert defence(*marked) == Defence(key, 2.0)
+    assert defence(*marked, "--per-account", "--decimals", "1") == Defence(key, 2.0, True, 1)
+    with pytest.raises(LabError, match="--per-account is for a watermark"):
+        defence("--per-account")
 
 
 class Served:

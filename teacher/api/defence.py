@@ -1,0 +1,32 @@
+"""What a server does to answers before anybody sees them, so that they teach less, or tell later
+whom they have taught."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teacher.watermark import Watermark, key_of_account
+
+
+@dataclass(frozen=True)
+class Defence:
+    """bias: of a watermark's green tokens, in nats; with a key, the server's, or one of its own for
+    each account, derived from it. decimals: of the log-probabilities that are shown."""
+
+    key: int | None = None
+    bias: float = 0.0
+    per_account: bool = False
+    decimals: int | None = None
+
+    def watermark(self, account: str, vocabulary: int) -> Watermark | None:
+        if self.key is None or not self.bias:
+            return None
+        key = key_of_account(self.key, account) if self.per_account else self.key
+        return Watermark(key, vocabulary, self.bias)
+
+    def shown(self, log_probs: Tensor) -> Tensor:
+        """Log-probabilities as they leave the server."""
+        if self.decimals is None:
+            return log_probs
+        return torch.round(log_probs, decimals=self.decimals)

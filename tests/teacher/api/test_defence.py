@@ -1,0 +1,93 @@
+"""What a server does to its answers: every way to see them shows the same."""
+
+import numpy as np
+import pytest
+import torch
+from openai import OpenAI
+
+from teacher.api.defence import Defence
+from teacher.api.engine import Job, distribution
+from teacher.watermark import Watermark, green, key_of_account
+from tests.serving import small_teacher
+
+KEY = 123_456_789
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    defence = Defence(KEY, 2.0, per_account=True, decimals=2)
+    with small_teacher(tmp_path_factory.mktemp("defended"), defence=defence) as teacher:
+        teacher.account, key = teacher.store.add_account("A reader", "internal")
+        teacher.client = OpenAI(base_url=teacher.url, api_key=key, max_retries=0)
+        teacher.mark = Watermark(key_of_account(KEY, teacher.account), teacher.task.vocabulary, 2.0)
+        yield teacher
+        teacher.client.close()
+
+
+def marked(served, tokens):
+    """Log-probabilities [V] of the next token as this account may see them."""
+    with torch.no_grad():
+        logits = served.model(torch.tensor([tokens])).logits[0, -1, : served.task.vocabulary]
+    return torch.round(served.mark.raised(logits.log_softmax(-1), tokens[-1]), decimals=2)
+
+
+def test_log_probabilities_are_those_of_the_marked_answer_rounded(served):
+    task = served.task
+    chat = served.client.chat.completions.create(
+        model="small", messages=[{"role": "user", "content": "lead"}], temperature=1, seed=3,
+        logprobs=True, top_logprobs=task.vocabulary,
+    ).choices[0]  # fmt: skip
+    so_far = task.prompt("lead")
+    ids = {task.token_name(token): token for token in range(task.vocabulary)}
+    for one in chat.logprobs.content:
+        expected = marked(served, so_far)
+        shown = {ids[other.token]: other.logprob for other in one.top_logprobs}
+        for token, value in shown.items():
+            assert value == pytest.approx(float(expected[token]), abs=0.011)  # of two roundings
+            assert value == pytest.approx(round(value, 2), abs=1e-6)
+        so_far.append(ids[one.token])
+    assert len(chat.logprobs.content) > 1
+
+
+def test_a_scored_text_does_not_bypass_the_mark(served):
+    tokens = [*served.task.prompt("lead"), 9, 8, 7]
+    scored = served.client.completions.create(
+        model="small", prompt=tokens, max_tokens=0, echo=True, logprobs=1
+    )
+    for place in range(1, len(tokens)):
+        expected = float(marked(served, tokens[:place])[tokens[place]])
+        shown = scored.choices[0].logprobs.token_logprobs[place]
+        assert shown == pytest.approx(expected, abs=0.011)
+
+
+def test_the_log_names_the_key_and_does_not_hold_it(served):
+    served.client.completions.create(model="small", prompt=[1, 5], max_tokens=2)
+    row = served.store.usage_of(served.account)[-1]
+    assert row["watermark"] == served.mark.name
+    assert str(KEY) not in str([*row])
+    assert str(served.mark.key) not in str([*row])
+
+
+def test_answers_are_marked_whatever_else_is_in_the_batch():
+    vocabulary = 12
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, vocabulary, generator=generator)
+    marks = [None, Watermark(7, vocabulary, 1.0), Watermark(9, vocabulary, 3.0), None]
+    marks[3] = marks[1]
+    jobs = [Job([1, 2 + n], 5, None, temperature=0.8, watermark=m) for n, m in enumerate(marks)]
+    jobs[3].tokens = [11]
+    together = distribution(logits.clone(), jobs)
+    for row, job in enumerate(jobs):
+        alone = torch.log_softmax(logits[row] / 0.8, -1)
+        if job.watermark:
+            last = (job.tokens or job.prompt)[-1]
+            raised = alone + job.watermark.bias * green(job.watermark.key, vocabulary)[last]
+            alone = raised.log_softmax(-1)
+        torch.testing.assert_close(together[row], alone)
+
+
+def test_without_a_key_nothing_is_marked():
+    assert Defence().watermark("a", 10) is None
+    assert Defence(decimals=1).watermark("a", 10) is None
+    values = torch.tensor(np.linspace(-3, 0, 7))
+    assert Defence().shown(values) is values
