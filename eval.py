@@ -4,6 +4,8 @@
     python eval.py runs/quickstart --ask deepseek distillation  # what each model answers
     python eval.py runs/quickstart --check                      # reproduced? exit code 0, 1 or 2
     python eval.py runs/quickstart --selfcheck                  # silent errors? exit code 0 or 1
+    python eval.py runs/api --radioactivity                     # do students carry the watermark?
+    python eval.py runs/api --provenance --candidates runs/b    # who taught the students?
     python eval.py --compare runs/a runs/b                      # what differs, and why
     python eval.py --environment                                # what a bug report needs
     python eval.py runs/quickstart --update                     # write results/quickstart.json
@@ -30,6 +32,7 @@ from experiment.bought import evaluated_rows
 from experiment.check import artifacts_of, check_run, compare_runs, losses_of
 from experiment.cost import CountedForward, Stopwatch
 from experiment.environment import print_environment
+from experiment.evidence import provenance, radioactivity
 from experiment.experiment import (
     open_experiment,
     open_model,
@@ -101,6 +104,10 @@ def story(options: argparse.Namespace) -> int:
     elif options.check is not None:
         name = options.check or config.name
         return check_run(run, config, name, RESULTS, lambda: judge(run, config, "heldout"))
+    elif options.radioactivity:
+        return radioactivity(run, options.key, options.tokens)
+    elif options.provenance:
+        return provenance(run, options.candidates, options.controls)
     elif options.selfcheck:
         experiment = open_experiment(config, run)
         require_same_rows(run, {"train": experiment.rows, "validation": experiment.validation})

@@ -94,6 +94,8 @@ class Api(Section):
     # Per million tokens of prompts and answers, for a server that does not state them.
     price_in: float = Field(0.0, ge=0)
     price_out: float = Field(0.0, ge=0)
+    # Of the watermark that a run's own server puts into answers; a real one is kept in a file.
+    watermark_key: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     # What one set of outputs may cost at most. Nothing is asked that could exceed it.
     budget_tokens: Count | None = None
     budget_money: float | None = Field(None, gt=0)
@@ -154,6 +156,8 @@ class OutputsSettings(Section):
     # sampling), or all of them without the reasoning.
     traces: Literal["all", "right", "none"] = "all"
     charged: bool = True  # to the student's budget; false in studies that vary the outputs
+    # With teacher.api: the bias of the watermark in these answers, in nats; null: without.
+    watermark: float | None = Field(None, gt=0, le=20, exclude_if=lambda value: value is None)
 
 
 class DivergenceSettings(Section):

@@ -21,6 +21,14 @@ SOLD = [name for name, access in ACCESS.items() if access.sold]
 def check_api(config: Config, task: type[Task]) -> Iterator[str]:
     """The teacher's outputs can be bought."""
     api = config.teacher.api
+    for name, recipe in config.recipes.items():
+        if recipe.outputs.watermark and (api is None or api.url or not api.watermark_key):
+            yield (
+                f"recipes.{name}.outputs.watermark: the run's own server marks its answers; it "
+                "needs teacher.api without a url, and with a watermark_key"
+            )
+    if api is not None and api.watermark_key is not None and api.watermark_key % 2 == 0:
+        yield f"teacher.api.watermark_key: found {api.watermark_key}, expected an odd number"
     if config.teacher.model is None and not config.sold_elsewhere:
         yield "teacher.model is missing; this section is needed, or teacher.api with a url"
     if api is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from configs.files import say, sha256_of_json
+from configs.files import say, sha256_of_json, write_json
 from configs.schema import Api, LabError, Recipe
 from experiment.bought import (
     PROBED,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 JOURNAL = "answers.sqlite"
+KEY = "watermark.json"
 MOST_OTHER = 0.25  # of the probes: the same model can round otherwise in another batch
 NEEDS_EXTRA = 'teacher.api needs more packages: pip install -c constraints.txt -e ".[api]"'
 
@@ -54,7 +55,8 @@ def sources(experiment: Experiment) -> Iterator[OpenSource]:
             if experiment.config.teacher.api is None or recipe.teachers != ["teacher"]:
                 return source_of(experiment, recipe, request, CountedForward)
             unknown = experiment.config.sold_elsewhere and not seller.asked
-            endpoint = endpoint_of(experiment, stage, request.access, request.k, seller)
+            bias = request.watermark
+            endpoint = endpoint_of(experiment, stage, request.access, request.k, seller, bias)
             if unknown:
                 with closed_after_errors(endpoint):
                     require_same_model(experiment, stage, endpoint)
@@ -64,11 +66,16 @@ def sources(experiment: Experiment) -> Iterator[OpenSource]:
 
 
 def endpoint_of(
-    experiment: Experiment, stage: str, access: str, k: int | None, seller: "Seller"
+    experiment: Experiment,
+    stage: str,
+    access: str,
+    k: int | None,
+    seller: "Seller",
+    bias: float | None = None,
 ) -> "Endpoint":
     """Ready to be asked: the key is known, the terms allow it, and what the recipe learns from is
-    revealed. LabError otherwise, before anything is paid."""
-    offer = seller.offer(access, k, stage.removeprefix("outputs/"))
+    revealed. LabError otherwise, before anything is paid. bias: of a watermark."""
+    offer = seller.offer(access, k, stage.removeprefix("outputs/"), bias)
     from teacher.endpoint import Endpoint
     from teacher.journal import Journal
 
@@ -182,7 +189,9 @@ class Seller:
         self.database = self.run.folder / "api.sqlite"
         self.asked = False
 
-    def offer(self, access: str, k: int | None, customer: str) -> "Offer":
+    def offer(
+        self, access: str, k: int | None, customer: str, bias: float | None = None
+    ) -> "Offer":
         """What is sold to a key that may see what a recipe with this access learns from. LabError
         without packages or key, or if the terms forbid it."""
         try:
@@ -192,7 +201,7 @@ class Seller:
         settings: Api = self.config.teacher.api
         if settings.url is None:
             url, model = self.own_url, self.config.name
-            key = self.own_key(access, k, customer)
+            key = self.own_key(access, k, customer, bias)
         else:
             url, model = settings.url, settings.model
             key = os.environ.get(settings.key_env, "").strip()
@@ -215,6 +224,8 @@ class Seller:
         """The address of the run's own server, which starts now. LabError if it does not."""
         command = [sys.executable, "-m", "teacher.api", "--database", str(self.database.resolve())]
         command += ["serve", str(self.run.folder.resolve()), "--port", "0", "--no-admin"]
+        if self.config.teacher.api.watermark_key:
+            command += ["--watermark", str(self.key_file.resolve()), "--bias", "0"]
         process = subprocess.Popen(
             [*command, "--end-with-input"],  # even if this process is killed
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -226,14 +237,24 @@ class Seller:
                 return address
         raise LabError(f"the teacher of {self.run.folder} is not served; its server says why above")
 
-    def own_key(self, access: str, k: int | None, customer: str) -> str:
+    @property
+    def key_file(self) -> Path:
+        """The watermark key of the config, as a server reads it."""
+        from teacher.watermark import KeyFile
+
+        file = self.run.folder / KEY
+        key = KeyFile(key=self.config.teacher.api.watermark_key, salt=self.config.name)
+        write_json(file, key.model_dump())
+        return file
+
+    def own_key(self, access: str, k: int | None, customer: str, bias: float | None) -> str:
         """The key of a new account of the tier that reveals this."""
         from teacher.api.store import Store
         from teacher.api.tiers import tier_for
 
         store = Store(self.database)
         try:
-            return store.add_account(customer, tier_for(access, k))[1]
+            return store.add_account(customer, tier_for(access, k), bias)[1]
         finally:
             store.close()
 

@@ -61,6 +61,25 @@ def eval_parser() -> argparse.ArgumentParser:
         "--check", nargs="?", const="", metavar="NAME", help="compare with results/<name>.json"
     )
     parser.add_argument("--selfcheck", action="store_true", help="check for silent errors")
+    parser.add_argument(
+        "--radioactivity", action="store_true", help="do the students carry a watermark?"
+    )
+    parser.add_argument(
+        "--key", type=Path, metavar="FILE", help="of the watermark; default: that of the config"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=20_000, help="that each student writes for --radioactivity"
+    )
+    parser.add_argument(
+        "--provenance", action="store_true", help="which of the --candidates taught the students?"
+    )
+    parser.add_argument(
+        "--candidates", nargs="+", type=Path, default=[], metavar="RUN", help="whose teachers may "
+        "have taught the students; the run's own teacher is one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--controls", type=int, default=8, help="innocent students that they are compared with"
+    )
     parser.add_argument("--compare", nargs=2, type=Path, metavar="RUN", help="two runs")
     parser.add_argument("--environment", action="store_true", help="is this machine set up?")
     parser.add_argument("--update", action="store_true", help="also write results/<name>.json")

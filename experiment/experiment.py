@@ -263,7 +263,10 @@ def binding_of(experiment: Experiment, recipe: Recipe, request: OutputsRequest) 
         tokenizer_sha256=experiment.run.manifest["data"]["tokenizer"],
         rows=experiment.rows,
         seed=experiment.config.teacher.seed,
-    ) | ({"api": api.endpoint} if api else {})
+    ) | {
+        **({"api": api.endpoint} if api else {}),
+        **({"watermark_key": api.watermark_key} if request.watermark else {}),
+    }
 
 
 def outputs_of(experiment: Experiment, recipe: Recipe) -> Outputs:

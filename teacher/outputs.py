@@ -48,6 +48,7 @@ class OutputsRequest:
     prompts: str | None
     temperature: float | None
     transfer_rows: int | None
+    watermark: float | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, relations: bool = False) -> "OutputsRequest":
@@ -63,6 +64,7 @@ class OutputsRequest:
             prompts=outputs.prompts if writes else None,
             temperature=outputs.temperature if writes else None,
             transfer_rows=outputs.transfer_rows,
+            watermark=outputs.watermark if writes else None,
         )
 
     @property
@@ -90,6 +92,8 @@ class OutputsRequest:
     ) -> dict[str, Any]:
         """Everything that the outputs depend on: if any of it differs, so do they."""
         wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if self.watermark is None:  # as before there were watermarks
+            del wanted["watermark"]
         return {
             "teacher": teacher_sha256,
             "tokenizer": tokenizer_sha256,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from teacher.api.store import Account
 from teacher.watermark import Watermark, key_of_account
 
 
@@ -19,11 +20,12 @@ class Defence:
     per_account: bool = False
     decimals: int | None = None
 
-    def watermark(self, account: str, vocabulary: int) -> Watermark | None:
-        if self.key is None or not self.bias:
+    def watermark(self, account: Account, vocabulary: int) -> Watermark | None:
+        bias = self.bias if account.bias is None else account.bias
+        if self.key is None or not bias:
             return None
-        key = key_of_account(self.key, account) if self.per_account else self.key
-        return Watermark(key, vocabulary, self.bias)
+        key = key_of_account(self.key, account.id) if self.per_account else self.key
+        return Watermark(key, vocabulary, bias)
 
     def shown(self, log_probs: Tensor) -> Tensor:
         """Log-probabilities as they leave the server."""

@@ -244,7 +244,7 @@ class Service:
 
     def watermark(self, account: Account) -> Watermark | None:
         """Of the answers to an account."""
-        return self.defence.watermark(account.id, self.prompts.vocabulary)
+        return self.defence.watermark(account, self.prompts.vocabulary)
 
     async def scored(self, tokens: list[int], watermark: Watermark | None = None) -> Tensor:
         """The log-probabilities [P - 1, V] of every token of a text but the first."""

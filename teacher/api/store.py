@@ -22,13 +22,14 @@ from teacher.api.tiers import TIERS, Tier
 
 ACTIVE, SUSPENDED, REVOKED = "active", "suspended", "revoked"
 DAY = 24 * 3600.0
+VERSION = 2  # of the tables
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS terms (
     version TEXT PRIMARY KEY, text TEXT NOT NULL, allows_distillation TEXT NOT NULL,
     published REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS accounts (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, tier TEXT NOT NULL, status TEXT NOT NULL,
-    created REAL NOT NULL, terms TEXT NOT NULL REFERENCES terms, accepted REAL NOT NULL);
+    created REAL NOT NULL, terms TEXT NOT NULL REFERENCES terms, accepted REAL NOT NULL, bias REAL);
 CREATE TABLE IF NOT EXISTS keys (
     id TEXT PRIMARY KEY, account TEXT NOT NULL REFERENCES accounts, sha256 BLOB NOT NULL UNIQUE,
     created REAL NOT NULL, revoked REAL);
@@ -64,6 +65,7 @@ class Account:
     status: str
     terms: str
     key_id: str
+    bias: float | None = None  # of its watermark; None: the server's
 
     @property
     def tier(self) -> Tier:
@@ -80,7 +82,15 @@ class Store:
         self.database.execute("PRAGMA journal_mode = WAL")
         self.database.execute("PRAGMA synchronous = NORMAL")
         self.database.execute("PRAGMA busy_timeout = 10000")
-        self.database.executescript(SCHEMA)
+        if self.database.execute("SELECT name FROM sqlite_master").fetchone():
+            (version,) = self.database.execute("PRAGMA user_version").fetchone()
+            if version != VERSION:
+                self.database.close()
+                raise LabError(
+                    f"{file} is a database of version {version}, expected {VERSION}; move it "
+                    "elsewhere"
+                )
+        self.database.executescript(f"{SCHEMA} PRAGMA user_version = {VERSION};")
 
     def close(self) -> None:
         self.database.close()
@@ -115,14 +125,14 @@ class Store:
     def terms(self, version: str) -> sqlite3.Row:
         return self.database.execute("SELECT * FROM terms WHERE version = ?", (version,)).fetchone()
 
-    def add_account(self, name: str, tier: str) -> tuple[str, str]:
+    def add_account(self, name: str, tier: str, bias: float | None = None) -> tuple[str, str]:
         """(id of the account, its key, which is shown only now)."""
         account = f"acct-{secrets.token_hex(4)}"
         with self.transaction() as database:
             database.execute(
-                "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (account, name, tier, ACTIVE, self.clock(), self.current_terms()["version"],
-                 self.clock()),
+                 self.clock(), bias),
             )  # fmt: skip
             key = self.new_key(account)
         return account, key
@@ -173,7 +183,7 @@ class Store:
             return None
         return Account(
             found["id"], found["name"], found["tier"], found["status"], found["terms"],
-            found["key_id"],
+            found["key_id"], found["bias"],
         )  # fmt: skip
 
     # -- usage -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from openai import OpenAI
 
 from teacher.api.defence import Defence
 from teacher.api.engine import Job, distribution
+from teacher.api.store import Account
 from teacher.watermark import Watermark, green, key_of_account
 from tests.serving import small_teacher
 
@@ -86,8 +87,18 @@ def test_answers_are_marked_whatever_else_is_in_the_batch():
         torch.testing.assert_close(together[row], alone)
 
 
+def account(**more):
+    return Account("acct-1", "A reader", "text", "active", "1", "key-1", **more)
+
+
 def test_without_a_key_nothing_is_marked():
-    assert Defence().watermark("a", 10) is None
-    assert Defence(decimals=1).watermark("a", 10) is None
+    assert Defence().watermark(account(), 10) is None
+    assert Defence(decimals=1).watermark(account(bias=2.0), 10) is None
     values = torch.tensor(np.linspace(-3, 0, 7))
     assert Defence().shown(values) is values
+
+
+def test_an_account_can_have_a_mark_of_its_own_strength():
+    assert Defence(KEY, 1.0).watermark(account(), 10) == Watermark(KEY, 10, 1.0)
+    assert Defence(KEY).watermark(account(bias=2.0), 10) == Watermark(KEY, 10, 2.0)
+    assert Defence(KEY, 1.0).watermark(account(bias=0.0), 10) is None
