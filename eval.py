@@ -105,7 +105,7 @@ def story(options: argparse.Namespace) -> int:
         name = options.check or config.name
         return check_run(run, config, name, RESULTS, lambda: judge(run, config, "heldout"))
     elif options.radioactivity:
-        return radioactivity(run, options.key, options.tokens)
+        return radioactivity(run, options.candidates, options.key, options.tokens)
     elif options.provenance:
         return provenance(run, options.candidates, options.controls)
     elif options.selfcheck:

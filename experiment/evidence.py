@@ -38,21 +38,24 @@ def models_of(run: Run) -> Iterator[tuple[str, int, torch.nn.Module]]:
 # -- a watermark -----------------------------------------------------------------------------------
 
 
-def radioactivity(run: Run, key_file: Path | None, tokens: int) -> int:
+def radioactivity(run: Run, owners: list[Path], key_file: Path | None, tokens: int) -> int:
     """Let every student write, and look for the watermark in its text (Sander et al. 2024, arXiv
-    2402.14904)."""
+    2402.14904). owners: the run with the weights of the teacher, if this one has none."""
     config = run.config()
+    owned = Run.finished(owners[0]) if owners else run
+    if owned.config().sold_elsewhere:
+        raise LabError(
+            "what would the teacher have written without the mark? Name the run that has its "
+            "weights: --candidates RUN"
+        )
     api = config.teacher.api
     key = read_key(key_file).key if key_file else api and api.watermark_key
     if not key:
         raise LabError("whose watermark? Name the key: --radioactivity --key FILE")
     task = load_task(config.task)
-    if teacher_task(config, run, task) is not task:
-        raise LabError(
-            "the teacher has another tokenizer than its students, whose text says nothing of its "
-            "green tokens"
-        )
-    owner, rows, keys = open_model(run, "teacher"), task.rows(SPLIT), other_keys()
+    theirs = teacher_task(owned.config(), owned, load_task(owned.config().task))
+    require_same_vocabulary(theirs.tokenizer, task.tokenizer, "--radioactivity")
+    owner, rows, keys = open_model(owned, "teacher"), task.rows(SPLIT), other_keys()
     say(f"{'student':<24}{'seed':>5}{'tokens':>10}{'z':>9}  p")
     found: dict[str, list[Found]] = {}
     for name, seed, model in models_of(run):

@@ -13,6 +13,9 @@ from experiment.plan import Plan
 from experiment.reading import read_config
 from experiment.reference import pages, write_reference
 from experiment.run import Run
+from measure import extraction
+from teacher.api import __main__ as api
+from teacher.watermark import write_key
 from tests.helpers import ROOT
 
 BLOCKS = re.compile(r"^```\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -46,7 +49,10 @@ def arguments_of(script: str) -> list[list[str]]:
 
 
 def test_every_command_is_executed_or_has_a_reason_why_not():
-    known = [r"(\.venv/bin/)?python (train|eval)\.py .*", r"make \w+", r"python -m teacher\.api .*"]
+    known = [
+        r"(\.venv/bin/)?python (train|eval)\.py .*", r"make \w+", r"python -m teacher\.api .*",
+        r"python -m measure\.extraction .*",
+    ]  # fmt: skip
     others = [c for c in commands() if not any(re.fullmatch(one, c) for one in known)]
     assert sorted(others) == sorted(NOT_EXECUTED)
 
@@ -56,6 +62,18 @@ def test_make_knows_every_target():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert len(targets) >= 3
     assert [target for target in targets if f"\n{target}:" not in makefile] == []
+
+
+@pytest.mark.parametrize("arguments", arguments_of("-m teacher.api"), ids=" ".join)
+def test_a_command_of_the_api_is_understood(arguments):
+    """What each does: tests/teacher/api/test_api_command.py."""
+    assert api.parser().parse_args(arguments).do
+
+
+@pytest.mark.parametrize("arguments", arguments_of("-m measure.extraction"), ids=" ".join)
+def test_a_command_that_detects_is_understood(arguments):
+    """tests/measure/test_extraction.py executes it."""
+    assert extraction.parser().parse_args(arguments).before
 
 
 @pytest.mark.parametrize("arguments", arguments_of("train.py"), ids=" ".join)
@@ -74,6 +92,12 @@ def test_a_command_that_evaluates_works(arguments, tiny_run, tmp_path, monkeypat
     run = shutil.copytree(tiny_run, tmp_path / "runs" / "tiny")
     if "--check" in arguments:
         write_reference(Run.finished(run), Run.finished(run).config(), [], results)
-    on_tiny = [str(run) if argument.startswith("runs/") else argument for argument in arguments]
+    if "--key" in arguments:
+        write_key(tmp_path / "mark.json")
+    names = {"runs/mark.json": str(tmp_path / "mark.json")}
+    on_tiny = [
+        names.get(argument, str(run) if argument.startswith("runs/") else argument)
+        for argument in arguments
+    ]
     assert judge.main(on_tiny) == 0
     assert capsys.readouterr().out
