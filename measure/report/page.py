@@ -22,6 +22,7 @@ from measure.report.story import (
     cards,
     conclusion,
     models_side_by_side,
+    revealed_by,
     shown_students,
     where_worse,
 )
@@ -79,6 +80,7 @@ def render_report(
         name=result["config"]["name"],
         students=students,
         item=task.item_noun,
+        position=task.position_noun,
         result_rows=len(reference.rows),
         cards=cards(result),
         conclusion=conclusion(result),
@@ -146,7 +148,7 @@ def results_tables(result: dict[str, Any], task: Task) -> list[ShownTable]:
             of_split = {name: {**entry, **entry[split]} for name, entry in models.items()}
             splits[f"{split} {task.item_noun}"] = of_split
     return [
-        (
+        without_empty_columns(
             title,
             headings,
             [
@@ -156,6 +158,12 @@ def results_tables(result: dict[str, Any], task: Task) -> list[ShownTable]:
         )
         for title, entries in splits.items()
     ]
+
+
+def without_empty_columns(title: str, headings: list[str], rows: list[list[str]]) -> ShownTable:
+    """A split has only some of the metrics: no problem has six steps where all have five."""
+    kept = [i for i in range(len(headings)) if any(row[i] != "-" for row in rows)]
+    return title, [headings[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def report_cells(
@@ -215,7 +223,11 @@ def glossary(result: dict[str, Any]) -> dict[str, str]:
     levels = {entry["recipe"]["access"] for entry in result["students"].values()}
     return {
         **TERMS,
-        **{f"access {n}": f"reveals {ACCESS[n].meaning}" for n in ACCESS if n in levels},
+        **{
+            f"access {n}": f"reveals {revealed_by(n, task_of(result))}"
+            for n in ACCESS
+            if n in levels
+        },
         **{f"control {n}": CONTROLS[n] for n in CONTROLS if n in result["controls"]},
         **{m.heading: m.meaning for m in metrics_in(result).values() if m.meaning},
     }

@@ -14,7 +14,8 @@ from measure.report.tables import (
     task_of,
     value_in,
 )
-from tasks.task import Metric
+from measure.verdicts import NOT_DISTINGUISHED
+from tasks.task import Metric, Task
 from teacher.access import ACCESS
 
 SHOWN = 5  # students in the story; a study has more in its tables
@@ -99,7 +100,13 @@ def learns_from(result: dict[str, Any], name: str, entry: dict[str, Any]) -> str
         return f"{count} of the data"
     if entry["recipe"]["sequences"] == "student":
         count = f"{items} that it answers itself"
-    return f"{count}: {ACCESS[entry['recipe']['access']].meaning}"
+    revealed = revealed_by(entry["recipe"]["access"], task_of(result))
+    return f"{count}: {revealed}"
+
+
+def revealed_by(access: str, task: type[Task]) -> str:
+    """`its answers with its whole distribution at each token`, or at each image."""
+    return ACCESS[access].meaning.replace("each token", f"each {task.position_noun}")
 
 
 def shown(result: dict[str, Any], entry: dict[str, Any], name: str) -> str:
@@ -158,8 +165,9 @@ def found(result: dict[str, Any]) -> list[str]:
     for word, names in in_groups(by_metric[name]).items():
         verb = "are" if len(names) > 1 else "is"
         shown = listed(names) if len(names) <= SHOWN else f"{len(names)} students"
-        of = {"better": f"better than {reference}", "worse": "worse"}.get(word, word)
-        parts.append(f"{shown} {verb} {of}")
+        joined = "from" if word == NOT_DISTINGUISHED else "than"
+        other = "" if parts else f" {joined} {reference}"  # in the first clause
+        parts.append(f"{shown} {verb} {word}{other}")
     return [f"{where}, in {metrics[name].heading}, {'; '.join(parts)}."]
 
 
