@@ -32,7 +32,7 @@ from experiment.bought import evaluated_rows
 from experiment.check import artifacts_of, check_run, compare_runs, losses_of
 from experiment.cost import CountedForward, Stopwatch
 from experiment.environment import print_environment
-from experiment.evidence import provenance, radioactivity
+from experiment.evidence import provenance, radioactivity, studies_of_defence
 from experiment.experiment import (
     open_experiment,
     open_model,
@@ -164,6 +164,7 @@ def judge(run: Run, config: Config, split: str) -> None:
             "laws": scaling_laws(result, divergences(estimates, splits[0])),
             "map": map_of_traces(config, task, estimates),
             **studies_of_cost(result, task, estimates, splits[0]),
+            **studies_of_defence(result, run, references[splits[0]]),
         }
         publish(result, run, task, references[splits[0]], evaluations, splits[0])
 

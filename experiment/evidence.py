@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ from configs.schema import LabError
 from experiment.experiment import open_model, teacher_task
 from experiment.plan import TEACHERS, Plan
 from experiment.run import Run
-from measure.evaluate import BATCH_ROWS
+from measure.defence import Setting, defence, setting_of
+from measure.evaluate import BATCH_ROWS, TeacherReference
+from measure.metrics import DIVERGENCE
 from measure.provenance import ALPHA, FEWEST, accusations, closeness
 from measure.watermark import Evidence, Found, other_keys
 from models.generate import answers_of
@@ -21,7 +24,7 @@ from models.vocabulary import require_same_vocabulary
 from tasks import load_task
 from tasks.task import Task
 from teacher.access import ACCESS
-from teacher.watermark import read_key
+from teacher.watermark import Served, Watermark, read_key
 
 SPLIT = "heldout"
 
@@ -114,6 +117,40 @@ def meaning_of_mark(found: dict[str, list[Found]]) -> str:
         "learned from, goes back to answers with this mark; not how they were come by, nor by "
         "whom. If the key was committed to before, it was not chosen to fit."
     )
+
+
+# -- a defence -------------------------------------------------------------------------------------
+
+MARKED_TOKENS = 5_600  # that each student writes
+
+
+def studies_of_defence(
+    result: dict[str, Any], run: Run, reference: TeacherReference
+) -> dict[str, Any]:
+    """{"defence": what defended answers are worth to customers and to extractors}, if the run has
+    bought some."""
+    config, task = run.config(), reference.task
+    key = config.teacher.api and config.teacher.api.watermark_key
+    bought = [r for r in config.recipes.values() if r.sequences == "teacher"]
+    settings = {setting_of(recipe.model_dump(mode="json")) for recipe in bought}
+    if not key or len(settings) < 2:
+        return {}
+    owner = reference.teacher
+    prices: dict[Setting, dict[str, float]] = {}
+    for bias, temperature in sorted(settings):
+        mark = Watermark(key, task.vocabulary, bias) if bias else None
+        served = Served(owner, mark, temperature or 1.0)
+        found = reference.metrics([reference.evaluate(served)], is_one_model=True)
+        prices[bias, temperature] = {
+            name: found[group][name].mean
+            for group, name in (("quality", task.headline), ("fidelity", DIVERGENCE))
+        }
+    marks: dict[str, list[float]] = {}
+    for name, seed, model in models_of(run):
+        text = written(model, task, reference.rows, MARKED_TOKENS, seed)
+        marks.setdefault(name, []).append(round(evidence_of(text, owner, task).z(key), 3))
+    found = defence(result, prices, marks)
+    return {"defence": found | {"z": marks}} if found else {}
 
 
 # -- a teacher -------------------------------------------------------------------------------------

@@ -11,13 +11,16 @@ import secrets
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import WatermarkLogitsProcessor
+from transformers.modeling_outputs import CausalLMOutput
 
 from configs.files import Shape, read_json, write_json
 from configs.schema import LabError
+from models.language import Forward, device_of
 
 SHARE = 0.25  # of the vocabulary is green
 MOST = 4096  # tokens of a vocabulary whose lists are kept in a table
@@ -66,6 +69,25 @@ def green(key: int, vocabulary: int) -> Tensor:
     for last in range(1, vocabulary):
         table[last, lists._get_greenlist_ids(torch.tensor([last]))] = True
     return table
+
+
+class Served:
+    """A model as its API shows it: at a temperature, and with a watermark."""
+
+    def __init__(self, model: Forward, watermark: Watermark | None, temperature: float) -> None:
+        self.model, self.watermark, self.temperature = model, watermark, temperature
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.model)
+
+    def __call__(self, input_ids: Tensor, **options: Any) -> CausalLMOutput:
+        output = self.model(input_ids, **options)
+        log_probs = torch.log_softmax(output.logits / self.temperature, dim=-1)
+        if self.watermark:
+            vocabulary, last = self.watermark.vocabulary, input_ids[:, -log_probs.shape[1] :]
+            log_probs = self.watermark.raised(log_probs[..., :vocabulary], last)
+        return CausalLMOutput(logits=log_probs)
 
 
 # -- keys ------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from measure.report.studies import (
     ACCESS_KEYS,
     accuracy_by_steps,
     bytes_against_kl,
+    damage_against_price,
+    divergence_against_prompts,
     fidelity_by_temperature,
     first_wrong_steps,
     quality_against_cost,
@@ -95,6 +97,17 @@ def study_figures(result: dict[str, Any], styles: Styles) -> list[Figure]:
                 [quality_against_payment(result, *pair) for pair in pairs],
                 "Students by what the API showed them, at the same FLOPs, against what their "
                 "outputs cost. Dashed: all of the teacher's own data, and 5 % of it.",
+            )
+        )
+    if result.get("defence"):
+        found.append(
+            (
+                "What a defence costs, and prevents",
+                [divergence_against_prompts(result), damage_against_price(result)],
+                "The best student that an extractor gets, by what it is shown and how many prompts "
+                "it asks. Dashed: all of the teacher's own data, and 5 % of it. Right: each "
+                "defence by what it costs customers and what it takes from the extractor with the "
+                "most prompts; good defences are at the top left.",
             )
         )
     if "rows" in laws:

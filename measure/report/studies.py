@@ -22,6 +22,7 @@ from measure.report.drawing import (
 from measure.report.figures import spread_labels
 from measure.report.tables import (
     by_split,
+    defence_name,
     fidelity_shown,
     heading,
     in_a_cell,
@@ -70,6 +71,65 @@ def quality_against_payment(result: dict[str, Any], name: str, cost: str) -> str
     axes.set(xscale="log", xlabel=label, ylabel=heading(metric))
     add_legend(figure, axes)
     return drawn(figure, f"{metric.heading} against {label}, for each kind of access")
+
+
+def damage_against_price(result: dict[str, Any]) -> str:
+    """Each defence: how much further the best student of an extractor is from the teacher, against
+    how much further the teacher's own answers are; a mark for each kind of exposure."""
+    found = result["defence"]
+    prices = {(one["bias"], one["temperature"]): one[DIVERGENCE] for one in found["settings"]}
+    figure, axes = subplots()
+    most = max(one["prompts"] for one in found["cells"])
+    kinds = list(dict.fromkeys(one["exposure"] for one in found["cells"]))
+    points = []
+    for number, kind in enumerate(kinds):
+        cells = [
+            one for one in found["cells"]
+            if one["exposure"] == kind and one["prompts"] == most and one["damage"] is not None
+        ]  # fmt: skip
+        x = [prices[one["bias"], one["temperature"]] for one in cells]
+        y = [one["damage"] for one in cells]
+        style = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
+        axes.plot(x, y, ls="", label=kind, **style)
+        points += [(at, up, defence_name(one)) for at, up, one in zip(x, y, cells, strict=True)]
+    for at, up, name in points:
+        axes.annotate(name, (at, up), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.axhline(0, color=GREY, lw=1)
+    axes.set(
+        xlabel="price: KL of answers from the undefended teacher, nats",
+        ylabel="damage to the student, nats",
+    )
+    axes.margins(x=0.15, y=0.15)
+    add_legend(figure, axes)
+    return drawn(figure, "damage to an extractor's student against the price for customers")
+
+
+def divergence_against_prompts(result: dict[str, Any]) -> str:
+    """KL to the teacher against the number of prompts, for each exposure (marker) and defence
+    (colour); controls that bought nothing, dashed."""
+    found = result["defence"]
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for one in found["cells"]:
+        curves.setdefault((one["exposure"], defence_name(one)), []).append(
+            (one["prompts"], one["divergence"])
+        )
+    names = list(dict.fromkeys(name for _, name in curves))
+    kinds = list(dict.fromkeys(kind for kind, _ in curves))
+    figure, axes = subplots(size=(1.4 * WIDTH, 3.6))
+    for (kind, name), points in curves.items():
+        x, y = zip(*sorted(points), strict=True)
+        style = {
+            "color": SERIES[names.index(name) % len(SERIES)],
+            "marker": MARKERS[kinds.index(kind) % len(MARKERS)],
+        }
+        axes.plot(x, y, label=f"{kind}, {name}", lw=1.2, **style)
+    for control, line in (("baseline", "--"), ("low_data", ":")):
+        value = value_in(result["controls"].get(control, {}), DIVERGENCE)
+        if value:
+            axes.axhline(value["mean"], color=GREY, ls=line, lw=1, label=control)
+    axes.set(xscale="log", yscale="log", xlabel="prompts", ylabel="KL to teacher, nats")
+    add_legend(figure, axes)
+    return drawn(figure, "KL to the teacher against prompts, for each exposure and defence")
 
 
 def bytes_against_kl(result: dict[str, Any], styles: Styles) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from measure.metrics import AGREEMENT, metrics_in
+from measure.metrics import AGREEMENT, DIVERGENCE, metrics_in
 from measure.verdicts import NOT_DISTINGUISHED, claim_of
 from tasks import TASKS
 from tasks.task import Metric, Task
@@ -138,7 +138,12 @@ Pair = tuple[str, str, bool]  # claim, split, exploratory
 
 def more_tables(result: dict[str, Any]) -> list[ShownTable]:
     """The tables beside that of the models."""
-    return [*claims_table(result), *savings_tables(result), *bought_tables(result)]
+    return [
+        *claims_table(result),
+        *savings_tables(result),
+        *bought_tables(result),
+        *defence_tables(result),
+    ]
 
 
 def claims_by_pair(result: dict[str, Any]) -> dict[Pair, dict[str, Any]]:
@@ -232,6 +237,48 @@ def bought_tables(result: dict[str, Any]) -> list[ShownTable]:
     paid = ("What the outputs cost, as billed", headings, rows)
     units = {"tokens": "tokens", "money": "money"}
     return [paid, *needs_tables(result, found, "Tokens bought", units)]
+
+
+def defence_tables(result: dict[str, Any]) -> list[ShownTable]:
+    """What defences cost customers; and what an extractor gets with each."""
+    found = result.get("defence")
+    if not found:
+        return []
+    metric, kl = metrics_in(result)[task_of(result).headline], metrics_in(result)[DIVERGENCE]
+    settings = [
+        [
+            defence_name(one),
+            fixed(metric.scale * one[task_of(result).headline], metric.digits),
+            fixed(one[DIVERGENCE], kl.digits),
+        ]
+        for one in found["settings"]
+    ]
+    prices = "What customers get: the teacher's answers with each defence, on held-out rows"
+    cells = [
+        [
+            f"{one['exposure']}, {one['prompts']:,}",
+            defence_name(one),
+            one["student"],
+            fixed(one["divergence"], kl.digits),
+            "-" if one["damage"] is None else f"{one['damage']:+.{kl.digits}f}",
+            " ".join(f"{z:.1f}" for z in one["z"]) or "-",
+        ]
+        for one in sorted(found["cells"], key=lambda one: (one["exposure"], one["prompts"]))
+    ]
+    headings = ["", "defence", "best student", heading(kl), "damage, nats", "z of the mark"]
+    extractor = "What an extractor gets: the best student by what it is shown, and how many prompts"
+    shifted = "KL from the undefended teacher, nats"
+    return [
+        (prices, ["defence", heading(metric), shifted], settings),
+        (extractor, headings, cells),
+    ]
+
+
+def defence_name(one: dict[str, Any]) -> str:
+    """`watermark 2`, `temperature 0.3`, `none`."""
+    parts = [f"watermark {one['bias']:g}"] if one["bias"] else []
+    parts += [f"temperature {one['temperature']:g}"] if one["temperature"] != 1 else []
+    return ", ".join(parts) or "none"
 
 
 def needs_tables(

@@ -1,0 +1,87 @@
+"""Defence: what an extractor still gets of answers that are defended, and what customers lose.
+
+A defence is a watermark of some strength, or a lower temperature. An extractor is shown one kind of
+outputs and asks a number of prompts; of the students that could have learned from these, the one
+nearest to the teacher counts. Its damage is how much nearer it would be without the defence.
+"""
+
+import math
+from typing import Any
+
+from measure.metrics import DIVERGENCE
+from teacher.access import ACCESS
+
+Setting = tuple[float, float]  # bias of the watermark in nats, temperature of the answers
+UNDEFENDED: Setting = (0.0, 1.0)
+
+
+def setting_of(recipe: dict[str, Any]) -> Setting:
+    outputs = recipe["outputs"]
+    return outputs.get("watermark") or 0.0, outputs["temperature"]
+
+
+def exposure_of(recipe: dict[str, Any]) -> str:
+    """`text`, `top_k 5`."""
+    counted = f" {recipe['outputs']['k']}" if recipe["access"] == "top_k" else ""
+    return f"{recipe['access']}{counted}"
+
+
+def shown_by(recipe: dict[str, Any]) -> float:
+    """How many log-probabilities beside each token a recipe needs: who is shown more can do it."""
+    return ACCESS[recipe["access"]].sold(recipe["outputs"]["k"], math.inf)
+
+
+def defence(
+    result: dict[str, Any], prices: dict[Setting, dict[str, float]], marks: dict[str, list[float]]
+) -> dict[str, Any] | None:
+    """prices: what the teacher's answers are like with each setting, by metric. marks: the z of the
+    watermark in the text of each student, by seed. None unless outputs of one kind were bought both
+    defended and not.
+
+    {"settings": [{"bias", "temperature", metric: value}], "cells": [{"exposure", "prompts", "bias",
+    "temperature", "student", "divergence", "damage", "z"}]}; damage: None of what is undefended.
+    """
+    bought = {
+        name: entry
+        for name, entry in result["students"].items()
+        if name in result["cost"]["outputs_by_student"]
+        and "paid" in result["cost"]["outputs_by_student"][name]
+    }
+    cells: dict[tuple, list[str]] = {}
+    for entry in bought.values():
+        recipe = entry["recipe"]
+        prompts, setting = recipe["outputs"]["transfer_rows"] or 0, setting_of(recipe)
+        cells[exposure_of(recipe), prompts, *setting] = [
+            name
+            for name, other in ((n, e["recipe"]) for n, e in bought.items())
+            if (other["outputs"]["transfer_rows"] or 0) == prompts
+            and setting_of(other) == setting
+            and shown_by(other) <= shown_by(recipe)
+        ]
+
+    def divergence(name: str) -> float:
+        return bought[name]["fidelity"][DIVERGENCE]["mean"]
+
+    best = {cell: min(names, key=divergence) for cell, names in cells.items()}
+    if len({cell[2:] for cell in cells}) < 2 or not any(c[2:] == UNDEFENDED for c in cells):
+        return None
+    found = []
+    for cell, name in best.items():
+        exposure, prompts, bias, temperature = cell
+        free = best.get((exposure, prompts, *UNDEFENDED))
+        defended = (bias, temperature) != UNDEFENDED and free is not None
+        found.append({
+            "exposure": exposure,
+            "prompts": prompts,
+            "bias": bias,
+            "temperature": temperature,
+            "student": name,
+            "divergence": divergence(name),
+            "damage": divergence(name) - divergence(free) if defended else None,
+            "z": marks.get(name, []),
+        })  # fmt: skip
+    settings = [
+        {"bias": bias, "temperature": temperature, **values}
+        for (bias, temperature), values in prices.items()
+    ]
+    return {"settings": settings, "cells": found}
