@@ -166,6 +166,16 @@ def manner(account: Account) -> dict[str, float]:
     }
 
 
+def described(log: Log, known: Map) -> dict[str, list[float]]:
+    """{account: all that describes it}, of those with enough requests."""
+    vectors = known.of(log.prompts)
+    return {
+        one.name: [*manner(one).values(), *known.walk(one.prompts, vectors).values()]
+        for one in log.accounts
+        if len(one) >= FEWEST
+    }
+
+
 def checkpoints(account: Account) -> list[int]:
     """After how many requests an account is judged: about each time that it has asked 1.4 times as
     many, and at last."""

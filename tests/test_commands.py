@@ -73,7 +73,7 @@ def test_a_command_of_the_api_is_understood(arguments):
 @pytest.mark.parametrize("arguments", arguments_of("-m measure.extraction"), ids=" ".join)
 def test_a_command_that_detects_is_understood(arguments):
     """tests/measure/test_extraction.py executes it."""
-    assert extraction.parser().parse_args(arguments).before
+    assert extraction.parser().parse_args(arguments).log
 
 
 @pytest.mark.parametrize("arguments", arguments_of("train.py"), ids=" ".join)

@@ -9,7 +9,7 @@
     python -m teacher.api terms --publish terms.txt --version 2 --allows-distillation no
     python -m teacher.api usage acct-1234abcd
     python -m teacher.api bill acct-1234abcd
-    python -m teacher.api --database runs/traffic.sqlite traffic runs/text   # a log to look at
+    python -m teacher.api --database runs/traffic.sqlite traffic runs/text   # a log
 
 Accounts and usage are in one SQLite file, `--database`, by default runs/api.sqlite.
 """
@@ -41,11 +41,14 @@ if TYPE_CHECKING:  # these import torch, which managing accounts does not need
     from teacher.api.defence import Defence
     from teacher.api.engine import Engine
     from teacher.api.service import Prompts
+    from teacher.api.traffic import Customer, Pool
 
 DATABASE = Path("runs") / "api.sqlite"
 LONGEST = 1024  # tokens of a pretrained model's prompt and answer: caches for all slots are kept
 POOL = 8_000  # prompts that made-up customers ask
 MONDAY = 1_767_571_200.0  # 5 January 2026, when made-up traffic begins
+DAY = 24 * 3600.0  # seconds
+BEFORE = 1_000  # added to the seed of the customers before
 FIRST_TERMS = (
     "You may use the answers for any purpose but one: you may not train a model on them that does "
     "what this one does."
@@ -121,6 +124,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--extractors", type=int, default=18, help="of each of five kinds")
     one.add_argument("--days", type=int, default=5)
     one.add_argument("--seed", type=int, default=0)
+    one.add_argument(
+        "--before", type=int, default=0, metavar="N",
+        help="first a log of N customers alone, into NAME.before.sqlite",
+    )  # fmt: skip
     one.add_argument("--sent", type=float, default=0.05, help="share really sent over HTTP")
     one.set_defaults(do=make_traffic)
     one = commands.add_parser("bill", help="what an account has used and owes")
@@ -129,10 +136,10 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def opened(options: argparse.Namespace, clock: Callable[[], float] = time.time) -> Store:
+def opened(database: Path, clock: Callable[[], float] = time.time) -> Store:
     """The store; the first one has terms."""
-    options.database.parent.mkdir(parents=True, exist_ok=True)
-    store = Store(options.database, clock)
+    database.parent.mkdir(parents=True, exist_ok=True)
+    store = Store(database, clock)
     try:
         store.current_terms()
     except LabError:
@@ -153,7 +160,7 @@ def serve(options: argparse.Namespace) -> int:
         raise LabError("serve what? Name a run, as in serve runs/quickstart, or --pretrained NAME")
     teacher = pretrained(options.pretrained) if options.pretrained else teacher_of(options.run)
     defence = defence_of(options)
-    store = opened(options)
+    store = opened(options.database)
     left = store.close_interrupted()
     if left:
         say(f"{left} requests were interrupted when the last server ended; they cost nothing")
@@ -291,30 +298,31 @@ def new_key(options: argparse.Namespace) -> int:
 
 
 def add(options: argparse.Namespace) -> int:
-    account, key = opened(options).add_account(printable(options.name), options.tier)
+    account, key = opened(options.database).add_account(printable(options.name), options.tier)
     say(f"account {account}, tier {options.tier}\nkey     {key}\nThe key is shown only now.")
     return 0
 
 
 def list_accounts(options: argparse.Namespace) -> int:
-    for row in opened(options).accounts():
+    for row in opened(options.database).accounts():
         say(f"{row['id']}  {row['status']:<9}  {row['tier']:<8}  {row['name']}")
     return 0
 
 
 def set_status(options: argparse.Namespace) -> int:
-    opened(options).set_status(options.account, options.status)
+    opened(options.database).set_status(options.account, options.status)
     say(f"account {options.account} is {options.status}")
     return 0
 
 
 def rotate(options: argparse.Namespace) -> int:
-    say(f"key     {opened(options).rotate_key(options.account)}\nThe key is shown only now.")
+    key = opened(options.database).rotate_key(options.account)
+    say(f"key     {key}\nThe key is shown only now.")
     return 0
 
 
 def terms(options: argparse.Namespace) -> int:
-    store = opened(options)
+    store = opened(options.database)
     if options.publish:
         if not (options.version and options.allows_distillation):
             raise LabError("--publish needs --version and --allows-distillation")
@@ -328,7 +336,7 @@ def terms(options: argparse.Namespace) -> int:
 
 
 def usage(options: argparse.Namespace) -> int:
-    store = opened(options)
+    store = opened(options.database)
     if options.forget:
         say(f"{store.forget(before=float('inf'))} prompts and answers deleted")
         return 0
@@ -343,10 +351,31 @@ def usage(options: argparse.Namespace) -> int:
 
 
 def make_traffic(options: argparse.Namespace) -> int:
-    """Into a new database, so that nobody's bill grows; who was what is written beside it."""
-    if options.database.exists():
-        raise LabError(f"{options.database} exists; name another --database for made-up traffic")
+    """Into new databases, so that nobody's bill grows; who was what is written beside them."""
+    before = options.database.with_suffix(".before.sqlite")
+    wanted = {options.database: (options.customers, options.extractors, options.seed)}
+    if options.before:
+        wanted = {before: (options.before, 0, options.seed + BEFORE), **wanted}
+    for database in wanted:
+        if database.exists():
+            raise LabError(f"{database} exists; name another --database for made-up traffic")
     sleep_soon()
+    from teacher.api.traffic import Pool, population
+
+    teacher = teacher_of(options.run)
+    pool = Pool.of(teacher.task, teacher.task.rows("train"), POOL)
+    for database, (customers, extractors, seed) in wanted.items():
+        people = population(pool, customers, extractors, options.days, seed)
+        start = MONDAY if database is options.database else MONDAY - options.days * DAY
+        write_traffic(teacher, pool, people, database, start, options.sent)
+    teacher.engine.close()
+    return 0
+
+
+def write_traffic(
+    teacher: Teacher, pool: "Pool", people: list["Customer"], database: Path, start: float,
+    sent: float,
+) -> None:  # fmt: skip
     import asyncio
     import json
 
@@ -354,35 +383,30 @@ def make_traffic(options: argparse.Namespace) -> int:
 
     from teacher.api.replay import Clock, play
     from teacher.api.service import Service
-    from teacher.api.traffic import Pool, population
 
-    teacher = teacher_of(options.run)
-    pool = Pool.of(teacher.task, teacher.task.rows("train"), POOL)
-    customers = population(pool, options.customers, options.extractors, options.days, options.seed)
-    clock = Clock(MONDAY)
-    store = opened(options, clock)
+    clock = Clock(start)
+    store = opened(database, clock)
     service = Service(store, teacher.engine, teacher.prompts, teacher.name)
-    accounts = [store.add_account(f"Customer {n}", one.tier) for n, one in enumerate(customers)]
+    accounts = [store.add_account(f"Customer {n}", one.tier) for n, one in enumerate(people)]
     keys = [key for _, key in accounts]
-    total = sum(len(one.asks) for one in customers)
+    total = sum(len(one.asks) for one in people)
     with tqdm(total=total, unit="request", ascii=True, disable=None) as bar:
-        asyncio.run(play(service, clock, customers, keys, pool, options.sent, bar.update))
-    teacher.engine.close()
+        asyncio.run(play(service, clock, people, keys, pool, sent, bar.update))
+    store.close()
     labels = {
         account: {"kind": one.kind, "ring": one.ring}
-        for (account, _), one in zip(accounts, customers, strict=True)
+        for (account, _), one in zip(accounts, people, strict=True)
     }
-    answers = options.database.with_suffix(".labels.json")
-    write_atomically(answers, json.dumps(labels, indent=1) + "\n")
+    file = database.with_suffix(".labels.json")
+    write_atomically(file, json.dumps(labels, indent=1) + "\n")
     say(
-        f"{total:,} requests of {len(customers)} accounts in {options.database}\nwho was what in "
-        f"{answers}, which no detector may read"
+        f"{total:,} requests of {len(people)} accounts in {database}\nwho was what in "
+        f"{file}, which no detector may read"
     )
-    return 0
 
 
 def bill(options: argparse.Namespace) -> int:
-    store = opened(options)
+    store = opened(options.database)
     tier = store.require_account(options.account)["tier"]
     found = store.bill_of(options.account)
     price = TIERS[tier]

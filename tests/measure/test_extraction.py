@@ -1,7 +1,9 @@
 """Alarms over a usage log: customers are left alone, and who extracts is found."""
 
 import itertools
+import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +11,10 @@ import pytest
 from scipy.stats import beta
 
 from configs.schema import LabError
-from measure import extraction
+from measure import detection, extraction
+from measure.alarms import AS_IT_GOES, AT_THE_END, TOGETHER, Watch
+from measure.detection import WANTED, Rate, scored, seen_attacks, together
 from measure.detectors import DETECTORS
-from measure.extraction import AS_IT_GOES, AT_THE_END, TOGETHER, Rate, Watch, leaked, rates
 from measure.usage import FEWEST, Map, checkpoints, read_log
 from teacher.api.store import Store
 from tests.usage_log import subjects, write_usage_log
@@ -38,8 +41,8 @@ def alarms(logs, watch):
     return [*watch.alarms(logs[1])]
 
 
-def test_customers_are_left_alone_and_extractors_found(logs, alarms):
-    found = rates(alarms, logs[2])
+def test_customers_are_left_alone_and_extractors_found(logs, watch, alarms):
+    found = scored(watch, logs[1], alarms, logs[2]).rates
     assert found[AS_IT_GOES]["naive"].share == 1
     assert found[AT_THE_END]["throttled"].share >= 0.75
     assert found[TOGETHER]["hydra"].share == 1
@@ -47,8 +50,10 @@ def test_customers_are_left_alone_and_extractors_found(logs, alarms):
         assert found[rule]["customers"].share <= 0.03
 
 
-def test_an_alarm_comes_while_the_extraction_goes_on(logs, alarms):
-    tokens = leaked(alarms, logs[2])["naive"]
+def test_an_alarm_comes_while_the_extraction_goes_on(logs, watch, alarms):
+    found = scored(watch, logs[1], alarms, logs[2])
+    tokens = found.tokens["naive"]
+    assert found.auc > 0.85
     whole = [one.tokens.sum() for one in logs[1].accounts if logs[2][one.name] == "naive"]
     assert 0 < np.median(tokens) < 0.6 * np.median(whole)
 
@@ -115,7 +120,7 @@ def test_an_interval_of_a_rate_is_exact():
 def test_the_command_prints_alarms_and_how_good_they_are(logs, capsys):
     folder = logs[3]
     command = [str(folder / "now.sqlite"), "--before", str(folder / "before.sqlite")]
-    assert extraction.main([*command, "--labels", str(folder / "now.labels.json")]) == 0
+    assert extraction.main([*command, "--score"]) == 0
     printed = capsys.readouterr().out
     assert "accounts of one program" in printed
     assert "nobody was suspended" in printed
@@ -124,6 +129,43 @@ def test_the_command_prints_alarms_and_how_good_they_are(logs, capsys):
     (folder / "text.sqlite").write_text("no database, but longer than a header " * 9)
     assert extraction.main([str(folder / "text.sqlite"), "--before", command[2]]) == 2
     assert "is not a usage log" in capsys.readouterr().err
+
+
+def test_the_study_tries_every_detector_and_decides_its_claims(logs, tmp_path, capsys):
+    folder = logs[3]
+    files = []
+    for name in ("first", "second"):
+        files.append(tmp_path / f"{name}.sqlite")
+        for part, source in (("", "now"), (".before", "before")):
+            shutil.copy(folder / f"{source}.sqlite", tmp_path / f"{name}{part}.sqlite")
+        shutil.copy(folder / "now.labels.json", tmp_path / f"{name}.labels.json")
+    out = tmp_path / "extraction.json"
+    assert detection.main([*map(str, files), "--out", str(out)]) == 0
+    found = json.loads(out.read_text("utf-8"))
+    assert found["logs"] == 2
+    assert list(found["detectors"]) == list(DETECTORS)
+    naive = found["detectors"]["counterparts"]["rates"][AS_IT_GOES]["naive"]
+    assert naive["found"] == naive["of"] == 12
+    assert len(found["claims"]) == len(WANTED) + 4
+    assert "supported: half of the naive extractors have fewer" in capsys.readouterr().out
+    assert found["left_out"]["all"]["found"] >= found["left_out"]["mixed"]["found"]
+    files[0].with_suffix(".labels.json").unlink()
+    assert detection.main([str(files[0])]) == 2
+    assert "who was what is known of made-up traffic only" in capsys.readouterr().err
+
+
+def test_a_kind_that_was_left_out_of_training_is_looked_for_alone(logs):
+    before, log, kinds, _ = logs
+    rate = seen_attacks([(before, log, kinds), (before, log, kinds)], "naive")
+    assert rate.total == 2 * sum(kind == "naive" for kind in kinds.values())
+
+
+def test_logs_are_counted_together(logs, watch, alarms):
+    one = scored(watch, logs[1], alarms, logs[2])
+    both = together([one, one])
+    assert both.rates[AT_THE_END]["customers"].total == 2 * one.rates[AT_THE_END]["customers"].total
+    assert len(both.tokens["naive"]) == 2 * len(one.tokens["naive"])
+    assert both.auc == one.auc
 
 
 def test_what_is_watched_is_recorded_for_the_owner(logs, alarms, monkeypatch, capsys):

@@ -18,6 +18,7 @@ from configs.schema import LabError
 from teacher.api import __main__ as command
 from teacher.api.defence import Defence
 from teacher.api.store import Store
+from teacher.api.traffic import ATTACKS
 from teacher.watermark import commitment, read_key
 from tests.helpers import ROOT
 
@@ -63,20 +64,31 @@ def test_terms_are_published_and_shown(api, tmp_path):
 
 
 def test_traffic_goes_into_a_log_of_its_own_and_who_was_what_beside_it(api, tiny_run, tmp_path):
-    small = ("--customers", 8, "--extractors", 1, "--days", 1)
+    small = ("--customers", 8, "--extractors", 1, "--days", 1, "--before", 4)
     code, printed, _ = api("traffic", tiny_run, *small)
     assert code == 0
     labels = json.loads((tmp_path / "api.labels.json").read_text(encoding="utf-8"))
     store = Store(tmp_path / "api.sqlite")
     assert {row["id"] for row in store.accounts()} == set(labels)
     rows = store.database.execute("SELECT COUNT(*), SUM(status = 'done') FROM usage").fetchone()
-    assert printed.startswith(f"{rows[0]:,} requests of {len(labels)} accounts")
+    assert f"{rows[0]:,} requests of {len(labels)} accounts" in printed
     assert rows[0] == rows[1] > 100
     kinds = [label["kind"] for label in labels.values()]
     assert kinds.count("hydra") == 20
     assert kinds.count("chat") == 4
     assert not any(kind in row["name"] for row in store.accounts() for kind in kinds)
+    latest, earliest = (
+        store.database.execute(f"SELECT {which}(start) FROM usage").fetchone()[0]
+        for which in ("MAX", "MIN")
+    )
     store.close()
+    before = Store(tmp_path / "api.before.sqlite")
+    kinds = json.loads((tmp_path / "api.before.labels.json").read_text(encoding="utf-8"))
+    assert {row["id"] for row in before.accounts()} == set(kinds)
+    assert not {label["kind"] for label in kinds.values()} & {*ATTACKS}
+    first = before.database.execute("SELECT MIN(start) FROM usage").fetchone()[0]
+    assert first < earliest < latest
+    before.close()
     assert "exists; name another" in api("traffic", tiny_run, *small)[2]
 
 
