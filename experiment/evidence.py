@@ -158,41 +158,52 @@ def studies_of_defence(
 
 def provenance(run: Run, others: list[Path], count: int) -> int:
     """Which teacher is each student nearer to than innocent students are?"""
-    runs = [run, *map(Run.finished, others)]
-    task = load_task(run.config().task)
-    candidates, innocent = {}, []
-    for one in runs:
-        theirs = load_task(one.config().task)
-        require_same_vocabulary(theirs.tokenizer, task.tokenizer, f"the teacher of {one.folder}")
-        candidates[one.config().name] = open_model(one, "teacher")
-    if "second_teacher" in run.config().controls:
-        candidates["second_teacher"] = open_model(run, "second_teacher")
-    if len(candidates) < 2:
-        raise LabError("a second teacher is needed to compare with; name its run: --candidates RUN")
-    rows = task.rows(SPLIT)
-    suspects: dict[str, list[dict[str, float]]] = {}
-    for one in runs:
-        recipes = Plan(one.config()).recipes
-        for name, _, model in models_of(one):
-            if not ACCESS[recipes[name].access].teacher and len(innocent) < count:
-                innocent.append(closeness(candidates, model, task, rows))
-            elif one is run and name in one.config().recipes:
-                suspects.setdefault(name, []).append(closeness(candidates, model, task, rows))
+    runs, task = [run, *map(Run.finished, others)], load_task(run.config().task)
+    candidates, rows = candidates_of(runs, task), task.rows(SPLIT)
+    innocent = innocent_of(runs, candidates, task, rows)[: max(FEWEST, count)]
     if len(innocent) < max(FEWEST, count):
         raise LabError(
             f"{len(innocent)} innocent students in these runs, {max(FEWEST, count)} are needed; "
             "train more, as with controls=[baseline] and more seeds"
         )
     say(f"{'student':<24}{'candidate':<20}{'t':>8}  p")
-    verdicts = {}
-    for name, seeds in suspects.items():
-        for values in seeds:
-            found = accusations(values, innocent)
+    verdicts: dict[str, list[set[str]]] = {}
+    for name, _, model in models_of(run):
+        if name in run.config().recipes:
+            found = accusations(closeness(candidates, model, task, rows), innocent)
             verdicts.setdefault(name, []).append({a.candidate for a in found if a.holds})
             for a in found:
                 say(f"{name:<24}{a.candidate:<20}{a.t:>8.1f}  {a.p:.2g}")
     say(meaning_of_closeness(verdicts, len(innocent)))
     return 0
+
+
+def candidates_of(runs: list[Run], task: Task) -> dict[str, Forward]:
+    """{name: a teacher that may have taught a student}: those of the runs. LabError for fewer than
+    two, or other tokens."""
+    found: dict[str, Forward] = {}
+    for run in runs:
+        theirs = load_task(run.config().task)
+        require_same_vocabulary(theirs.tokenizer, task.tokenizer, f"the teacher of {run.folder}")
+        found[run.config().name] = open_model(run, "teacher")
+    if "second_teacher" in runs[0].config().controls:
+        found["second_teacher"] = open_model(runs[0], "second_teacher")
+    if len(found) < 2:
+        raise LabError("a second teacher is needed to compare with; name its run: --candidates RUN")
+    return found
+
+
+def innocent_of(
+    runs: list[Run], candidates: dict[str, Forward], task: Task, rows: Rows
+) -> list[dict[str, float]]:
+    """The closeness of all students that learned from no teacher."""
+    found = []
+    for run in runs:
+        recipes = Plan(run.config()).recipes
+        for name, _, model in models_of(run):
+            if not ACCESS[recipes[name].access].teacher:
+                found.append(closeness(candidates, model, task, rows))
+    return found
 
 
 def meaning_of_closeness(verdicts: dict[str, list[set[str]]], controls: int) -> str:

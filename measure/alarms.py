@@ -1,7 +1,8 @@
-"""Alarms over a usage log: who asks as no customer before has asked.
+"""Alarms over a usage log: accounts that differ from trusted ones.
 
-A threshold is one that customers exceed with a known probability (split conformal prediction,
-Vovk et al. 2005): nothing is learned from attacks.
+A threshold is one that trusted accounts exceed with a chosen probability (split conformal
+prediction, Vovk et al. 2005): a detector is fitted on half of them, and its threshold is a quantile
+of the scores of the other half. Each rule has this rate of false alarms.
 """
 
 from collections.abc import Iterator
@@ -12,18 +13,21 @@ from scipy.stats import t
 
 from configs.schema import LabError
 from measure.detectors import DETECTORS, Score, Trusted
-from measure.usage import FEWEST, Account, Log, Map, checkpoints
+from measure.usage import FEWEST, Account, Log, PromptSpace, checkpoints
 
-LINKED = 3  # accounts of one program, from which on they are judged together
-AS_IT_GOES, AT_THE_END, TOGETHER = "as it goes", "at the end", "together"
-RULES = (AS_IT_GOES, AT_THE_END, TOGETHER)
-DEFAULT = "counterparts"
+# sequential: the first checkpoint at which an account exceeds the threshold of running maxima.
+# final: an account's score at the end of the log. linked: the final scores of accounts that share
+# a program, together.
+SEQUENTIAL, FINAL, LINKED = RULES = ("sequential", "final", "linked")
+FEWEST_LINKED = 3  # accounts
+FEWEST_GROUPS = 3  # of trusted accounts, to predict the spread of linked scores
+DEFAULT = "simulated"
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """account: or the program whose accounts are linked. at: when, in seconds; requests and tokens:
-    of the account until then. p: the share of customers that would have exceeded this score."""
+    """account: or the program of linked accounts. at: seconds; requests and tokens: until then. p:
+    the share of trusted accounts that would exceed this score."""
 
     rule: str
     account: str
@@ -34,85 +38,87 @@ class Alarm:
     members: tuple[str, ...] = ()
 
 
-class Watch:
-    """A detector and its thresholds, from a log of customers that are trusted. LabError if they are
-    too few for this rate of false alarms."""
+class Monitor:
+    """A fitted detector and its thresholds. LabError if the trusted accounts are too few for this
+    rate of false alarms."""
 
     def __init__(
-        self, before: Log, detector: str = DEFAULT, false_alarms: float = 0.01, seed: int = 0
+        self, trusted: Log, detector: str = DEFAULT, false_alarms: float = 0.01, seed: int = 0
     ) -> None:
-        self.false_alarms = false_alarms
-        known = [account for account in before.accounts if len(account) >= FEWEST]
-        if (len(known) + 1) * false_alarms < 1:
+        self.false_alarms, known = false_alarms, trusted.scored
+        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(known))
+        fitted, calibration = ([known[i] for i in order[part::2]] for part in (0, 1))
+        fewest = int(np.ceil(1 / false_alarms)) - 1
+        if len(calibration) < fewest:
             raise LabError(
                 f"{len(known)} trusted accounts with {FEWEST} requests or more; a rate of "
-                f"{false_alarms:g} false alarms needs {int(np.ceil(1 / false_alarms)) - 1}"
+                f"{false_alarms:g} false alarms needs {2 * fewest}, half of them for the threshold"
             )
-        self.map = Map(before.prompts, seed)
-        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(known))
-        halves = [[known[i] for i in order[part::2]] for part in (0, 1)]
-        fits = [DETECTORS[detector](Trusted(half, self.map, seed)) for half in halves]
-        self.score = DETECTORS[detector](Trusted(known, self.map, seed))
-        # Every customer is judged by a fit without it.
-        courses: dict[str, np.ndarray] = {}
-        for half, fit in zip(halves, reversed(fits), strict=True):
-            courses |= courses_of(half, fit, self.map.vectors)
-        self.known = {
-            AS_IT_GOES: np.sort([max(scores) for scores in courses.values()]),
-            AT_THE_END: np.sort([scores[-1] for scores in courses.values()]),
+        used = np.unique(np.concatenate([account.prompts for account in fitted]))
+        self.space = PromptSpace([trusted.prompts[i] for i in used], seed)
+        vectors = self.space.vectors(trusted.prompts)
+        self.score = DETECTORS[detector](Trusted(fitted, self.space, vectors, seed))
+        histories = score_histories(calibration, self.score, vectors)
+        self.calibration = {
+            SEQUENTIAL: np.sort([max(scores) for scores in histories.values()]),
+            FINAL: np.sort([scores[-1] for scores in histories.values()]),
         }
         self.groups = np.array([
-            self.surprise([courses[one.name][-1] for one in members])
-            for members in linked(known).values()
+            self.fisher_score([histories[one.name][-1] for one in members])
+            for members in linked(calibration).values()
         ])  # fmt: skip
 
     def p(self, rule: str, score: float) -> float:
-        """The share of customers with at least this score, itself counted among them."""
-        known = self.known[rule]
+        """The share of the calibration scores that are at least this high, itself counted."""
+        known = self.calibration[rule]
         exceeding = len(known) - np.searchsorted(known, score, side="left")
         return (1 + int(exceeding)) / (1 + len(known))
 
-    def surprise(self, scores: list[float]) -> float:
-        """How small the p-values of linked accounts are together (Fisher 1925), standardised: about
-        the same for few and many that are ordinary."""
-        logs = -2 * np.log([self.p(AT_THE_END, score) for score in scores])
+    def fisher_score(self, scores: list[float]) -> float:
+        """Fisher's combination of the p-values of linked accounts (1925), standardised by its mean
+        and standard deviation for independent accounts."""
+        logs = -2 * np.log([self.p(FINAL, score) for score in scores])
         return float(logs.sum() - 2 * len(logs)) / (4 * len(logs)) ** 0.5
 
-    def p_together(self, surprise: float) -> float:
-        """By the spread of the programs that customers use: prediction of one more (Student's t).
-        1 where too few are known."""
-        if len(self.groups) < LINKED:
+    @property
+    def judges_linked(self) -> bool:
+        return len(self.groups) >= FEWEST_GROUPS
+
+    def p_linked(self, fisher_score: float) -> float:
+        """By a prediction interval over the programs of trusted accounts (Student's t), which share
+        more than independent accounts do."""
+        if not self.judges_linked:
             return 1.0
         spread = self.groups.std(ddof=1) * (1 + 1 / len(self.groups)) ** 0.5
-        return float(t.sf((surprise - self.groups.mean()) / spread, len(self.groups) - 1))
+        return float(t.sf((fisher_score - self.groups.mean()) / spread, len(self.groups) - 1))
 
     def final_scores(self, log: Log) -> dict[str, float]:
         """{account: its score at the end}."""
-        judged = [account for account in log.accounts if len(account) >= FEWEST]
-        if not judged:
+        if not log.scored:
             return {}
-        scores = self.score(judged, self.map.of(log.prompts))
-        return {one.name: float(score) for one, score in zip(judged, scores, strict=True)}
+        scores = self.score(log.scored, self.space.vectors(log.prompts))
+        return {one.name: float(score) for one, score in zip(log.scored, scores, strict=True)}
 
-    def alarms(self, log: Log) -> Iterator[Alarm]:
-        """All alarms of a log; an account can raise one of each rule."""
-        vectors = self.map.of(log.prompts) if log.prompts else None
-        judged = [account for account in log.accounts if len(account) >= FEWEST]
-        courses = courses_of(judged, self.score, vectors)
-        for account in judged:
-            scores = courses[account.name]
-            ps = [self.p(AS_IT_GOES, score) for score in scores]
+    def alarms(self, log: Log, rules: tuple[str, ...] = RULES) -> Iterator[Alarm]:
+        """All alarms of a log, at most one of each rule for an account. A log that is still being
+        written has only sequential ones at the stated rate: the others judge an account once."""
+        if not log.scored:
+            return
+        histories = score_histories(log.scored, self.score, self.space.vectors(log.prompts))
+        for account in log.scored:
+            scores = histories[account.name]
+            ps = [self.p(SEQUENTIAL, score) for score in scores]
             first = next((i for i, p in enumerate(ps) if p <= self.false_alarms), None)
-            if first is not None:
-                yield alarm(AS_IT_GOES, account, checkpoints(account)[first], ps[first])
-            last = self.p(AT_THE_END, scores[-1])
-            if last <= self.false_alarms:
-                yield alarm(AT_THE_END, account, len(account), last)
-        for program, members in linked(judged).items():
-            p = self.p_together(self.surprise([courses[one.name][-1] for one in members]))
+            if SEQUENTIAL in rules and first is not None:
+                yield alarm(SEQUENTIAL, account, checkpoints(account)[first], ps[first])
+            last = self.p(FINAL, scores[-1])
+            if FINAL in rules and last <= self.false_alarms:
+                yield alarm(FINAL, account, len(account), last)
+        for program, members in linked(log.scored).items() if LINKED in rules else ():
+            p = self.p_linked(self.fisher_score([histories[one.name][-1] for one in members]))
             if p <= self.false_alarms:
                 yield Alarm(
-                    TOGETHER,
+                    LINKED,
                     program,
                     max(float(one.start[-1]) for one in members),
                     sum(map(len, members)),
@@ -122,14 +128,14 @@ class Watch:
                 )
 
 
-def courses_of(accounts: list[Account], score: Score, vectors: np.ndarray) -> dict[str, np.ndarray]:
+def score_histories(
+    accounts: list[Account], score: Score, vectors: np.ndarray
+) -> dict[str, np.ndarray]:
     """{account: its scores at its checkpoints}."""
-    if not accounts:
-        return {}
-    parts = [[one.first(count) for count in checkpoints(one)] for one in accounts]
-    scores = score([part for found in parts for part in found], vectors)
-    ends = np.cumsum([len(found) for found in parts])[:-1]
-    return {one.name: own for one, own in zip(accounts, np.split(scores, ends), strict=True)}
+    prefixes = [[one.first(count) for count in checkpoints(one)] for one in accounts]
+    scores = score([prefix for found in prefixes for prefix in found], vectors)
+    ends = np.cumsum([len(found) for found in prefixes])[:-1]
+    return {one.name: part for one, part in zip(accounts, np.split(scores, ends), strict=True)}
 
 
 def alarm(rule: str, account: Account, count: int, p: float) -> Alarm:
@@ -138,8 +144,8 @@ def alarm(rule: str, account: Account, count: int, p: float) -> Alarm:
 
 
 def linked(accounts: list[Account]) -> dict[str, list[Account]]:
-    """Accounts of one program, which asks for the same in the same way."""
+    """{program: its accounts}, where several share one."""
     found: dict[str, list[Account]] = {}
     for account in accounts:
-        found.setdefault(account.signature, []).append(account)
-    return {program: members for program, members in found.items() if len(members) >= LINKED}
+        found.setdefault(account.program, []).append(account)
+    return {program: members for program, members in found.items() if len(members) >= FEWEST_LINKED}

@@ -1,8 +1,8 @@
-"""How good alarms are, over made-up traffic whose kinds are known.
+"""Evaluate detectors on made-up traffic, where the kind of each account is known.
 
     python -m measure.detection runs/traffic-*.sqlite --out results/extraction.json
 
-Alarms are raised first, from the log alone; then the labels beside it are read.
+Alarms are raised from the log alone, before its labels are read.
 """
 
 import argparse
@@ -19,22 +19,22 @@ from sklearn.metrics import roc_auc_score
 
 from configs.files import read_json, say, write_json
 from configs.schema import LabError
-from measure.alarms import AS_IT_GOES, AT_THE_END, DEFAULT, RULES, TOGETHER, Alarm, Watch
+from measure.alarms import DEFAULT, FINAL, LINKED, RULES, SEQUENTIAL, Alarm, Monitor
 from measure.detectors import DETECTORS
-from measure.usage import Log, Map, described, read_log
+from measure.usage import Log, PromptSpace, all_features, read_log
 from teacher.api.traffic import ATTACKS, BENIGN
 
 FALSE_ALARMS = 0.01
-# What was decided before the study was run: {(rule, kind): the least share that is found}.
-WANTED = {
-    (AS_IT_GOES, "naive"): 0.95,
-    (AT_THE_END, "throttled"): 0.75,
-    (AT_THE_END, "hydra"): 0.30,
-    (TOGETHER, "hydra"): 0.95,
+# The claims, fixed before the study was run: {(rule, kind): the least share that is found}.
+CLAIMED = {
+    (SEQUENTIAL, "naive"): 0.95,
+    (FINAL, "throttled"): 0.75,
+    (FINAL, "hydra"): 0.30,
+    (LINKED, "hydra"): 0.95,
 }
 MOST_FALSE = 0.02  # of customers, at a nominal rate of FALSE_ALARMS
 LEAST_AUC = 0.95
-MOST_TOKENS = 10_000  # that a naive extractor may have before the alarm
+MOST_TOKENS = 10_000  # of the median naive extractor at its alarm
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Rate:
 
 @dataclass(frozen=True)
 class Scored:
-    """A log with its alarms. rates: {rule: {kind, or `customers`: how many raised an alarm}};
-    tokens: {kind: what each had at its first alarm as it went}; auc: of the final scores, attackers
-    against customers."""
+    """A log's alarms, evaluated. rates: {rule: {kind, or `customers`: accounts with an alarm}};
+    tokens: {kind: those of each account at its sequential alarm}; auc: of the final scores,
+    extractors against customers."""
 
     rates: dict[str, dict[str, Rate]]
     tokens: dict[str, list[int]] = field(repr=False)
@@ -75,7 +75,7 @@ class Scored:
 
 
 def before_of(log: Path) -> Path:
-    """The log of customers of before that was made with another."""
+    """The log of trusted accounts that was made with another."""
     return log.with_suffix(".before.sqlite")
 
 
@@ -83,11 +83,11 @@ def kinds_of(log: Path) -> dict[str, str]:
     """{account: kind}. LabError for a log that was not made up."""
     file = log.with_suffix(".labels.json")
     if not file.is_file():
-        raise LabError(f"no {file}: who was what is known of made-up traffic only")
+        raise LabError(f"no {file}: only made-up traffic has labels")
     return {name: label["kind"] for name, label in read_json(file, dict).items()}
 
 
-def scored(watch: Watch, log: Log, alarms: list[Alarm], kinds: dict[str, str]) -> Scored:
+def scored(monitor: Monitor, log: Log, alarms: list[Alarm], kinds: dict[str, str]) -> Scored:
     groups = {"customers": {*BENIGN}} | {kind: {kind} for kind in (*BENIGN, *ATTACKS)}
     rates = {}
     for rule in RULES:
@@ -102,20 +102,20 @@ def scored(watch: Watch, log: Log, alarms: list[Alarm], kinds: dict[str, str]) -
         }
     first: dict[str, int] = {}
     for one in alarms:
-        if one.rule == AS_IT_GOES:
+        if one.rule == SEQUENTIAL:
             first.setdefault(one.account, one.tokens)
     tokens = {
-        kind: sorted(count for name, count in first.items() if kinds[name] == kind)
+        kind: sorted(count for name, count in first.items() if kinds.get(name) == kind)
         for kind in ATTACKS
     }
-    scores = watch.final_scores(log)
+    scores = monitor.final_scores(log)
     known = [name for name in scores if name in kinds]
     is_attack = [kinds[name] in ATTACKS for name in known]
     auc = float(roc_auc_score(is_attack, [scores[name] for name in known])) if any(is_attack) else 0
     return Scored(rates, tokens, auc)
 
 
-def together(logs: Sequence[Scored]) -> Scored:
+def combined(logs: Sequence[Scored]) -> Scored:
     """Several logs as one."""
     first, *others = logs
     rates, tokens = first.rates, first.tokens
@@ -129,9 +129,9 @@ def together(logs: Sequence[Scored]) -> Scored:
 
 
 def table_of(logs: Sequence[Scored]) -> str:
-    found = together(logs)
+    found = combined(logs)
     lines = [f"{'alarms of':<14}" + "".join(f"{rule:>22}" for rule in RULES) + "   tokens by then"]
-    for kind in found.rates[AS_IT_GOES]:
+    for kind in found.rates[SEQUENTIAL]:
         cells = ""
         for rule in RULES:
             rate = found.rates[rule][kind]
@@ -142,40 +142,39 @@ def table_of(logs: Sequence[Scored]) -> str:
     return "\n".join(lines)
 
 
-# -- a detector that has seen attacks --------------------------------------------------------------
+# -- a supervised detector -------------------------------------------------------------------------
 
 
-def seen_attacks(
+def supervised(
     logs: Sequence[tuple[Log, Log, dict[str, str]]], left_out: str | None, seed: int = 0
 ) -> Rate:
-    """Gradient boosting on the kinds of the other logs: how many attackers it finds at the end, by
-    a threshold from each log's customers before. left_out: the one kind of attack that is looked
-    for and was not trained on; None: all were, and all are looked for, which is circular."""
+    """The extractors that gradient boosting finds in each log, trained on the labels of the others,
+    with a threshold from the log's trusted accounts. left_out: the kind of attack that is not in
+    training and is looked for; None: all are in both, which is circular."""
     total = Rate(0, 0)
-    for number, (before, log, kinds) in enumerate(logs):
-        shape = Map(before.prompts, seed)
-        described_logs = [
-            (described(other, Map(earlier.prompts, seed)), theirs)
-            for i, (earlier, other, theirs) in enumerate(logs)
-            if i != number
-        ]
+    for number, (trusted, log, kinds) in enumerate(logs):
+        space = PromptSpace(trusted.prompts, seed)
+        training = [(other, theirs) for i, (_, other, theirs) in enumerate(logs) if i != number]
         x, y = [], []
-        for accounts, theirs in described_logs:
-            for name, values in accounts.items():
-                if theirs[name] != left_out:
-                    x.append(values)
-                    y.append(theirs[name] in ATTACKS)
+        for other, theirs in training:
+            vectors = space.vectors(other.prompts)
+            kept = [one for one in other.scored if theirs[one.name] != left_out]
+            x += all_features(kept, space, vectors)
+            y += [theirs[one.name] in ATTACKS for one in kept]
         model = HistGradientBoostingClassifier(random_state=seed).fit(x, y)
-        customers = model.decision_function([*described(before, shape).values()])
+
+        known = all_features(trusted.scored, space, space.vectors(trusted.prompts))
+        customers = np.sort(model.decision_function(known))
         place = int(np.ceil((len(customers) + 1) * (1 - FALSE_ALARMS))) - 1
-        threshold = np.sort(customers)[min(place, len(customers) - 1)]
-        looked_for = {
-            name: values
-            for name, values in described(log, shape).items()
-            if kinds[name] in ATTACKS and left_out in (None, kinds[name])
-        }
-        scores = model.decision_function([*looked_for.values()])
-        total += Rate(int((scores > threshold).sum()), len(scores))
+        threshold = customers[min(place, len(customers) - 1)]
+        wanted = [
+            one
+            for one in log.scored
+            if kinds[one.name] in ATTACKS and left_out in (None, kinds[one.name])
+        ]
+        if wanted:
+            found = model.decision_function(all_features(wanted, space, space.vectors(log.prompts)))
+            total += Rate(int((found > threshold).sum()), len(found))
     return total
 
 
@@ -190,14 +189,14 @@ def study(files: Sequence[Path], progress: Any = say) -> dict[str, Any]:
     for name in DETECTORS:
         each = []
         for number, (before, log, kinds) in enumerate(logs):
-            watch = Watch(before, name, FALSE_ALARMS, seed=number)
-            each.append(scored(watch, log, [*watch.alarms(log)], kinds))
-        found[name] = together(each)
+            monitor = Monitor(before, name, FALSE_ALARMS, seed=number)
+            each.append(scored(monitor, log, [*monitor.alarms(log)], kinds))
+        found[name] = combined(each)
         progress(f"{name}\n{table_of([found[name]])}\n")
-    supervised = {}
+    boosted = {}
     if len(logs) > 1:
-        supervised = {"all": seen_attacks(logs, None).summary()}
-        supervised |= {kind: seen_attacks(logs, kind).summary() for kind in ATTACKS}
+        boosted = {"all": supervised(logs, None).summary()}
+        boosted |= {kind: supervised(logs, kind).summary() for kind in ATTACKS}
     return {
         "schema": 1,
         "logs": len(logs),
@@ -205,7 +204,7 @@ def study(files: Sequence[Path], progress: Any = say) -> dict[str, Any]:
         "requests": sum(len(account) for _, log, _ in logs for account in log.accounts),
         "false_alarms": FALSE_ALARMS,
         "detectors": {name: summary_of(one) for name, one in found.items()},
-        "left_out": supervised,
+        "supervised": boosted,
         "claims": claims_of(found[DEFAULT]),
     }
 
@@ -227,25 +226,25 @@ def quartiles(values: list[int]) -> list[float] | None:
 
 def claims_of(one: Scored) -> list[dict[str, Any]]:
     claims = []
-    for (rule, kind), least in WANTED.items():
+    for (rule, kind), least in CLAIMED.items():
         low, high = one.rates[rule][kind].interval()
-        said = f"at least {least:.0%} of {kind} accounts raise an alarm {rule}"
-        claims.append(claim(said, low >= least, high < least))
-    for rule in (AS_IT_GOES, AT_THE_END):
+        statement = f"at least {least:.0%} of {kind} accounts raise a {rule} alarm"
+        claims.append(claim(statement, low >= least, high < least))
+    for rule in (SEQUENTIAL, FINAL):
         low, high = one.rates[rule]["customers"].interval()
-        said = f"at most {MOST_FALSE:.0%} of customers raise an alarm {rule}"
-        claims.append(claim(said, high <= MOST_FALSE, low > MOST_FALSE))
+        statement = f"at most {MOST_FALSE:.0%} of customers raise a {rule} alarm"
+        claims.append(claim(statement, high <= MOST_FALSE, low > MOST_FALSE))
     enough, middle = one.auc >= LEAST_AUC, quartiles(one.tokens["naive"])
-    claims.append(claim(f"the AUC at the end is at least {LEAST_AUC}", enough, not enough))
+    claims.append(claim(f"the AUC of the final scores is at least {LEAST_AUC}", enough, not enough))
     early = middle is not None and middle[1] < MOST_TOKENS
-    said = f"half of the naive extractors have fewer than {MOST_TOKENS:,} tokens at the alarm"
-    claims.append(claim(said, early, not early))
+    statement = f"half of the naive extractors have fewer than {MOST_TOKENS:,} tokens at the alarm"
+    claims.append(claim(statement, early, not early))
     return claims
 
 
-def claim(said: str, supported: bool, refuted: bool) -> dict[str, Any]:
+def claim(statement: str, supported: bool, refuted: bool) -> dict[str, Any]:
     result = "supported" if supported else "refuted" if refuted else "not decided"
-    return {"claim": said, "result": result}
+    return {"claim": statement, "result": result}
 
 
 def parser() -> argparse.ArgumentParser:

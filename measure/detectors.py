@@ -1,7 +1,7 @@
-"""Detectors of extraction: how little an account resembles the customers of before.
+"""Detectors of extraction: how little an account resembles trusted ones.
 
-Each is fitted on the log of customers that are trusted, and gives an account a score; the higher,
-the more suspicious. Thresholds come from other trusted accounts, none from attacks.
+Each is fitted on trusted accounts and scores others; a higher score is more suspicious. Thresholds
+come from trusted accounts that it was not fitted on, none from attacks.
 """
 
 from collections.abc import Callable
@@ -14,21 +14,22 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from measure.usage import FEWEST, Account, Map, checkpoints, manner
+from measure.usage import FEWEST, Account, PromptSpace, all_features, checkpoints
 
-# The scores [N] of accounts, by the vectors of the log's prompts
+# (accounts, vectors of the log's prompts) -> scores [N]
 Score = Callable[[list[Account], np.ndarray], np.ndarray]
-FIRST = 50  # distinct prompts whose subjects are counted
-LATEST = 1000  # distinct prompts among which the nearest is looked for
-TIMES = (0.5, 1.0, 2.0, 4.0)  # how much more a counterpart asks than the customer
+FIRST = 50  # distinct prompts whose diversity counts
+LATEST = 1000  # distinct prompts among which the nearest is searched
+TIMES = (0.5, 1.0, 2.0, 4.0)  # sizes of the simulated extractors, relative to an account's
 
 
 @dataclass(frozen=True)
 class Trusted:
-    """Customers that a detector learns from, the map of what they ask, and a seed."""
+    """What a detector is fitted on: accounts, and the vectors of their log's prompts."""
 
     accounts: list[Account]
-    map: Map
+    space: PromptSpace
+    vectors: np.ndarray
     seed: int
 
 
@@ -37,12 +38,12 @@ def one_by_one(score: Callable[[Account, np.ndarray], float]) -> Score:
 
 
 def volume(trusted: Trusted) -> Score:
-    """Tokens so far."""
+    """The tokens used."""
     return one_by_one(lambda account, vectors: float(account.tokens.sum()))
 
 
-def subjects(trusted: Trusted) -> Score:
-    """How unlike each other the first prompts are: their mean cosine."""
+def diversity(trusted: Trusted) -> Score:
+    """Minus the mean cosine between the first prompts."""
 
     def score(account: Account, vectors: np.ndarray) -> float:
         path = vectors[account.distinct[:FIRST]]
@@ -53,9 +54,9 @@ def subjects(trusted: Trusted) -> Score:
 
 
 def prada(trusted: Trusted) -> Score:
-    """PRADA (Juuti et al. 2019, arXiv 1805.02628, section 6): distances of new queries from the
-    nearest earlier one are normal for customers, and not for queries that were made up. W of the
-    test of Shapiro and Wilk. Made for images."""
+    """PRADA (Juuti et al. 2019, arXiv 1805.02628, section 6): the distances between new queries and
+    the nearest earlier one are normal for customers, and not for synthetic queries. Minus the W of
+    the Shapiro-Wilk test. Designed for images."""
 
     def score(account: Account, vectors: np.ndarray) -> float:
         path = vectors[account.distinct[:LATEST]]
@@ -68,41 +69,43 @@ def prada(trusted: Trusted) -> Score:
 
 
 def isolation(trusted: Trusted) -> Score:
-    """An isolation forest (Liu et al. 2008) over all that describes an account."""
-
-    def described(accounts: list[Account], vectors: np.ndarray) -> list[list[float]]:
-        return [
-            [*manner(one).values(), *trusted.map.walk(one.prompts, vectors).values()]
-            for one in accounts
-        ]
-
+    """An isolation forest (Liu et al. 2008) over all features."""
     forest = IsolationForest(n_estimators=200, random_state=trusted.seed)
-    forest.fit(described(trusted.accounts, trusted.map.vectors))
-    return lambda accounts, vectors: -forest.score_samples(described(accounts, vectors))
+    forest.fit(all_features(trusted.accounts, trusted.space, trusted.vectors))
+    return lambda accounts, vectors: (
+        -forest.score_samples(all_features(accounts, trusted.space, vectors))
+    )
 
 
-def counterparts(trusted: Trusted) -> Score:
-    """A classifier of customers and of their counterparts, who ask everything there is: as many
-    prompts or a few times more, no two alike, in no order. It is shown no attack, only what
-    customers ask, and judges how an account walks, not when or for how much."""
+def simulated(trusted: Trusted) -> Score:
+    """Logistic regression between trusted accounts and simulated extractors: for each account, some
+    that ask as many prompts or a few times more, all distinct, in random order, drawn from all that
+    trusted accounts ask. It sees no real attack, and only sequence features: not when or how an
+    account asks."""
     draw = np.random.Generator(np.random.PCG64(trusted.seed))
-    vectors, paths, labels = trusted.map.vectors, [], []
+    known = np.unique(np.concatenate([account.prompts for account in trusted.accounts]))
+    sequences, labels = [], []
     for account in trusted.accounts:
         prompts = account.prompts[: draw.choice(checkpoints(account))]
-        counts = [int(np.clip(len(prompts) * n, FEWEST, len(vectors))) for n in TIMES]
-        paths += [prompts, *(draw.choice(len(vectors), n, replace=False) for n in counts)]
+        counts = [int(np.clip(len(prompts) * times, FEWEST, len(known))) for times in TIMES]
+        sequences += [prompts, *(draw.choice(known, n, replace=False) for n in counts)]
         labels += [0, *(1 for _ in counts)]
+
+    def features(sequences: list[np.ndarray], vectors: np.ndarray) -> list[list[float]]:
+        space = trusted.space
+        return [[*space.sequence_features(one, vectors).values()] for one in sequences]
+
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
-    model.fit([[*trusted.map.walk(path, vectors).values()] for path in paths], labels)
+    model.fit(features(sequences, trusted.vectors), labels)
     return lambda accounts, vectors: model.decision_function(
-        [[*trusted.map.walk(one.prompts, vectors).values()] for one in accounts]
+        features([one.prompts for one in accounts], vectors)
     )
 
 
 DETECTORS: dict[str, Callable[[Trusted], Score]] = {
     "volume": volume,
-    "subjects": subjects,
+    "diversity": diversity,
     "prada": prada,
     "isolation": isolation,
-    "counterparts": counterparts,
+    "simulated": simulated,
 }

@@ -1,10 +1,10 @@
-"""Who is extracting: alarms over a usage log, from what customers of before have asked.
+"""Detect extraction: alarms over a usage log, calibrated on trusted accounts.
 
-    python -m measure.extraction runs/traffic.sqlite            # and runs/traffic.before.sqlite
-    python -m measure.extraction runs/traffic.sqlite --score    # who was what?
+    python -m measure.extraction runs/traffic.sqlite            # with runs/traffic.before.sqlite
+    python -m measure.extraction runs/traffic.sqlite --score    # and the kinds of made-up traffic
     python -m measure.extraction runs/api.sqlite --before runs/before.sqlite --watch 10
 
-An alarm suspends nobody.
+No alarm suspends an account.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from configs.files import say
 from configs.schema import LabError
-from measure.alarms import DEFAULT, Alarm, Watch
+from measure.alarms import DEFAULT, RULES, SEQUENTIAL, Alarm, Monitor
 from measure.detection import before_of, kinds_of, scored, table_of
 from measure.detectors import DETECTORS
 from measure.usage import read_log
@@ -29,17 +29,20 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("log", type=Path, help="a usage log, e.g. runs/api.sqlite")
     found.add_argument(
-        "--before", type=Path, metavar="LOG", help="of trusted customers; default: beside the log"
+        "--before", type=Path, metavar="LOG", help="of trusted accounts; default: beside the log"
     )
     found.add_argument("--detector", choices=DETECTORS, default=DEFAULT)
-    found.add_argument("--false-alarms", type=float, default=0.01, metavar="RATE")
+    found.add_argument(
+        "--false-alarms", type=float, default=0.01, metavar="RATE", help="of each rule"
+    )
     found.add_argument("--seed", type=int, default=0)
     found.add_argument(
-        "--score", action="store_true", help="how many of each kind were found: of made-up traffic"
+        "--score", action="store_true", help="how many of each kind were found, in made-up traffic"
     )
     found.add_argument(
-        "--watch", type=float, metavar="SECONDS", help="look again so often, until Ctrl-C"
-    )
+        "--watch", type=float, metavar="SECONDS", help="read the log so often, until Ctrl-C, with "
+        "sequential alarms only",
+    )  # fmt: skip
     return found
 
 
@@ -56,38 +59,42 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    before = read_log(options.before or before_of(options.log))
-    watch = Watch(before, options.detector, options.false_alarms, options.seed)
-    told: set[tuple[str, str]] = set()
+    if options.watch and options.score:
+        raise LabError("--score is for a finished log; remove --watch")
+    trusted = read_log(options.before or before_of(options.log))
+    monitor = Monitor(trusted, options.detector, options.false_alarms, options.seed)
+    if not monitor.judges_linked:
+        say("no linked accounts are judged: trusted accounts share too few programs")
+    rules = (SEQUENTIAL,) if options.watch else RULES
+    printed: set[tuple[str, str]] = set()
     while True:
-        log = read_log(options.log)
-        alarms = [*watch.alarms(log)]
+        log = read_log(options.log, trusted.seconds)  # as long as the trusted one
+        alarms = [*monitor.alarms(log, rules)]
         for one in sorted(alarms, key=lambda one: one.at):
-            if (one.rule, one.account) not in told:
-                told.add((one.rule, one.account))
+            if (one.rule, one.account) not in printed:
+                printed.add((one.rule, one.account))
                 say(line_of(one))
         if not options.watch:
             break
         record(options.log, alarms)
         time.sleep(options.watch)
-    say(f"{len(told)} alarms; nobody was suspended")
+    say(f"{len(printed)} alarms; no account was suspended")
     if options.score:
-        say(table_of([scored(watch, log, alarms, kinds_of(options.log))]))
+        say(table_of([scored(monitor, log, alarms, kinds_of(options.log))]))
 
 
 def record(log: Path, alarms: list[Alarm]) -> None:
-    """For the page of the owner."""
+    """Write alarms into the server's database, for its admin page."""
     with closing(Store(log)) as store:
         for one in alarms:
-            for account in one.members or (one.account,):
-                store.record_alarm(account, one.rule, one.at, one.p)
+            store.record_alarm(one.account, one.rule, one.at, one.p)
 
 
 def line_of(one: Alarm) -> str:
     at = datetime.fromtimestamp(one.at, UTC).isoformat(timespec="seconds")
-    who = f"{len(one.members)} accounts of one program" if one.members else one.account
+    who = f"{len(one.members)} linked accounts" if one.members else one.account
     return (
-        f"{at}  {who:<26}  {one.rule:<10}  {one.requests:>6,} requests {one.tokens:>8,} tokens  "
+        f"{at}  {who:<20}  {one.rule:<10}  {one.requests:>6,} requests {one.tokens:>8,} tokens  "
         f"p = {one.p:.2g}"
     )
 
