@@ -39,6 +39,7 @@ from experiment.experiment import (
     require_same_rows,
     teacher_task,
 )
+from experiment.leaks import leaks
 from experiment.plan import TEACHERS, Plan
 from experiment.reference import committed_differences, write_reference
 from experiment.result import (
@@ -105,7 +106,10 @@ def story(options: argparse.Namespace) -> int:
         name = options.check or config.name
         return check_run(run, config, name, RESULTS, lambda: judge(run, config, "heldout"))
     elif options.radioactivity:
-        return radioactivity(run, options.candidates, options.key, options.tokens)
+        owners, key = options.candidates, options.key
+        return radioactivity(run, owners, key, options.database, options.tokens)
+    elif options.leaks:
+        return leaks(run, options.candidates, options.database or run.folder / "api.sqlite")
     elif options.provenance:
         return provenance(run, options.candidates, options.controls)
     elif options.selfcheck:

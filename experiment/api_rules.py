@@ -27,6 +27,13 @@ def check_api(config: Config, task: type[Task]) -> Iterator[str]:
                 f"recipes.{name}.outputs.watermark: the run's own server marks its answers; it "
                 "needs teacher.api without a url, and with a watermark_key"
             )
+        elif recipe.outputs.watermark and (
+            recipe.teachers != ["teacher"] or recipe.sequences != "teacher"
+        ):
+            yield (
+                f"recipes.{name}.outputs.watermark: the teacher's own answers are marked; use "
+                "teachers [teacher] and sequences teacher"
+            )
     if api is not None and api.watermark_key is not None and api.watermark_key % 2 == 0:
         yield f"teacher.api.watermark_key: found {api.watermark_key}, expected an odd number"
     if config.teacher.model is None and not config.sold_elsewhere:

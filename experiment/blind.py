@@ -82,9 +82,8 @@ def examine(options: argparse.Namespace) -> int:
     if read_json(options.folder / TASK) != runs[0].config().task.model_dump(mode="json"):
         raise LabError(f"{options.folder} holds students of another task than {runs[0].folder}")
     candidates, rows = candidates_of(runs, task), task.rows(SPLIT)
-    innocent = innocent_of(
-        [Run.finished(folder) for folder in options.innocent], candidates, task, rows
-    )
+    others = [Run.finished(folder) for folder in options.innocent]
+    innocent, _ = innocent_of(others, candidates, task, rows)
     if len(innocent) < FEWEST:
         raise LabError(f"{len(innocent)} innocent students, {FEWEST} are needed; name more runs")
     verdicts = {}

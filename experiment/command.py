@@ -68,6 +68,12 @@ def eval_parser() -> argparse.ArgumentParser:
         "--key", type=Path, metavar="FILE", help="of the watermark; default: that of the config"
     )
     parser.add_argument(
+        "--leaks", action="store_true", help="which accounts' answers have the students learned?"
+    )
+    parser.add_argument(
+        "--database", type=Path, metavar="FILE", help="of the server: accounts and usage log",
+    )  # fmt: skip
+    parser.add_argument(
         "--tokens", type=int, default=20_000, help="that each student writes for --radioactivity"
     )
     parser.add_argument(

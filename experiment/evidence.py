@@ -1,6 +1,7 @@
-"""Evidence in the students of a run: a watermark that they carry, a teacher that they resemble."""
+"""Evidence in the students of a run: a watermark in their text, or closeness to a teacher."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +11,33 @@ import torch
 from configs.files import say
 from configs.schema import LabError
 from experiment.experiment import open_model, teacher_task
-from experiment.plan import TEACHERS, Plan
+from experiment.plan import Plan
 from experiment.run import Run
 from measure.defence import Setting, defence, setting_of
-from measure.evaluate import BATCH_ROWS, TeacherReference
+from measure.evaluate import BATCH_ROWS, TeacherReference, completion_logits
 from measure.metrics import DIVERGENCE
-from measure.provenance import ALPHA, FEWEST, accusations, closeness
-from measure.watermark import Evidence, Found, other_keys
+from measure.provenance import ALPHA, FEWEST, accusations, closeness, holm
+from measure.watermark import Evidence, WatermarkTest, other_keys, watermark_tests
 from models.generate import answers_of
-from models.language import Forward, logits_at
+from models.language import Forward
 from models.rows import Rows, collate
 from models.vocabulary import require_same_vocabulary
 from tasks import load_task
 from tasks.task import Task
 from teacher.access import ACCESS
-from teacher.watermark import Served, Watermark, read_key
+from teacher.api.store import Store
+from teacher.watermark import Served, Watermark, key_of_account, read_key
 
 SPLIT = "heldout"
+MARKED_TOKENS = 5_600  # that each student writes in a study of defences
 
 
-def models_of(run: Run) -> Iterator[tuple[str, int, torch.nn.Module]]:
-    """(name, seed, model) of every student and of every control that is one."""
+def models_of(run: Run, taught: bool | None = None) -> Iterator[tuple[str, int, torch.nn.Module]]:
+    """(name, seed, model) of every student and of every control that is one; taught: only of
+    recipes that learn from a teacher, or only of others."""
     plan = Plan(run.config())
-    for name in plan.evaluated:
-        if name not in TEACHERS:
+    for name, recipe in plan.recipes.items():
+        if taught in (None, ACCESS[recipe.access].teacher):
             for seed in plan.seeds_of(name):
                 yield name, seed, open_model(run, plan.stage(name, seed))
 
@@ -41,38 +45,78 @@ def models_of(run: Run) -> Iterator[tuple[str, int, torch.nn.Module]]:
 # -- a watermark -----------------------------------------------------------------------------------
 
 
-def radioactivity(run: Run, owners: list[Path], key_file: Path | None, tokens: int) -> int:
-    """Let every student write, and look for the watermark in its text (Sander et al. 2024, arXiv
-    2402.14904). owners: the run with the weights of the teacher, if this one has none."""
+def radioactivity(
+    run: Run, owners: list[Path], key_file: Path | None, database: Path | None, tokens: int
+) -> int:
+    """Let every student write, and test its text for the watermark (Sander et al. 2024, arXiv
+    2402.14904). owners: the run with the weights of the teacher, if this one has none. database:
+    of a server that marked the answers to each account with a key of its own."""
     config = run.config()
+    if len(owners) > 1:
+        raise LabError("--radioactivity compares with one teacher; name one run in --candidates")
     owned = Run.finished(owners[0]) if owners else run
     if owned.config().sold_elsewhere:
         raise LabError(
-            "what would the teacher have written without the mark? Name the run that has its "
-            "weights: --candidates RUN"
+            "the unmarked teacher is needed for comparison; name the run that has its weights: "
+            "--candidates RUN"
         )
     api = config.teacher.api
     key = read_key(key_file).key if key_file else api and api.watermark_key
     if not key:
-        raise LabError("whose watermark? Name the key: --radioactivity --key FILE")
+        raise LabError("the key of the watermark is needed: --radioactivity --key FILE")
     task = load_task(config.task)
-    theirs = teacher_task(owned.config(), owned, load_task(owned.config().task))
-    require_same_vocabulary(theirs.tokenizer, task.tokenizer, "--radioactivity")
-    owner, rows, keys = open_model(owned, "teacher"), task.rows(SPLIT), other_keys()
-    say(f"{'student':<24}{'seed':>5}{'tokens':>10}{'z':>9}  p")
-    found: dict[str, list[Found]] = {}
+    require_same_tokens(owned, task)
+    owner, rows = open_model(owned, "teacher"), task.rows(SPLIT)
+    texts: dict[str, Evidence] = {}
     for name, seed, model in models_of(run):
         text = written(model, task, rows, tokens, seed)
-        one = evidence_of(text, owner, task).test(key, keys)
-        found.setdefault(name, []).append(one)
-        say(f"{name:<24}{seed:>5}{one.tokens:>10,}{one.z:>9.2f}  {shown(one.p, len(keys))}")
-    say(meaning_of_mark(found))
+        add_evidence(texts.setdefault(name, Evidence(task.vocabulary)), text, owner, task)
+    if database:
+        return print_accounts(texts, key, database)
+    found = watermark_tests(texts, key, other_keys())
+    corrected = corrected_for_all(found)
+    say(f"{'student':<24}{'tokens':>10}{'z':>9}  {'p, by rank':>12}  {'p, normal':>12}")
+    for name, one in found.items():
+        numbers = f"{one.tokens:>10,}{one.z:>9.2f}  {one.p_rank:>12.2g}  {corrected[name]:>12.2g}"
+        say(f"{name:<24}{numbers}")
+    say(meaning_of_mark([name for name, p in corrected.items() if p <= ALPHA]))
     return 0
 
 
+def corrected_for_all(found: dict[str, WatermarkTest]) -> dict[str, float]:
+    """{student: p of the normal tail, corrected for the number of students (Holm)}."""
+    return dict(zip(found, holm([one.p_normal for one in found.values()]), strict=True))
+
+
+def print_accounts(texts: dict[str, Evidence], key: int, database: Path) -> int:
+    """The account whose key fits the text of each student best, corrected for their number."""
+    if not database.is_file():
+        raise LabError(f"no database {database}")
+    with closing(Store(database)) as store:
+        accounts = [row["id"] for row in store.accounts()]
+    say(f"{'student':<24}{'account':<16}{'z':>9}  {'p, of all accounts':>20}")
+    for name, text in texts.items():
+        zs = {account: text.z(key_of_account(key, account)) for account in accounts}
+        account = max(zs, key=zs.get)
+        p = min(1.0, len(accounts) * one_sided(zs[account]))
+        say(f"{name:<24}{account:<16}{zs[account]:>9.2f}  {p:>20.2g}")
+    return 0
+
+
+def one_sided(z: float) -> float:
+    """The upper tail of the normal distribution."""
+    return 0.5 * float(torch.erfc(torch.tensor(z / 2**0.5, dtype=torch.float64)))
+
+
+def require_same_tokens(run: Run, task: Task) -> None:
+    """LabError if a run's teacher has other tokens than a task."""
+    config = run.config()
+    theirs = teacher_task(config, run, load_task(config.task))
+    require_same_vocabulary(theirs.tokenizer, task.tokenizer, f"the teacher of {run.folder}")
+
+
 def written(model: Forward, task: Task, rows: Rows, tokens: int, seed: int) -> Rows:
-    """What a model writes after the prompts of these rows, at temperature 1, until it has written
-    so many tokens."""
+    """This many tokens that a model writes after the prompts of rows, at temperature 1."""
     generator = torch.Generator().manual_seed(seed)
     ids, prompts, answers, count = [], [], [], 0
     while count < tokens:
@@ -80,48 +124,43 @@ def written(model: Forward, task: Task, rows: Rows, tokens: int, seed: int) -> R
             model, rows, BATCH_ROWS, longest=task.longest_answer, end=task.end, temperature=1.0,
             generator=generator, vocabulary=task.vocabulary,
         ):  # fmt: skip
-            if count < tokens:
-                ids.append(len(ids))
-                prompts.append(rows.prompt(i).tolist())
-                answers.append(answer.tokens.tolist()[: tokens - count])
-                count += len(answers[-1])
+            ids.append(len(ids))
+            prompts.append(rows.prompt(i).tolist())
+            answers.append(answer.tokens.tolist()[: tokens - count])
+            count += len(answers[-1])
+            if count == tokens:
+                break
     return Rows.build(ids, prompts, answers)
 
 
 @torch.no_grad()
-def evidence_of(text: Rows, owner: Forward, task: Task) -> Evidence:
-    """What a text has more of than its owner's unmarked model would write."""
-    found = Evidence(task.vocabulary)
+def add_evidence(found: Evidence, text: Rows, owner: Forward, task: Task) -> Evidence:
+    """Add the completions of a text to the evidence."""
     for start in range(0, len(text), BATCH_ROWS):
-        batch = collate(text, np.arange(start, min(start + BATCH_ROWS, len(text))), task.pad)
-        logits = logits_at(owner(batch.input_ids, use_cache=False), batch, task.vocabulary)
+        indices = np.arange(start, min(start + BATCH_ROWS, len(text)))
+        batch = collate(text, indices, task.pad)
+        logits = completion_logits(owner, task, text, indices)[0].cpu()
         found.add(batch.input_ids[batch.counted], batch.targets, logits.softmax(-1))
     return found
 
 
-def shown(p: float, keys: int) -> str:
-    return f"< {2 / (keys + 1):.2g}" if p <= 1 / (keys + 1) else f"{p:.2g}"
-
-
-def meaning_of_mark(found: dict[str, list[Found]]) -> str:
-    carries = [name for name, seeds in found.items() if all(one.p <= 0.01 for one in seeds)]
-    if not carries:
+def meaning_of_mark(carrying: list[str]) -> str:
+    if not carrying:
         return (
-            "\nNo student writes more green tokens of this key than of other keys. That does not "
-            "show that none learned from marked answers: few of them, other training afterwards, "
-            "or text changed on purpose leave no trace."
+            "\nThe text of no student has more green tokens of this key than chance explains. That "
+            "does not show that none of them learned from marked answers: too few of these, later "
+            "training on other text, or paraphrases leave no trace."
         )
     return (
-        f"\n{', '.join(carries)}: with all seeds, the text has more green tokens of this key than "
-        "with other keys, beyond what the unmarked teacher writes. So the student, or text that it "
-        "learned from, goes back to answers with this mark; not how they were come by, nor by "
-        "whom. If the key was committed to before, it was not chosen to fit."
+        f"\nThe text of {', '.join(carrying)} has more green tokens of this key than chance and "
+        f"the unmarked teacher explain (p <= {ALPHA:g}, corrected for all students). The student, "
+        "or text that it learned from, derives from answers with this mark. This does not show who "
+        "collected them, or how; and it assumes that the key was drawn before, as a published "
+        "commitment shows (python -m teacher.api key FILE)."
     )
 
 
 # -- a defence -------------------------------------------------------------------------------------
-
-MARKED_TOKENS = 5_600  # that each student writes
 
 
 def studies_of_defence(
@@ -148,7 +187,8 @@ def studies_of_defence(
     marks: dict[str, list[float]] = {}
     for name, seed, model in models_of(run):
         text = written(model, task, reference.rows, MARKED_TOKENS, seed)
-        marks.setdefault(name, []).append(round(evidence_of(text, owner, task).z(key), 3))
+        z = add_evidence(Evidence(task.vocabulary), text, owner, task).z(key)
+        marks.setdefault(name, []).append(round(z, 3))
     found = defence(result, prices, marks)
     return {"defence": found | {"z": marks}} if found else {}
 
@@ -157,18 +197,20 @@ def studies_of_defence(
 
 
 def provenance(run: Run, others: list[Path], count: int) -> int:
-    """Which teacher is each student nearer to than innocent students are?"""
+    """Which teacher is each student closer to than innocent students are?"""
     runs, task = [run, *map(Run.finished, others)], load_task(run.config().task)
     candidates, rows = candidates_of(runs, task), task.rows(SPLIT)
-    innocent = innocent_of(runs, candidates, task, rows)[: max(FEWEST, count)]
-    if len(innocent) < max(FEWEST, count):
+    innocent, kind = innocent_of(runs, candidates, task, rows)
+    needed = max(FEWEST, count)
+    if len(innocent) < needed:
         raise LabError(
-            f"{len(innocent)} innocent students in these runs, {max(FEWEST, count)} are needed; "
+            f"{len(innocent)} different innocent students in these runs, {needed} are needed; "
             "train more, as with controls=[baseline] and more seeds"
         )
+    say(f"innocent: {len(innocent)} x {kind}")
     say(f"{'student':<24}{'candidate':<20}{'t':>8}  p")
     verdicts: dict[str, list[set[str]]] = {}
-    for name, _, model in models_of(run):
+    for name, _, model in models_of(run, taught=True):
         if name in run.config().recipes:
             found = accusations(closeness(candidates, model, task, rows), innocent)
             verdicts.setdefault(name, []).append({a.candidate for a in found if a.holds})
@@ -179,31 +221,40 @@ def provenance(run: Run, others: list[Path], count: int) -> int:
 
 
 def candidates_of(runs: list[Run], task: Task) -> dict[str, Forward]:
-    """{name: a teacher that may have taught a student}: those of the runs. LabError for fewer than
-    two, or other tokens."""
+    """{name: a teacher that may have taught a student}: those of the runs whose weights are known.
+    LabError for fewer than two, or for other tokens."""
     found: dict[str, Forward] = {}
     for run in runs:
-        theirs = load_task(run.config().task)
-        require_same_vocabulary(theirs.tokenizer, task.tokenizer, f"the teacher of {run.folder}")
-        found[run.config().name] = open_model(run, "teacher")
+        if run.config().sold_elsewhere:
+            continue
+        require_same_tokens(run, task)
+        name = run.config().name
+        found[name if name not in found else str(run.folder)] = open_model(run, "teacher")
     if "second_teacher" in runs[0].config().controls:
         found["second_teacher"] = open_model(runs[0], "second_teacher")
     if len(found) < 2:
-        raise LabError("a second teacher is needed to compare with; name its run: --candidates RUN")
+        raise LabError("a second teacher is needed for comparison; name its run: --candidates RUN")
     return found
 
 
 def innocent_of(
     runs: list[Run], candidates: dict[str, Forward], task: Task, rows: Rows
-) -> list[dict[str, float]]:
-    """The closeness of all students that learned from no teacher."""
-    found = []
+) -> tuple[list[dict[str, float]], str]:
+    """(closeness of the students that learned from no teacher, what kind they are): the kind with
+    most different models of the first run's architecture. Equal models count once."""
+    shape = runs[0].config().students.model
+    by_kind: dict[str, dict[str, dict[str, float]]] = {}
     for run in runs:
-        recipes = Plan(run.config()).recipes
-        for name, _, model in models_of(run):
-            if not ACCESS[recipes[name].access].teacher:
-                found.append(closeness(candidates, model, task, rows))
-    return found
+        config, plan = run.config(), Plan(run.config())
+        for name, seed, model in models_of(run, taught=False):
+            if config.model_of(plan.recipes[name]) != shape:
+                continue
+            sha256 = run.manifest["stages"][plan.stage(name, seed)]["sha256"]
+            kind = by_kind.setdefault(name, {})
+            if sha256 not in kind:
+                kind[sha256] = closeness(candidates, model, task, rows)
+    kind = max(by_kind, key=lambda name: len(by_kind[name]), default="baseline")
+    return [*by_kind.get(kind, {}).values()], kind
 
 
 def meaning_of_closeness(verdicts: dict[str, list[set[str]]], controls: int) -> str:
@@ -211,16 +262,17 @@ def meaning_of_closeness(verdicts: dict[str, list[set[str]]], controls: int) -> 
     for name, seeds in verdicts.items():
         common = set.intersection(*seeds)
         what = (
-            f"nearer to {', '.join(sorted(common))} than chance among {controls} innocent students"
+            f"closer to {', '.join(sorted(common))} than {controls} innocent students predict"
             if common
-            else "not nearer to one of them than chance"
+            else "no closer to one of them than innocent students predict"
         )
         lines.append(f"{name}: {what} (p <= {ALPHA:g} with all seeds).")
     return (
         "\n"
         + "\n".join(lines)
         + (
-            "\nNearer is not taken: a student of a third model that learned from the same outputs "
-            "would look alike, and if the innocent students' text contains them, this says nothing."
+            "\nCloseness does not show how outputs were obtained: a student of a third model that "
+            "learned from the same outputs would be as close, and if the innocent students' text "
+            "contains such outputs, the test is not valid."
         )
     )

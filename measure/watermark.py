@@ -1,11 +1,11 @@
 """Whether a text, or a student that wrote it, carries a watermark.
 
 The test is valid for any text, because only the key is random: it asks whether the text has more
-green tokens with this key than with others. What the owner's own model would have written without
-the mark is subtracted first, which removes what the text has in common with every good model.
+green tokens with this key than with others. The counts that the owner's unmarked model expects are
+subtracted first, which removes what the text shares with every good model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,19 +19,20 @@ KEYS = 400  # other keys that a text is compared with
 
 
 @dataclass(frozen=True)
-class Found:
-    """z: standard deviations above what other keys give. p: the share of keys with at least this
-    z, itself counted among them; p_normal: by the normal distribution, for smaller values."""
+class WatermarkTest:
+    """z: standard deviations above what a random key gives. p_rank: the share of keys with at least
+    this z, the tested one counted among them; p_normal: the tail of the normal distribution, for
+    values that the number of keys cannot resolve."""
 
     tokens: int
     z: float
-    p: float
+    p_rank: float
     p_normal: float
 
 
 class Evidence:
-    """surplus [V, V]: after each token, how often each other token came, less how often the owner's
-    unmarked model expects it there."""
+    """surplus [V, V]: after each token, how often each other token came, minus how often the
+    owner's unmarked model expects it there."""
 
     def __init__(self, vocabulary: int) -> None:
         self.surplus = torch.zeros((vocabulary, vocabulary), dtype=torch.float64)
@@ -39,7 +40,7 @@ class Evidence:
 
     def add(self, last: Tensor, token: Tensor, expected: Tensor | None = None) -> None:
         """Tokens [N] and those before [N]; expected [N, V]: the owner's probabilities there, None
-        for a text of which they are not known. After token 0 nothing is green."""
+        for a text of which they are unknown. After token 0 no token is green."""
         counts = last > 0
         last, token = last[counts], token[counts]
         self.surplus.index_put_((last, token), torch.ones(len(last)).double(), accumulate=True)
@@ -48,8 +49,8 @@ class Evidence:
         self.tokens += len(last)
 
     def z(self, key: int) -> float:
-        """The sum over green tokens, standardised: with a key that the text does not know, a
-        token's list is a random share of the vocabulary, drawn without replacement."""
+        """The sum over green tokens, standardised: with a random key, the green list after a token
+        is a random share of the vocabulary, drawn without replacement."""
         vocabulary = len(self.surplus)
         share = int(SHARE * vocabulary) / vocabulary
         centred = self.surplus - self.surplus.mean(1, keepdim=True)
@@ -58,11 +59,18 @@ class Evidence:
             return 0.0
         return float((centred * green(key, vocabulary)).sum() / variance.sqrt())
 
-    def test(self, key: int, others: Iterable[int]) -> Found:
-        z = self.z(key)
-        zs = np.array([self.z(other) for other in others])
-        p = float((1 + (zs >= z).sum()) / (1 + len(zs)))
-        return Found(self.tokens, z, p, float(norm.sf(z)))
+
+def watermark_tests(
+    texts: Mapping[str, Evidence], key: int, others: Sequence[int]
+) -> dict[str, WatermarkTest]:
+    """One test per text, all against the same other keys."""
+    tested = {name: one.z(key) for name, one in texts.items()}
+    nulls = np.array([[one.z(other) for one in texts.values()] for other in others])
+    found = {}
+    for column, (name, z) in enumerate(tested.items()):
+        rank = float((1 + (nulls[:, column] >= z).sum()) / (1 + len(others)))
+        found[name] = WatermarkTest(texts[name].tokens, z, rank, float(norm.sf(z)))
+    return found
 
 
 def other_keys(count: int = KEYS) -> list[int]:

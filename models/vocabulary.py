@@ -49,27 +49,21 @@ def token_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
     added = tokenizer.get_added_vocab()
     symbols = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return [
-        symbol if symbol in added else name_of(bytes_of_symbol(symbol, byte_level))
-        for symbol in symbols
-    ]
+    return [symbol if symbol in added else token_name(symbol, byte_level) for symbol in symbols]
 
 
-def bytes_of_symbol(symbol: str, byte_level: bool) -> bytes:
-    """The text of a vocabulary's entry: of byte-level BPE, or of SentencePiece, which writes a
-    space as U+2581 and a single byte as <0xC3>."""
+def token_name(symbol: str, byte_level: bool) -> str:
+    """Of a vocabulary's entry: of byte-level BPE, or of SentencePiece, which writes a space as
+    U+2581 and a single byte as <0xC3>."""
     if byte_level:
-        return bytes(BYTE_OF[letter] for letter in symbol)
+        text = bytes(BYTE_OF[letter] for letter in symbol)
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            return BYTES + "".join(f"\\x{byte:02x}" for byte in text)
     if len(symbol) == 6 and symbol.startswith("<0x") and symbol.endswith(">"):
-        return bytes.fromhex(symbol[3:5])
-    return symbol.replace("\u2581", " ").encode()
-
-
-def name_of(text: bytes) -> str:
-    try:
-        return text.decode()
-    except UnicodeDecodeError:
-        return BYTES + "".join(f"\\x{byte:02x}" for byte in text)
+        return f"{BYTES}\\x{symbol[3:5].lower()}"
+    return symbol.replace("\u2581", " ")
 
 
 def bytes_of(name: str) -> bytes:

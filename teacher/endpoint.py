@@ -1,8 +1,9 @@
 """An endpoint of OpenAI's API as a source of outputs: what anybody with a key can collect.
 
 Many requests are in flight. Every answer is in a journal before it is used, so that a run that was
-killed asks and pays for none of them again. A budget is reserved before a request is sent, and what
-the answer did not use is given back, so that it is never exceeded.
+killed asks for none of them again. A budget is reserved before a request is sent, and what the
+answer did not use is given back. What a server charges for answers that were lost on the way, and
+which the client requests again, is not known here.
 """
 
 import json
@@ -105,7 +106,9 @@ class Endpoint:
         pool, asked = ThreadPoolExecutor(self.settings.at_once), {}
         try:
             while waiting or asked:
-                while waiting and len(asked) < self.settings.at_once:
+                # the first answer shows how many tokens a server adds to a prompt
+                most = self.settings.at_once if self.spending.requests else 1
+                while waiting and len(asked) < most:
                     i = waiting[0]
                     question = self.task.question(rows, i)
                     longest = self.longest(question)
@@ -121,7 +124,7 @@ class Endpoint:
                     self.spending.settle(i, *used)
                     yield from self.read_row(rows, i, answer)
         finally:
-            if waiting or asked:  # an error: nobody waits for a rate limit any more
+            if waiting or asked:  # an error: end the waits for rate limits
                 self.stopped.set()
             pool.shutdown(cancel_futures=True)  # answers in flight are paid for: into the journal
             self.stopped.clear()
@@ -190,7 +193,7 @@ class Endpoint:
         }
         if temperature:  # not whatever part of the distribution the server draws from by default
             asked["top_p"] = 1.0
-        body = self.patiently(partial(self.send, question, asked))
+        body = self.send_with_retries(partial(self.send, question, asked))
         used = len(question.encode()) + self.spending.overhead, longest  # if it does not say
         try:
             found = json.loads(body)
@@ -221,7 +224,7 @@ class Endpoint:
         messages = [{"role": "user", "content": question}]
         return api.create(messages=messages, **asked, **more).content
 
-    def patiently(self, send: Callable[[], bytes]) -> bytes:
+    def send_with_retries(self, send: Callable[[], bytes]) -> bytes:
         """Again after a rate limit, for as long as it takes; the client itself tries again after
         errors of the network or the server. LabError for what will not pass."""
         while True:

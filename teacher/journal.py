@@ -48,8 +48,8 @@ class Answer:
         return cls(**load(content))
 
     def distribution(self, count: int, vocabulary: int) -> torch.Tensor:
-        """Log-probabilities [count, V] at the first tokens. What was not revealed shares the rest
-        evenly: with the k largest revealed, nobody sees how."""
+        """Log-probabilities [count, V] at the first tokens. The outcomes that were not revealed
+        share the remaining probability evenly."""
         indices, log_probs = (
             torch.from_numpy(values[:count].copy()) for values in (self.indices, self.log_probs)
         )
@@ -57,6 +57,7 @@ class Answer:
         known.scatter_(-1, indices.long(), True)
         dense = torch.zeros((count, vocabulary), dtype=torch.float64)
         dense.scatter_(-1, indices.long(), log_probs.double().exp())
+        dense /= dense.sum(-1, keepdim=True).clamp_min(1)  # servers that round can show more than 1
         rest = (1 - dense.sum(-1)).clamp_min(0) / (~known).sum(-1).clamp_min(1)
         shared = torch.where(known, dense, rest[:, None])
         return shared.log().clamp_min(LOG_ZERO).float()

@@ -1,6 +1,6 @@
 """What an endpoint sells to a key: at which price, under which terms."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from openai import APIConnectionError, APIStatusError, DefaultHttpxClient, OpenAI
@@ -19,7 +19,7 @@ class Offer:
 
     url: str
     model: str
-    key: str
+    key: str = field(repr=False)
     price_in: float  # per million tokens
     price_out: float
     access: str | None = None

@@ -7,8 +7,9 @@ Their logits are raised by `bias`, so that a text has more of them than chance w
 
 import hashlib
 import hmac
+import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers.generation.logits_process import WatermarkLogitsProcessor
 from transformers.modeling_outputs import CausalLMOutput
 
-from configs.files import Shape, read_json, write_json
+from configs.files import Shape, formatted_json, read_json
 from configs.schema import LabError
 from models.language import Forward, device_of
 
@@ -37,7 +38,7 @@ class KeyFile(Shape):
 class Watermark:
     """key: an odd number of 31 bits: others have twins that draw the same lists. bias: in nats."""
 
-    key: int
+    key: int = field(repr=False)
     vocabulary: int
     bias: float
 
@@ -53,15 +54,20 @@ class Watermark:
         return torch.log_softmax(raised, dim=-1)
 
 
-@lru_cache(maxsize=512)
-def green(key: int, vocabulary: int) -> Tensor:
-    """[V, V] whether a token is green after another. LabError for a vocabulary whose table would be
-    too large. After token 0 nothing is: its list would be the same for every key."""
+def require_table(vocabulary: int) -> None:
+    """LabError for a vocabulary that is too large."""
     if vocabulary > MOST:
         raise LabError(
             f"a watermark needs a table of {vocabulary:,} x {vocabulary:,} tokens; use a teacher "
             f"with at most {MOST:,}"
         )
+
+
+@lru_cache(maxsize=32)  # of the keys in use; those that a text is compared with come once
+def green(key: int, vocabulary: int) -> Tensor:
+    """[V, V] whether a token is green after another. LabError for a vocabulary whose table would be
+    too large. After token 0 nothing is: its list would be the same for every key."""
+    require_table(vocabulary)
     lists = WatermarkLogitsProcessor(
         vocabulary, "cpu", greenlist_ratio=SHARE, hashing_key=key, seeding_scheme="lefthash"
     )
@@ -109,13 +115,21 @@ def write_key(file: Path) -> str:
     if file.exists():
         raise LabError(f"{file} exists; a key that was used is needed to find its mark")
     content = KeyFile(key=random_key(), salt=secrets.token_hex(16))
-    write_json(file, content.model_dump())
-    file.chmod(0o600)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(formatted_json(content.model_dump()) + "\n")
     return commitment(content)
 
 
 def read_key(file: Path) -> KeyFile:
-    return KeyFile(**read_json(file, KeyFile, "expected what python -m teacher.api key writes"))
+    """LabError for a file that is missing or holds no key."""
+    expected = "expected what python -m teacher.api key writes"
+    if not file.is_file():
+        raise LabError(f"no key file {file}; python -m teacher.api key FILE writes one")
+    found = KeyFile(**read_json(file, KeyFile, expected))
+    if not (found.key % 2 == 1 and 0 < found.key < 2**31):
+        raise LabError(f"{file}: the key is no odd number of 31 bits; {expected}")
+    return found
 
 
 def commitment(content: KeyFile) -> str:

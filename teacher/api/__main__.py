@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     one.set_defaults(do=serve)
 
-    one = commands.add_parser("key", help="a new key for a watermark, and its commitment")
+    one = commands.add_parser("key", help="draw a key for a watermark, and show its commitment")
     one.add_argument("file", type=Path)
     one.set_defaults(do=new_key)
 
@@ -155,11 +155,14 @@ def serve(options: argparse.Namespace) -> int:
     from teacher.api.app import create_app
     from teacher.api.pages import OWNER, add_pages
     from teacher.api.service import Service
+    from teacher.watermark import require_table
 
     if bool(options.run) == bool(options.pretrained):
         raise LabError("serve what? Name a run, as in serve runs/quickstart, or --pretrained NAME")
     teacher = pretrained(options.pretrained) if options.pretrained else teacher_of(options.run)
     defence = defence_of(options)
+    if defence.key:
+        require_table(teacher.prompts.vocabulary)
     store = opened(options.database)
     left = store.close_interrupted()
     if left:
@@ -287,8 +290,11 @@ def defence_of(options: argparse.Namespace) -> "Defence":
 
 
 def new_key(options: argparse.Namespace) -> int:
-    from teacher.watermark import write_key
+    from teacher.watermark import commitment, read_key, write_key
 
+    if options.file.exists():
+        say(f"{options.file} exists; its commitment is {commitment(read_key(options.file))}")
+        return 0
     committed = write_key(options.file)
     say(
         f"{options.file} holds the key; keep it secret\ncommitment {committed}\nPublish that "

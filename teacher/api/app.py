@@ -91,10 +91,12 @@ def create_app(service: Service, salt: bytes) -> FastAPI:
     async def complete(request: Request) -> Response:
         account = service.account(request.headers.get("authorization"))
         body = await read(request, CompletionRequest)
-        text = body.prompt if isinstance(body.prompt, str) else json.dumps(body.prompt)
-        prompt = service.prompts.raw(text) if isinstance(body.prompt, str) else body.prompt
+        is_text = isinstance(body.prompt, str)
+        prompt = service.prompts.raw(body.prompt) if is_text else body.prompt
         if any(not 0 <= token < service.prompts.vocabulary for token in prompt):
             raise ApiError(400, "invalid_token", "prompt has ids that are no tokens", "prompt")
+        # ids are logged as text: detectors compare texts
+        text = body.prompt if is_text else service.prompts.render(body.prompt)
         asked = 16 if body.max_tokens is None else body.max_tokens
         if body.echo and body.stream:
             raise ApiError(400, "invalid_value", "echo: not with stream", "echo")

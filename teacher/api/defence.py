@@ -1,7 +1,7 @@
 """What a server does to answers before anybody sees them, so that they teach less, or tell later
 whom they have taught."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ class Defence:
     """bias: of a watermark's green tokens, in nats; with a key, the server's, or one of its own for
     each account, derived from it. decimals: of the log-probabilities that are shown."""
 
-    key: int | None = None
+    key: int | None = field(default=None, repr=False)
     bias: float = 0.0
     per_account: bool = False
     decimals: int | None = None

@@ -25,6 +25,7 @@ SPARE = 8  # columns
 MOST_PADDING = 256  # tokens in one reading of prompts
 # A token, and the log-probabilities [V] that it was drawn from if the job wants them
 Step = tuple[int, Tensor | None]
+Delivered = Step | Exception | None  # an error ends the job; so does None
 
 
 class Answered(Protocol):
@@ -38,11 +39,11 @@ class Answered(Protocol):
 @dataclass(eq=False)
 class Job:
     """One answer to one prompt. `deliver` is called from the engine's thread with every token, and
-    with None at the end; `cancelled` ends it early."""
+    with None, or an error, at the end; `cancelled` ends it early."""
 
     prompt: list[int]
     longest: int
-    deliver: Callable[[Step | None], None]
+    deliver: Callable[[Delivered], None]
     temperature: float = 1.0
     top_p: float = 1.0
     bias: dict[int, float] = field(default_factory=dict)
@@ -59,10 +60,11 @@ class Job:
 @dataclass(eq=False)
 class Score:
     """A text to be scored. `deliver` is called from the engine's thread, with the log-probabilities
-    [P - 1, V] of every token but the first, or with None if the engine was closed."""
+    [P - 1, V] of every token but the first, with an error, or with None if the engine was closed.
+    """
 
     tokens: list[int]
-    deliver: Callable[[Tensor | None], None]
+    deliver: Callable[[Tensor | Exception | None], None]
     watermark: Watermark | None = None
 
 
@@ -205,10 +207,15 @@ class Engine:
                 for job in batch.jobs:
                     job.deliver(None)
                 return
-            for alike in of_similar_length(joining):
-                self.begin(batch, alike)
-            if batch.jobs:
-                self.advance(batch)
+            try:
+                for alike in of_similar_length(joining):
+                    self.begin(batch, alike)
+                if batch.jobs:
+                    self.advance(batch)
+            except Exception as error:  # the others that wait are answered all the same
+                for job in {*joining, *batch.jobs}:
+                    job.deliver(error)
+                batch = Batch(self.layers, self.most_rows, self.columns)
 
     def joining(self, answered: int) -> list[Job] | None:
         """The jobs that join before the next step: the one that has waited longest, and those whose
@@ -243,10 +250,16 @@ class Engine:
             if job is None:
                 return False
             if isinstance(job, Score):
-                job.deliver(self.scored(job.tokens, job.watermark))
+                job.deliver(self.scored_or_error(job))
             else:
                 self.backlog.append(job)
                 block = False
+
+    def scored_or_error(self, job: Score) -> Tensor | Exception:
+        try:
+            return self.scored(job.tokens, job.watermark)
+        except Exception as error:
+            return error
 
     @torch.no_grad()
     def scored(self, tokens: list[int], watermark: Watermark | None) -> Tensor:

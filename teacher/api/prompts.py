@@ -31,7 +31,11 @@ class TaskPrompts:
 
     def raw(self, text: str) -> list[int]:
         """The start mark and the tokens of a text. ApiError for one that has none."""
-        return raw(self.task.tokenizer, text)
+        tokenizer = self.task.tokenizer
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not tokens or tokenizer.unk_token_id in tokens:
+            raise ApiError(400, "invalid_prompt", "the prompt has no tokens here", "prompt")
+        return [tokenizer.bos_token_id, *tokens]
 
     def render(self, tokens: list[int]) -> str:
         return self.task.render(tokens)
@@ -66,20 +70,15 @@ class TokenizerPrompts:
         return found
 
     def raw(self, text: str) -> list[int]:
-        return raw(self.tokenizer, text)
+        """The tokens of a text, with a start mark where the tokenizer adds one. ApiError for a text
+        that has none."""
+        tokens = self.tokenizer(text)["input_ids"]
+        if not tokens:
+            raise ApiError(400, "invalid_prompt", "the prompt has no tokens here", "prompt")
+        return tokens
 
     def render(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def token_name(self, token: int) -> str:
         return self.names[token]
-
-
-def raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The start mark, if there is one, and the tokens of a text. ApiError for one without."""
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    unknown = tokenizer.unk_token_id
-    if not tokens or (unknown is not None and unknown in tokens):
-        raise ApiError(400, "invalid_prompt", "the prompt has no tokens here", "prompt")
-    start = tokenizer.bos_token_id
-    return tokens if start is None else [start, *tokens]

@@ -15,7 +15,7 @@ from limits.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateL
 from torch import Tensor
 
 from teacher.api.defence import Defence
-from teacher.api.engine import Engine, Job, Score, Step
+from teacher.api.engine import Delivered, Engine, Job, Score, Step
 from teacher.api.errors import ApiError
 from teacher.api.requests import Sampling
 from teacher.api.store import ACTIVE, Account, Store
@@ -211,8 +211,8 @@ class Service:
         the loop early ends the jobs."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue()
 
-        def deliver_to(answer: Answer) -> Callable[[Step | None], None]:
-            def deliver(step: Step | None) -> None:
+        def deliver_to(answer: Answer) -> Callable[[Delivered], None]:
+            def deliver(step: Delivered) -> None:
                 loop.call_soon_threadsafe(arrived.put_nowait, (answer, step))
 
             return deliver
@@ -230,6 +230,8 @@ class Service:
         try:
             while growing:
                 answer, step = await arrived.get()
+                if isinstance(step, Exception):
+                    raise step
                 if answer.finish_reason:
                     continue
                 if step is None:
@@ -251,8 +253,10 @@ class Service:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Tensor] = loop.create_future()
 
-        def deliver(log_probs: Tensor | None) -> None:
-            loop.call_soon_threadsafe(future.set_result, log_probs)
+        def deliver(log_probs: Tensor | Exception | None) -> None:
+            failed = isinstance(log_probs, Exception)
+            done = future.set_exception if failed else future.set_result
+            loop.call_soon_threadsafe(done, log_probs)
 
         self.engine.submit(Score(tokens, deliver, watermark))
         return self.defence.shown(await future)

@@ -316,6 +316,15 @@ class Store:
             (account, since),
         ).fetchall()
 
+    def sampled(self, account: str, count: int) -> list[sqlite3.Row]:
+        """The first answers that were drawn at random for an account and are still stored."""
+        return self.database.execute(
+            "SELECT temperature, max_tokens, finish_reason, prompt, answer FROM usage "
+            "JOIN contents USING (request_id) WHERE account = ? AND status = 'done' AND n = 1 "
+            "AND (temperature IS NULL OR temperature > 0) ORDER BY start, request_id LIMIT ?",
+            (account, count),
+        ).fetchall()
+
     def bill_of(self, account: str, since: float = 0.0) -> dict[str, int]:
         """Requests, tokens in and out, and money in the unit of `Tier.cost`."""
         found = self.database.execute(

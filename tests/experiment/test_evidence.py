@@ -7,15 +7,21 @@ import pytest
 import torch
 
 import eval as judge
-from experiment.evidence import evidence_of, meaning_of_closeness, meaning_of_mark, written
+from experiment.evidence import (
+    add_evidence,
+    corrected_for_all,
+    meaning_of_closeness,
+    meaning_of_mark,
+    written,
+)
 from experiment.experiment import open_model
 from experiment.run import Run
-from measure.watermark import Found
+from measure.watermark import Evidence, WatermarkTest
 from models.rows import Rows
 from tasks import load_task
 from teacher.api.store import Store
 from teacher.shards import Outputs
-from teacher.watermark import Watermark, write_key
+from teacher.watermark import Watermark
 from tests.helpers import train_tiny
 
 KEY = 1_288_833_545
@@ -43,7 +49,8 @@ def test_only_the_answers_that_were_asked_for_are_marked(marked):
     stages = [stage for stage in marked.manifest["stages"] if stage.startswith("outputs/")]
     assert sorted("watermark" in stage for stage in stages) == [False, True]
     for stage in stages:
-        z = evidence_of(Outputs(marked.folder / stage).rows, owner, task).z(KEY)
+        text = Outputs(marked.folder / stage).rows
+        z = add_evidence(Evidence(task.vocabulary), text, owner, task).z(KEY)
         assert z > 10 if "watermark" in stage else abs(z) < 4
     store = Store(marked.folder / "api.sqlite")
     names = {row["watermark"] for row in store.database.execute("SELECT watermark FROM usage")}
@@ -51,32 +58,66 @@ def test_only_the_answers_that_were_asked_for_are_marked(marked):
     store.close()
 
 
-def test_every_student_is_tested_and_what_it_shows_is_said(marked, tmp_path, capsys):
+def test_the_student_of_marked_answers_shows_the_mark_and_the_others_do_not(
+    marked, tmp_path, capsys
+):
     assert judge.main([str(marked.folder), "--radioactivity", "--tokens", "800"]) == 0
     printed = capsys.readouterr().out
     for name in ("marked", "plain", "baseline"):
-        assert len(re.findall(rf"^{name} +[01] +[78]\d\d ", printed, re.MULTILINE)) == 2
-    assert "green tokens" in printed
-    write_key(tmp_path / "another.json")
-    other = ["--radioactivity", "--key", str(tmp_path / "another.json"), "--tokens", "800"]
+        assert len(re.findall(rf"^{name} +1,[56]\d\d ", printed, re.MULTILINE)) == 1
+    assert "The text of marked has more green tokens of this key" in printed
+    key = tmp_path / "another.json"
+    key.write_text('{"key": 246913577, "salt": "s"}', encoding="utf-8")
+    other = ["--radioactivity", "--key", str(key), "--tokens", "800"]
     assert judge.main([str(marked.folder), *other]) == 0
-    assert "No student writes more green tokens" in capsys.readouterr().out
+    assert "The text of no student has more green tokens" in capsys.readouterr().out
 
 
-def test_students_are_compared_with_innocent_ones(marked, capsys):
+def test_the_account_whose_own_key_a_student_shows_is_named(marked, capsys, monkeypatch):
+    """Every account has a key of its own; here the one that asked for marked answers has KEY."""
+    store = Store(marked.folder / "api.sqlite")
+    rows = store.database.execute("SELECT DISTINCT account FROM usage WHERE watermark IS NOT NULL")
+    (guilty,) = [row["account"] for row in rows]
+    accounts = [row["id"] for row in store.accounts()]
+    store.close()
+    keys = {name: KEY if name == guilty else 246913577 for name in accounts}
+    monkeypatch.setattr("experiment.evidence.key_of_account", lambda key, account: keys[account])
+    database = ["--database", str(marked.folder / "api.sqlite"), "--tokens", "800"]
+    assert judge.main([str(marked.folder), "--radioactivity", *database]) == 0
+    assert re.search(rf"^marked +{guilty} ", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_answers_that_a_student_has_learned_name_the_account(marked, capsys):
+    assert judge.main([str(marked.folder), "--leaks"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("marked", "plain", "baseline"):
+        assert len(re.findall(rf"^{name}, seed [01] +acct-\w+ +\d+ ", printed, re.MULTILINE)) == 2
+    assert judge.main([str(marked.folder), "--leaks", "--database", "nothing.sqlite"]) == 2
+    assert "no database nothing.sqlite" in capsys.readouterr().err
+
+
+def test_students_are_compared_with_different_innocent_ones(marked, capsys):
     few = [str(marked.folder), "--provenance"]
     assert judge.main(few) == 2
-    assert "2 innocent students in these runs, 8 are needed" in capsys.readouterr().err
-    more = ("name=more", "seeds=[0,1,2,3,4,5,6,7]", "controls=[baseline]", "teacher.seed=5")
+    assert "2 different innocent students in these runs, 8 are" in capsys.readouterr().err
     own = "recipes={own: {access: logits}}"
-    assert train_tiny(marked.folder.parent, *more, own, "verdicts=[]") == 0
+    seeds = {"same": "seeds=[0,1]", "more": "seeds=[0,1,2,3,4,5,6,7]"}
+    for name, number in (("same", 4), ("more", 5)):
+        run = (f"name={name}", seeds[name], "controls=[baseline]", f"teacher.seed={number}")
+        assert train_tiny(marked.folder.parent, *run, own, "verdicts=[]") == 0
     capsys.readouterr()
-    assert judge.main([*few, "--candidates", str(marked.folder.parent / "more")]) == 0
+    candidates = ["--candidates", str(marked.folder.parent / "same")]
+    assert judge.main([*few, *candidates]) == 2  # its baselines are the same models
+    assert "2 different innocent students" in capsys.readouterr().err
+    candidates = ["--candidates", str(marked.folder.parent / "more")]
+    assert judge.main([*few, *candidates]) == 0
     printed = capsys.readouterr().out
+    assert "innocent: 8 x baseline" in printed
     for candidate in ("tiny", "more", "second_teacher"):
         assert len(re.findall(rf"^(marked|plain) +{candidate} ", printed, re.MULTILINE)) == 4
-    assert "among 8 innocent students" in printed or "not nearer" in printed
-    assert "Nearer is not taken" in printed
+    assert "Closeness does not show how" in printed
+    assert judge.main([*few, *candidates, "--controls", "9"]) == 2
+    assert "9 are needed" in capsys.readouterr().err
 
 
 def test_the_text_of_a_student_has_as_many_tokens_as_were_asked_for(marked):
@@ -90,7 +131,8 @@ def test_the_text_of_a_student_has_as_many_tokens_as_were_asked_for(marked):
 
 def test_evidence_counts_the_completions_alone(marked):
     task, owner = load_task(marked.config().task), open_model(marked, "teacher")
-    found = evidence_of(Rows.build([0, 1], [[1, 5], [1, 6, 7]], [[8, 9], [10]]), owner, task)
+    text = Rows.build([0, 1], [[1, 5], [1, 6, 7]], [[8, 9], [10]])
+    found = add_evidence(Evidence(task.vocabulary), text, owner, task)
     assert found.tokens == 3
     with torch.no_grad():
         logits = owner(torch.tensor([[1, 5, 8]])).logits[0, :, : task.vocabulary]
@@ -106,18 +148,24 @@ def test_what_needs_a_watermark_says_what_is_missing(tmp_path, capsys):
     assert "the run's own server marks its answers; it needs teacher.api" in capsys.readouterr().err
     assert train_tiny(tmp_path, API.replace(str(KEY), "12"), *MARKED) == 2
     assert "found 12, expected an odd number" in capsys.readouterr().err
+    taught_by_another = (
+        "recipes={a: {access: text, sequences: teacher, objective: cross_entropy},"
+        " b: {teachers: [a], access: logits, sequences: teacher, outputs: {watermark: 2}}}"
+    )
+    assert train_tiny(tmp_path, API, *MARKED, taught_by_another) == 2
+    assert "the teacher's own answers are marked" in capsys.readouterr().err
 
 
 def test_conclusions_say_no_more_than_was_found():
-    sure, unsure = Found(100, 9.0, 1 / 401, 1e-19), Found(100, 1.0, 0.2, 0.2)
-    said = meaning_of_mark({"a": [sure, sure], "b": [sure, unsure]})
-    assert said.startswith("\na: with all seeds")
-    assert "does not show that none" in meaning_of_mark({"b": [sure, unsure]})
+    assert meaning_of_mark(["a"]).startswith("\nThe text of a has more green tokens")
+    assert "does not show that none" in meaning_of_mark([])
     said = meaning_of_closeness({"a": [{"A"}, {"A", "B"}], "b": [{"A"}, set()]}, 8)
-    assert "a: nearer to A than chance among 8" in said
-    assert "b: not nearer" in said
+    assert "a: closer to A than 8 innocent students predict" in said
+    assert "b: no closer" in said
+    tests = {name: WatermarkTest(9, 0.0, 0.5, p) for name, p in (("a", 0.0004), ("b", 0.5))}
+    assert corrected_for_all(tests) == pytest.approx({"a": 0.0008, "b": 0.5})
 
 
 def test_a_run_without_a_watermark_asks_for_the_key(tiny_run, capsys):
     assert judge.main([str(tiny_run), "--radioactivity"]) == 2
-    assert "whose watermark? Name the key" in capsys.readouterr().err
+    assert "the key of the watermark is needed" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """An endpoint as a source of outputs, against a real server over a socket."""
 
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from tasks.text import Text
 from teacher import offer as module
 from teacher.api.tiers import PER_MILLION, TIERS
 from teacher.endpoint import Endpoint
-from teacher.journal import OVERHEAD, Journal
+from teacher.journal import OVERHEAD, Answer, Journal
 from teacher.offer import Offer
 from teacher.signal import LOG_ZERO, tail_of
 from teacher.source import LocalModel
@@ -251,6 +252,14 @@ def test_fewer_log_probabilities_than_are_learned_from_are_refused(served, rows,
     for one in choice["logprobs"]["content"]:  # all others are impossible
         one["top_logprobs"][0]["logprob"] = 0.0
     assert len(endpoint("logits").read(choice).tokens) == 3
+
+
+def test_revealed_probabilities_never_exceed_one(served, endpoint):
+    """A server that rounds shows 0.5 and 0.3 and 0.3."""
+    found = Answer.of([1], [{1: math.log(0.7), 2: math.log(0.4), 3: math.log(0.4)}])
+    log_probs = found.distribution(1, served.task.vocabulary)[0]
+    assert float(log_probs.exp().sum()) == pytest.approx(1)
+    assert float(log_probs[1].exp()) == pytest.approx(0.7 / 1.5)
 
 
 def test_prices_and_terms_that_a_server_does_not_state_are_those_of_the_config(served):

@@ -15,11 +15,13 @@ from teacher.api.engine import (
     MOST_PADDING,
     Engine,
     Job,
+    Score,
     distribution,
     draw,
     nucleus,
     of_similar_length,
 )
+from teacher.watermark import Watermark
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -145,6 +147,20 @@ def test_draws_follow_the_distribution():
     shares = torch.bincount(drawn, minlength=4) / 4000
     torch.testing.assert_close(shares, log_probs.exp(), atol=0.03, rtol=0)
     assert shares[2] == 0
+
+
+def test_an_error_ends_the_jobs_it_hits_and_later_ones_are_answered(engine, task):
+    """The thread died, and every later request waited forever."""
+    prompt = prompts_of(task, 1)[0]
+    over = queue.SimpleQueue()
+    broken = Job(prompt, 5, over.put, watermark=Watermark(7, 50_000, 1.0))
+    engine.submit(broken)
+    assert isinstance(over.get(timeout=60), LabError)
+    engine.submit(Score(prompt, over.put, Watermark(7, 50_000, 1.0)))
+    assert isinstance(over.get(timeout=60), LabError)
+    fine = Job(prompt, 5, None, temperature=0.0)
+    answered(engine, [fine])
+    assert fine.tokens
 
 
 def test_a_cancelled_job_ends_and_the_others_go_on(engine, task):

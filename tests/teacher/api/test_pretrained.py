@@ -79,14 +79,20 @@ def test_the_names_and_bytes_of_tokens_are_their_text(served):
         model="chatty", prompt="the café", max_tokens=0, echo=True, logprobs=1
     )
     names = answer.choices[0].logprobs.tokens
-    assert names[0] == "<s>"
-    assert b"".join(map(bytes_of, names[1:])).decode() == "the café"
+    assert b"".join(map(bytes_of, names)).decode() == "the café"
     chat = served.client.chat.completions.create(
         model="chatty", messages=MESSAGES, seed=1, max_tokens=40, logprobs=True
     )
     text = b"".join(bytes(one.bytes) for one in chat.choices[0].logprobs.content)
     shown = text.removesuffix(b"</s>").decode(errors="replace")
     assert chat.choices[0].message.content.startswith(shown[:20].rstrip("\ufffd"))
+
+
+def test_a_text_has_a_start_mark_only_where_the_tokenizer_adds_one(served):
+    prompts = served.service.prompts
+    plain = served.tokenizer("the sea")["input_ids"]
+    assert prompts.raw("the sea") == plain
+    assert plain[0] != served.tokenizer.bos_token_id
 
 
 def test_messages_that_the_template_does_not_know_are_refused(served, monkeypatch):
