@@ -78,7 +78,7 @@ def test_a_command_that_detects_is_understood(arguments):
 
 @pytest.mark.parametrize("arguments", arguments_of("train.py"), ids=" ".join)
 def test_a_command_that_trains_names_a_config_that_can_be_trained(arguments):
-    options = train_parser().parse_args(arguments)
+    options = train_parser().parse_intermixed_args(arguments)
     config = read_config(ROOT / options.config, options.overrides)  # with its plan and budgets
     assert Plan(config).evaluated
 
