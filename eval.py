@@ -111,7 +111,7 @@ def story(options: argparse.Namespace) -> int:
     elif options.leaks:
         return leaks(run, options.candidates, options.database or run.folder / "api.sqlite")
     elif options.provenance:
-        return provenance(run, options.candidates, options.controls)
+        return provenance(run, options.candidates, options.controls, options.reach)
     elif options.selfcheck:
         experiment = open_experiment(config, run)
         require_same_rows(run, {"train": experiment.rows, "validation": experiment.validation})

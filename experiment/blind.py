@@ -22,11 +22,11 @@ import numpy as np
 from configs.files import Shape, read_json, say, write_json
 from configs.schema import LabError
 from experiment.command import run_command
-from experiment.evidence import SPLIT, candidates_of, innocent_of
+from experiment.evidence import candidates_of, innocent_of, measure_of
 from experiment.experiment import RUN_AGAIN
 from experiment.plan import Plan
 from experiment.run import Run
-from measure.provenance import FEWEST, accusations, closeness
+from measure.provenance import FEWEST, accusations
 from models.language import load_model
 from tasks import load_task
 
@@ -81,15 +81,13 @@ def examine(options: argparse.Namespace) -> int:
     task = load_task(runs[0].config().task)
     if read_json(options.folder / TASK) != runs[0].config().task.model_dump(mode="json"):
         raise LabError(f"{options.folder} holds students of another task than {runs[0].folder}")
-    candidates, rows = candidates_of(runs, task), task.rows(SPLIT)
-    others = [Run.finished(folder) for folder in options.innocent]
-    innocent, _ = innocent_of(others, candidates, task, rows)
+    measured = measure_of("weights", candidates_of(runs, task), task)
+    innocent, _ = innocent_of([Run.finished(folder) for folder in options.innocent], measured)
     if len(innocent) < FEWEST:
         raise LabError(f"{len(innocent)} innocent students, {FEWEST} are needed; name more runs")
     verdicts = {}
     for folder in sorted(p for p in options.folder.iterdir() if p.is_dir()):
-        values = closeness(candidates, load_model(folder), task, rows)
-        accused = [one for one in accusations(values, innocent) if one.holds]
+        accused = [one for one in accusations(measured(load_model(folder)), innocent) if one.holds]
         best = max(accused, key=lambda one: one.t, default=None)
         verdicts[folder.name] = best.candidate if best else NOBODY
         what = f"{best.candidate}, t = {best.t:.1f}, p = {best.p:.2g}" if best else NOBODY

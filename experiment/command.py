@@ -80,6 +80,10 @@ def eval_parser() -> argparse.ArgumentParser:
         "--provenance", action="store_true", help="which of the --candidates taught the students?"
     )
     parser.add_argument(
+        "--reach", choices=["weights", "scores", "text"], default="weights", help="what is known "
+        "of the students for --provenance: distributions, scores of given texts, or only answers",
+    )  # fmt: skip
+    parser.add_argument(
         "--candidates", nargs="+", type=Path, default=[], metavar="RUN", help="whose teachers may "
         "have taught the students; the run's own teacher is one",
     )  # fmt: skip

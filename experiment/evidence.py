@@ -1,6 +1,6 @@
 """Evidence in the students of a run: a watermark in their text, or closeness to a teacher."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,15 @@ from experiment.run import Run
 from measure.defence import Setting, defence, setting_of
 from measure.evaluate import BATCH_ROWS, TeacherReference, completion_logits
 from measure.metrics import DIVERGENCE
-from measure.provenance import ALPHA, FEWEST, accusations, closeness, holm
+from measure.provenance import (
+    ALPHA,
+    FEWEST,
+    accusations,
+    closeness,
+    closeness_by_scores,
+    closeness_by_text,
+    holm,
+)
 from measure.watermark import Evidence, WatermarkTest, other_keys, watermark_tests
 from models.generate import answers_of
 from models.language import Forward
@@ -29,6 +37,7 @@ from teacher.api.store import Store
 from teacher.watermark import Served, Watermark, key_of_account, read_key
 
 SPLIT = "heldout"
+COMPARED_TOKENS = 20_000  # written by each candidate or student, where weights are not known
 MARKED_TOKENS = 5_600  # that each student writes in a study of defences
 
 
@@ -196,11 +205,12 @@ def studies_of_defence(
 # -- a teacher -------------------------------------------------------------------------------------
 
 
-def provenance(run: Run, others: list[Path], count: int) -> int:
-    """Which teacher is each student closer to than innocent students are?"""
+def provenance(run: Run, others: list[Path], count: int, reach: str) -> int:
+    """Which teacher is each student closer to than innocent students are? reach: what is known of
+    the students."""
     runs, task = [run, *map(Run.finished, others)], load_task(run.config().task)
-    candidates, rows = candidates_of(runs, task), task.rows(SPLIT)
-    innocent, kind = innocent_of(runs, candidates, task, rows)
+    measured = measure_of(reach, candidates_of(runs, task), task)
+    innocent, kind = innocent_of(runs, measured)
     needed = max(FEWEST, count)
     if len(innocent) < needed:
         raise LabError(
@@ -212,7 +222,7 @@ def provenance(run: Run, others: list[Path], count: int) -> int:
     verdicts: dict[str, list[set[str]]] = {}
     for name, _, model in models_of(run, taught=True):
         if name in run.config().recipes:
-            found = accusations(closeness(candidates, model, task, rows), innocent)
+            found = accusations(measured(model), innocent)
             verdicts.setdefault(name, []).append({a.candidate for a in found if a.holds})
             for a in found:
                 say(f"{name:<24}{a.candidate:<20}{a.t:>8.1f}  {a.p:.2g}")
@@ -237,9 +247,25 @@ def candidates_of(runs: list[Run], task: Task) -> dict[str, Forward]:
     return found
 
 
-def innocent_of(
-    runs: list[Run], candidates: dict[str, Forward], task: Task, rows: Rows
-) -> tuple[list[dict[str, float]], str]:
+Measure = Callable[[Forward], dict[str, float]]  # a student -> its closeness to each candidate
+
+
+def measure_of(reach: str, candidates: dict[str, Forward], task: Task) -> Measure:
+    rows = task.rows(SPLIT)
+    if reach == "weights":
+        return lambda student: closeness(candidates, student, task, rows)
+    if reach == "scores":
+        samples = {
+            name: written(model, task, rows, COMPARED_TOKENS, seed=0)
+            for name, model in candidates.items()
+        }
+        return lambda student: closeness_by_scores(student, task, samples)
+    return lambda student: closeness_by_text(
+        candidates, task, written(student, task, rows, COMPARED_TOKENS, seed=0)
+    )
+
+
+def innocent_of(runs: list[Run], measured: Measure) -> tuple[list[dict[str, float]], str]:
     """(closeness of the students that learned from no teacher, what kind they are): the kind with
     most different models of the first run's architecture. Equal models count once."""
     shape = runs[0].config().students.model
@@ -252,7 +278,7 @@ def innocent_of(
             sha256 = run.manifest["stages"][plan.stage(name, seed)]["sha256"]
             kind = by_kind.setdefault(name, {})
             if sha256 not in kind:
-                kind[sha256] = closeness(candidates, model, task, rows)
+                kind[sha256] = measured(model)
     kind = max(by_kind, key=lambda name: len(by_kind[name]), default="baseline")
     return [*by_kind.get(kind, {}).values()], kind
 

@@ -1,11 +1,11 @@
-"""Whether a student learned from a teacher, where there is no mark to look for.
+"""Whether a student learned from a teacher that marks no answers.
 
-Closeness: how much nearer a student is to one candidate than to the others, compared with innocent
-students. The unit is the training run: two students that differ in nothing but their seed are
-nearer to one teacher or another by chance, and no number of prompts makes that smaller.
+Closeness: how much closer a student is to one candidate than to the others, compared with innocent
+students. The unit is the training run: students that differ only in their seed are closer to one
+teacher or another by chance, and more prompts do not reduce this.
 
-Sent or kept: answers that an account was sent, compared with others that were made in the same way
-and kept. To whoever never saw them they are alike, so that the test is exact.
+Sent or kept: answers that an account was sent, compared with others that were drawn in the same way
+and never sent. A model that saw neither finds both equally likely, so that the test is exact.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ ALPHA = 0.001  # an accusation
 
 @dataclass(frozen=True)
 class Accusation:
-    """How many standard deviations a student is nearer to a candidate than innocent ones are (t),
-    and p, corrected for the number of candidates (Holm 1979)."""
+    """How many standard deviations a student is closer to a candidate than innocent students are
+    (t), and p, corrected for the number of candidates (Holm 1979)."""
 
     candidate: str
     t: float
@@ -67,9 +67,26 @@ def likelihood(model: Forward, task: Task, rows: Rows) -> np.ndarray:
     return found
 
 
-def contrast(values: dict[str, float]) -> dict[str, float]:
-    """How much nearer each candidate is than the others are on average: what good students share
-    cancels."""
+def closeness_by_scores(student: Forward, task: Task, samples: dict[str, Rows]) -> dict[str, float]:
+    """{candidate: the student's mean log-probability of what the candidate writes}, in nats per
+    token: for a student that only scores texts."""
+    return {name: mean_per_token(student, task, rows) for name, rows in samples.items()}
+
+
+def closeness_by_text(candidates: dict[str, Forward], task: Task, text: Rows) -> dict[str, float]:
+    """{candidate: its mean log-probability of what the student writes}, in nats per token: for a
+    student of which only answers are known."""
+    return {name: mean_per_token(model, task, text) for name, model in candidates.items()}
+
+
+def mean_per_token(model: Forward, task: Task, rows: Rows) -> float:
+    tokens = (rows.lengths - rows.prompt_lengths).sum()
+    return float(likelihood(model, task, rows).sum() / tokens)
+
+
+def relative_closeness(values: dict[str, float]) -> dict[str, float]:
+    """How much closer each candidate is than the others are on average: what all good students
+    share cancels."""
     names = [*values]
     return {
         name: values[name] - float(np.mean([values[other] for other in names if other != name]))
@@ -80,9 +97,10 @@ def contrast(values: dict[str, float]) -> dict[str, float]:
 def accusations(
     student: dict[str, float], innocent: Sequence[dict[str, float]]
 ) -> list[Accusation]:
-    """For each of two or more candidates: is the student nearer than one more innocent student
-    would be (a prediction by Student's t)? Each dict holds the closeness to every candidate."""
-    found, controls = contrast(student), [contrast(one) for one in innocent]
+    """For each of two or more candidates: is the student closer than one more innocent student
+    would be (a prediction interval by Student's t)? Each dict holds the closeness to every
+    candidate."""
+    found, controls = relative_closeness(student), [relative_closeness(one) for one in innocent]
     raw = {}
     for name, value in found.items():
         known = np.array([one[name] for one in controls])

@@ -96,7 +96,8 @@ def test_answers_that_a_student_has_learned_name_the_account(marked, capsys):
     assert "no database nothing.sqlite" in capsys.readouterr().err
 
 
-def test_students_are_compared_with_different_innocent_ones(marked, capsys):
+def test_students_are_compared_with_different_innocent_ones(marked, capsys, monkeypatch):
+    monkeypatch.setattr("experiment.evidence.COMPARED_TOKENS", 500)
     few = [str(marked.folder), "--provenance"]
     assert judge.main(few) == 2
     assert "2 different innocent students in these runs, 8 are" in capsys.readouterr().err
@@ -116,6 +117,11 @@ def test_students_are_compared_with_different_innocent_ones(marked, capsys):
     for candidate in ("tiny", "more", "second_teacher"):
         assert len(re.findall(rf"^(marked|plain) +{candidate} ", printed, re.MULTILINE)) == 4
     assert "Closeness does not show how" in printed
+    for reach in ("scores", "text"):
+        assert judge.main([*few, *candidates, "--reach", reach]) == 0
+        other = capsys.readouterr().out
+        assert "innocent: 8 x baseline" in other
+        assert other != printed
     assert judge.main([*few, *candidates, "--controls", "9"]) == 2
     assert "9 are needed" in capsys.readouterr().err
 

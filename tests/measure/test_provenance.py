@@ -9,9 +9,11 @@ from configs.schema import Model
 from measure.provenance import (
     accusations,
     closeness,
-    contrast,
+    closeness_by_scores,
+    closeness_by_text,
     holm,
     likelihood,
+    relative_closeness,
     sent_or_kept,
 )
 from models.language import build_model, initialise
@@ -56,7 +58,7 @@ def test_a_student_of_an_unlisted_teacher_is_attributed_to_none():
 
 
 def test_what_candidates_share_cancels():
-    assert contrast({"A": 1.0, "B": 3.0, "C": 5.0}) == {"A": -3.0, "B": 0.0, "C": 3.0}
+    assert relative_closeness({"A": 1.0, "B": 3.0, "C": 5.0}) == {"A": -3.0, "B": 0.0, "C": 3.0}
 
 
 def test_p_values_are_corrected_for_their_number():
@@ -120,3 +122,16 @@ def test_a_likelihood_is_that_of_a_whole_completion():
         start = int(rows.prompt_lengths[i]) - 1
         expected = log_probs[start:].gather(-1, tokens[0, start + 1 :, None]).sum()
         assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_text_and_scores_are_mean_log_probabilities():
+    task = Pronounce(limit=300)
+    rows = task.rows("validation").take(np.arange(10))
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, task.vocabulary, generator=generator)
+    tokens = np.concatenate([rows.completion(i) for i in range(len(rows))])
+    expected = {name: float(x.log_softmax(-1)[tokens].mean()) for name, x in (("a", a), ("b", b))}
+    by_text = closeness_by_text({"a": Fixed(a), "b": Fixed(b)}, task, rows)
+    assert by_text == pytest.approx(expected, rel=1e-5)
+    by_scores = closeness_by_scores(Fixed(a), task, {"x": rows})
+    assert by_scores == pytest.approx({"x": expected["a"]}, rel=1e-5)
