@@ -183,7 +183,7 @@ def studies_of_defence(
     settings = {setting_of(recipe.model_dump(mode="json")) for recipe in bought}
     if not key or len(settings) < 2:
         return {}
-    owner = reference.teacher
+    owner = getattr(reference.teacher, "model", reference.teacher)  # without counting FLOPs
     prices: dict[Setting, dict[str, float]] = {}
     for bias, temperature in sorted(settings):
         mark = Watermark(key, task.vocabulary, bias) if bias else None

@@ -1,5 +1,6 @@
 """Evidence in the students of a run that bought marked answers."""
 
+import json
 import re
 
 import numpy as np
@@ -71,6 +72,21 @@ def test_the_student_of_marked_answers_shows_the_mark_and_the_others_do_not(
     other = ["--radioactivity", "--key", str(key), "--tokens", "800"]
     assert judge.main([str(marked.folder), *other]) == 0
     assert "The text of no student has more green tokens" in capsys.readouterr().out
+
+
+def test_the_evaluation_states_what_a_defence_costs_and_prevents(marked):
+    assert judge.main([str(marked.folder)]) == 0
+    found = json.loads((marked.folder / "eval.json").read_text("utf-8"))["defence"]
+    free, strong = found["settings"]
+    assert (free["bias"], strong["bias"]) == (0.0, 6.0)
+    assert free["kl_teacher_student"] == pytest.approx(0, abs=1e-6)
+    assert strong["kl_teacher_student"] > 0.5
+    cells = {one["bias"]: one for one in found["cells"]}
+    assert cells[6.0]["damage"] == cells[6.0]["divergence"] - cells[0.0]["divergence"]
+    assert min(cells[6.0]["z"]) > 4 > max(map(abs, found["z"]["baseline"]))
+    page = (marked.folder / "report.html").read_text("utf-8")
+    assert "What a defence costs, and prevents" in page
+    assert "watermark 6" in page
 
 
 def test_the_account_whose_own_key_a_student_shows_is_named(marked, capsys, monkeypatch):
