@@ -1,18 +1,13 @@
-"""What is learned: the table TASKS, one file per task."""
+"""What is learned: one file per task, and the table TASKS of them all.
 
-from configs.schema import TaskConfig
-from tasks.digits import Digits
-from tasks.gsm8k import Gsm8k
-from tasks.pronounce import Pronounce
-from tasks.reason import Reason
-from tasks.task import Task
-from tasks.text import Text
+The table is imported when it is asked for: reading a data file needs no transformers.
+"""
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Pronounce, Reason, Digits, Text, Gsm8k)
-}
+from importlib import import_module
+from typing import Any
 
 
-def load_task(config: TaskConfig) -> Task:
-    """The task that a config names, with its data."""
-    return TASKS[config.name](**config.settings)
+def __getattr__(name: str) -> Any:
+    if name in ("TASKS", "load_task"):
+        return getattr(import_module("tasks.table"), name)
+    raise AttributeError(f"module 'tasks' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The course: one file per lab, checks for each, and a grader."""

@@ -1,0 +1,219 @@
+"""The course's files, and a grader that submissions cannot harm."""
+
+import json
+import platform
+import re
+import socket
+import sys
+import threading
+
+import pytest
+
+from configs.schema import LabError
+from labs import __main__ as command
+from labs.grade import for_gradescope, grade
+from labs.sandbox import Limits
+from labs.source import exercise_edition, lab_file, labs, solution_edition
+from labs.submission import Local, Remote, SubmissionError, decoded, encoded
+from tests.helpers import ROOT
+
+LINUX = pytest.mark.skipif(platform.system() != "Linux", reason="limits need Linux")
+
+
+def solved():
+    return solution_edition(lab_file(1).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("number", labs())
+def test_the_exercise_edition_has_no_solution_and_is_python(number):
+    text = lab_file(number).read_text(encoding="utf-8")
+    mine = exercise_edition(text)
+    compile(mine, "mine", "exec")
+    compile(solution_edition(text), "solution", "exec")
+    assert "# solution" not in mine
+    exercises = re.findall(r"^# %% exercise ([\d.]+)$", text, re.MULTILINE)
+    assert len(exercises) >= 3
+    for exercise in exercises:
+        assert f'raise NotImplementedError("exercise {exercise}")' in mine
+        assert f"## Exercise {exercise}:" in mine
+    for word in ("**Goal.**", "**Predict first.**", "**Check.**", "<summary>Hint 3</summary>"):
+        assert mine.count(word) >= len(exercises)
+
+
+def test_a_learner_starts_and_is_told_what_is_not_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "MINE", tmp_path)
+    assert command.main(["start", "1"]) == 0
+    assert "next: python -m pytest labs/checks/lab1 --mine" in capsys.readouterr().out
+    assert command.main(["start", "1"]) == 2
+    assert command.main(["start", "77"]) == 2
+    assert "no lab 77; there are 1" in capsys.readouterr().err
+    with pytest.raises(SubmissionError, match=r"not written yet: exercise 1\.1"):
+        Local(tmp_path / "lab1.py").call("soften", 1, 2)
+
+
+def test_the_solution_earns_all_points_and_the_exercise_edition_none(tmp_path):
+    for name, text, all_points in (
+        ("solution", solved(), True),
+        ("exercise", exercise_edition(lab_file(1).read_text(encoding="utf-8")), False),
+    ):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+        checks = grade(tmp_path / f"{name}.py", 1)
+        assert [one.points == one.worth for one in checks] == [all_points] * len(checks)
+        assert all(one.message for one in checks) != all_points
+    scored = for_gradescope(checks)["tests"]
+    assert {one["score"] for one in scored} == {0.0}
+    assert "not written yet: exercise 1.1" in scored[0]["output"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("(teacher.exp() * (teacher - student)).mean()", "10 times too small"),
+        ("(teacher.exp() * (teacher - student)).sum()", "summed over the examples"),
+        ("-(teacher.exp() * student).sum(-1).mean()", "the teacher's entropy, not 0"),
+        ("(student.exp() * (student - teacher)).sum(-1).mean()", "the wrong way round"),
+    ],
+)
+def test_a_misconception_is_named_by_its_signature(wrong, says, tmp_path):
+    right = "(teacher.exp() * (teacher - student)).sum(-1).mean()"
+    file = tmp_path / "mine.py"
+    file.write_text(solved().replace(right, wrong), encoding="utf-8")
+    messages = {one.check: one.message for one in grade(file, 1)}
+    assert says in messages["test_loss_is_the_divergence_of_the_teacher"]
+
+
+# -- submissions that would rather not be checked --------------------------------------------------
+
+HOSTILE = {
+    "ends the process": "import os; os._exit(0)",
+    "raises SystemExit": "raise SystemExit(0)",
+    "never ends": "while True: pass",
+    "prints a result": 'print(\'{"check": "all", "points": 9}\')\nraise ValueError',
+    "patches pytest": "import pytest; pytest.fail = lambda *a, **k: None\nraise ValueError",
+    "fills the memory": "x = bytearray(64 * 2**30)",
+    "is no Python": "def (",
+    "does not exist here": "import nothing_like_this",
+}
+
+
+@LINUX
+@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_fails_and_the_grader_goes_on(source, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(source, encoding="utf-8")
+    with pytest.raises(SubmissionError):
+        Remote(file, Limits(seconds=8))
+
+
+@pytest.fixture
+def submission(tmp_path):
+    """A file with these functions, in its process."""
+    opened = []
+
+    def start(source, seconds=20):
+        file = tmp_path / "mine.py"
+        file.write_text(source, encoding="utf-8")
+        opened.append(Remote(file, Limits(seconds=seconds)))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
+
+
+@LINUX
+def test_a_submission_cannot_write_outside_its_folder_or_read_the_solutions(submission, tmp_path):
+    target = tmp_path / "outside.txt"
+    checks = ROOT / "labs" / "checks" / "lab1" / "test_lab1.py"
+    lab = submission(f"""
+from pathlib import Path
+def write(): Path({str(target)!r}).write_text("x")
+def read(): return Path({str(lab_file(1))!r}).read_text()
+def read_checks(): return Path({str(checks)!r}).read_text()
+def within(): Path("inside.txt").write_text("x") if False else open(__file__ + ".txt", "w").close()
+def fill():
+    with open(__file__ + ".big", "wb") as file:
+        for _ in range(64): file.write(bytes(2**20))
+""")
+    for name in ("write", "read", "read_checks"):
+        with pytest.raises(SubmissionError, match="PermissionError"):
+            lab.call(name)
+    assert not target.exists()
+    assert lab.call("within") is None
+    with pytest.raises(SubmissionError):
+        lab.call("fill")
+
+
+@LINUX
+def test_a_submission_has_no_network(submission):
+    reached = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(5)
+        port = server.getsockname()[1]
+        lab = submission(f"""
+import socket
+def reach(): socket.create_connection(("127.0.0.1", {port}), timeout=2)
+""")
+        with pytest.raises(SubmissionError):
+            lab.call("reach")
+    assert not reached.is_set()
+
+
+@LINUX
+def test_processes_that_a_submission_starts_end_with_it(submission):
+    lab = submission("""
+import subprocess, sys
+def fork():
+    return [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid][0] > 0
+""")
+    assert lab.call("fork") is True
+    lab.close()
+
+
+@LINUX
+def test_a_reply_of_its_own_is_only_a_value(submission):
+    lab = submission("""
+import os
+def cheat():
+    for descriptor in range(3, 20):
+        try: os.write(descriptor, b'{"points": 100}\\n')
+        except OSError: pass
+    return 1
+""")
+    with pytest.raises(SubmissionError, match="no reply"):
+        lab.call("cheat")
+
+
+@LINUX
+def test_a_call_that_takes_too_long_is_a_failed_check(submission):
+    lab = submission("def slow():\n    while True: pass", seconds=10)
+    with pytest.raises(SubmissionError, match="took longer than 10 s"):
+        lab.call("slow")
+
+
+def test_values_travel_without_pickling():
+    import torch
+
+    value = [1, 2.5, "a", None, True, {"x": torch.arange(6.0).reshape(2, 3)}]
+    found = decoded(json.loads(json.dumps(encoded(value))))
+    assert found[:5] == value[:5]
+    assert found[5]["x"].equal(value[5]["x"])
+    with pytest.raises(TypeError, match="cannot be compared"):
+        encoded(object())
+
+
+def test_a_folder_is_graded_into_a_json_each_and_a_table(tmp_path, capsys):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    (folder / "ada.py").write_text(solved(), encoding="utf-8")
+    (folder / "bob.py").write_text("def (", encoding="utf-8")
+    out = tmp_path / "out"
+    assert command.main(["grade", str(folder), "--lab", "1", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"ada\.py +8 of 8", printed)
+    assert re.search(r"bob\.py +0 of 8", printed)
+    assert json.loads((out / "bob.json").read_text("utf-8"))["points"] == 0
+    assert command.main(["grade", str(tmp_path / "no.py"), "--lab", "1", "--out", "x"]) == 2
+    with pytest.raises(LabError, match="no lab 9"):
+        grade(folder / "ada.py", 9)
+    assert sys.modules.get("lab_ada") is None
