@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+CPU_SECONDS = 300  # of all calls together
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -61,7 +63,7 @@ def limited_command(command: list[str], limits: Limits, folder: Path) -> list[st
 
 def own_network() -> list[str]:
     """A command's beginning that leaves it without a network, where the system allows it."""
-    found = ["unshare", "--user", "--map-current-user", "--net", "--pid", "--fork"]
+    found = ["unshare", "--user", "--map-current-user", "--net", "--pid", "--fork", "--kill-child"]
     if not shutil.which("unshare"):
         return []
     allowed = subprocess.run([*found, "true"], capture_output=True, check=False).returncode == 0
@@ -77,6 +79,7 @@ def limit_self(megabytes: int, file_megabytes: int, processes: int, folder: Path
     resource.setrlimit(resource.RLIMIT_AS, (megabytes * 2**20,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_megabytes * 2**20,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS,) * 2)  # if the grader is killed
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NPROC, (processes,) * 2)
     restrict_files([*readable(), folder], [folder])

@@ -6,7 +6,9 @@ import re
 import socket
 import sys
 import threading
+import time
 
+import psutil
 import pytest
 
 from configs.schema import LabError
@@ -103,6 +105,10 @@ def test_a_hostile_file_fails_and_the_grader_goes_on(source, tmp_path):
     file.write_text(source, encoding="utf-8")
     with pytest.raises(SubmissionError):
         Remote(file, Limits(seconds=8))
+    time.sleep(0.2)
+    running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [words for words in running if any(str(tmp_path.name) in w for w in words)]
+    assert not [words for words in running if words[-1:] and words[-1].endswith("/mine.py")]
 
 
 @pytest.fixture
