@@ -48,7 +48,7 @@ def test_a_learner_starts_and_is_told_what_is_not_written(tmp_path, monkeypatch,
     assert "next: python -m pytest labs/checks/lab1 --mine" in capsys.readouterr().out
     assert command.main(["start", "1"]) == 2
     assert command.main(["start", "77"]) == 2
-    assert "no lab 77; there are 1, 2, 4, 5" in capsys.readouterr().err
+    assert "no lab 77; there are 1, 2, 3, 4, 5" in capsys.readouterr().err
     with pytest.raises(SubmissionError, match=r"not written yet: exercise 1\.1"):
         Local(tmp_path / "lab1.py").call("soften", 1, 2)
 
