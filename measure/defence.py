@@ -22,7 +22,7 @@ def setting_of(recipe: dict[str, Any]) -> Setting:
 
 def exposure_of(recipe: dict[str, Any]) -> str:
     """`text`, `top_k 5`."""
-    counted = f" {recipe['outputs']['k']}" if recipe["access"] == "top_k" else ""
+    counted = f" {recipe['outputs']['k']}" if ACCESS[recipe["access"]].uses_k else ""
     return f"{recipe['access']}{counted}"
 
 
