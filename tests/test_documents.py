@@ -165,6 +165,30 @@ def test_what_the_readme_concludes_is_what_the_committed_runs_show():
     assert against["hidden"] == [10] * 4
 
 
+def test_what_is_concluded_from_pronounce_is_what_its_claims_show():
+    found = {(v["claim"], v["metric"]): v["result"] for v in result("pronounce")["verdicts"]}
+    errors, agreement, kl = "word_error_rate", "sequence_agreement", "kl_teacher_student"
+    undecided = "not distinguished"
+    assert {found[f"{name} beats low_data", errors] for name in ("text", "logits", "hidden")} == {
+        "better"
+    }
+    assert found["text beats baseline", errors] == undecided
+    assert found["logits beats baseline", agreement] == "better"
+    assert {found["hidden beats baseline", m] for m in (errors, agreement, kl)} == {"better"}
+    assert {found[f"{n} beats baseline", "ece"] for n in ("text", "logits", "hidden")} == {"worse"}
+    assert {found["text beats gold", m] for m in (errors, agreement)} == {"better"}
+    assert (
+        found["sharp beats logits", errors] == found["sharp beats logits", agreement] == undecided
+    )
+    assert found["sharp beats logits", kl] == found["sharp beats logits", "ece"] == "worse"
+    gaps, teacher = result("pronounce")["gaps"], result("pronounce")["teacher"]["quality"]
+    closed = {name: gaps[name]["low_data_to_teacher"]["share"] for name in gaps}
+    assert closed["text"] > 0.60
+    assert closed["logits"] > 0.65
+    assert closed["hidden"] < 0.85
+    assert teacher["phoneme_error_rate"]["mean"] < 0.08 < 0.30 < teacher["word_error_rate"]["mean"]
+
+
 def test_what_is_concluded_from_savings_is_what_its_intervals_show():
     def ends(metric, kind, budget):
         return result("savings")["savings"]["needs"][metric][f"baseline_{budget}"][kind]

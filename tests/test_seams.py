@@ -63,7 +63,12 @@ def outcome(tmp_path_factory):
     before = [dict(table) for table in tables]
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    namespaces = ({**vars(pronounce), "TASKS": tasks.TASKS}, vars(objectives), vars(access), vars(metrics))
+    namespaces = (
+        {**vars(pronounce), "TASKS": tasks.TASKS},
+        vars(objectives),
+        vars(access),
+        vars(metrics),
+    )
     for block, namespace in zip(blocks, namespaces, strict=True):
         assert len([line for line in block.splitlines() if line.strip()]) <= 10
         exec(block, dict(namespace))

@@ -8,6 +8,7 @@ from measure.report.tables import (
     by_split,
     claims_by_pair,
     compared_in,
+    fixed,
     had_the_machine,
     models_in,
     task_of,
@@ -69,8 +70,9 @@ def gaps_and_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
             control = gap.removesuffix("_to_teacher")
             line = f"{{}}: no significant gap from {control} to teacher in {measured} to close"
             if share["share"] is not None:
-                low, high = (100 * bound for bound in share["ci95"])
-                part = f"{100 * share['share']:.0f} % [{low:.0f}, {high:.0f}]"
+                numbers = (share["share"], *share["ci95"])
+                middle, low, high = (fixed(100 * number, 0) for number in numbers)
+                part = f"{middle} % [{low}, {high}]"
                 here = "" if len(result["seeds"]) > 1 else "in this run, "
                 line = (
                     f"{here}{{}} closes {part} of the gap from {control} to teacher in {measured}"
