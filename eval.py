@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiment.command import before_imports, command_line, eval_parser, run_command
+from configs.command import run_command
+from experiment.command import before_imports, command_line, eval_parser
 
 if __name__ == "__main__":
     before_imports(eval_parser())

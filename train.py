@@ -14,7 +14,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from experiment.command import before_imports, run_command, train_parser
+from configs.command import run_command
+from experiment.command import before_imports, train_parser
 
 if __name__ == "__main__":
     before_imports(train_parser())

@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.command import run_command
 from configs.files import Shape, read_json, say, write_json
 from configs.schema import LabError
-from experiment.command import run_command
 from experiment.evidence import candidates_of, innocent_of, measure_of
-from experiment.experiment import RUN_AGAIN
 from experiment.plan import Plan
 from experiment.run import Run
 from measure.provenance import FEWEST, accusations
@@ -99,7 +98,7 @@ def examine(options: argparse.Namespace) -> int:
 
 def score(options: argparse.Namespace) -> int:
     """How many verdicts are right, by kind of student."""
-    labels = Labels(**read_json(options.folder / LABELS, Labels, RUN_AGAIN))
+    labels = Labels(**read_json(options.folder / LABELS, Labels, "expected what `make` wrote"))
     verdicts = read_json(options.folder / VERDICTS, dict[str, str], "expected a name per number")
     missing = labels.students.keys() - verdicts.keys()
     if missing:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import norm
 
 from configs.files import say
 from configs.schema import LabError
@@ -107,14 +108,9 @@ def print_accounts(texts: dict[str, Evidence], key: int, database: Path) -> int:
     for name, text in texts.items():
         zs = {account: text.z(key_of_account(key, account)) for account in accounts}
         account = max(zs, key=zs.get)
-        p = min(1.0, len(accounts) * one_sided(zs[account]))
+        p = min(1.0, len(accounts) * float(norm.sf(zs[account])))
         say(f"{name:<24}{account:<16}{zs[account]:>9.2f}  {p:>20.2g}")
     return 0
-
-
-def one_sided(z: float) -> float:
-    """The upper tail of the normal distribution."""
-    return 0.5 * float(torch.erfc(torch.tensor(z / 2**0.5, dtype=torch.float64)))
 
 
 def require_same_tokens(run: Run, task: Task) -> None:

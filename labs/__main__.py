@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from configs.command import run_command
 from configs.files import say, write_atomically, write_json
 from configs.schema import LabError
 from labs.grade import for_gradescope, grade, grade_all, summary
@@ -72,12 +73,7 @@ def grade_path(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    try:
-        options.do(options)
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: options.do(options) or 0, "what was written stays")
 
 
 if __name__ == "__main__":

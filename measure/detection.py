@@ -17,6 +17,7 @@ from scipy.stats import beta
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 
+from configs.command import run_command
 from configs.files import read_json, say, write_json
 from configs.schema import LabError
 from measure.alarms import DEFAULT, FINAL, LINKED, RULES, SEQUENTIAL, Alarm, Monitor
@@ -258,12 +259,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    logs = [log for log in options.logs if not log.name.endswith(".before.sqlite")]
-    try:
-        found = study(logs)
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: run(options), "nothing was written")
+
+
+def run(options: argparse.Namespace) -> int:
+    found = study([log for log in options.logs if not log.name.endswith(".before.sqlite")])
     for one in found["claims"]:
         say(f"{one['result']}: {one['claim']}")
     if options.out:

@@ -14,6 +14,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
+from configs.command import run_command
 from configs.files import say
 from configs.schema import LabError
 from measure.alarms import DEFAULT, RULES, SEQUENTIAL, Alarm, Monitor
@@ -48,17 +49,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    try:
-        run(options)
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command(lambda: run(options), "the alarms above stay as they are")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
     if options.watch and options.score:
         raise LabError("--score is for a finished log; remove --watch")
     trusted = read_log(options.before or before_of(options.log))
@@ -81,6 +75,7 @@ def run(options: argparse.Namespace) -> None:
     say(f"{len(printed)} alarms; no account was suspended")
     if options.score:
         say(table_of([scored(monitor, log, alarms, kinds_of(options.log))]))
+    return 0
 
 
 def record(log: Path, alarms: list[Alarm]) -> None:

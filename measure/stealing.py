@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from openai import APIStatusError, OpenAI
 
+from configs.command import run_command
 from configs.files import say
 from configs.schema import LabError, TaskConfig
 from tasks import TASKS, load_task
@@ -105,14 +106,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    key = os.environ.get(options.key_env, "")
-    task = load_task(TaskConfig(name=options.task))
-    try:
-        with OpenAI(base_url=options.url, api_key=key or "none") as client:
-            logits = steal(client, options.model, task, options.shown, options.positions)
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: run(options), "nothing was written")
+
+
+def run(options: argparse.Namespace) -> int:
+    key, task = os.environ.get(options.key_env, ""), load_task(TaskConfig(name=options.task))
+    with OpenAI(base_url=options.url, api_key=key or "none") as client:
+        logits = steal(client, options.model, task, options.shown, options.positions)
     size = dimensions(logits)
     if size is None:
         say("no dimension stands out: the log-probabilities are rounded, or the positions too few")

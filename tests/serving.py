@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 import uvicorn
 
 from configs.schema import Model
 from models.language import build_model, initialise
+from models.rows import Rows
 from tasks.pronounce import Pronounce
 from tasks.task import Task
 from teacher.api.app import create_app
@@ -20,6 +22,7 @@ from teacher.api.pages import add_pages
 from teacher.api.prompts import TaskPrompts
 from teacher.api.service import NONE, Prompts, Service
 from teacher.api.store import Store
+from teacher.source import Source, TeacherRow
 
 PASSWORD = "the owner's"
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -62,3 +65,8 @@ def serving(
     thread.join()
     engine.close()
     store.close()
+
+
+def answers(source: Source, rows: Rows, temperature: float = 0.0) -> dict[int, TeacherRow]:
+    """{index of the row: its answer}."""
+    return {row.index: row for row in source.answer(rows, temperature, True, torch.Generator())}

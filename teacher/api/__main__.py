@@ -28,9 +28,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.command import run_command, sleep_soon
 from configs.files import printable, read_text, say, write_atomically
 from configs.schema import LabError
-from experiment.command import run_command, sleep_soon
 from teacher.api.store import ACTIVE, REVOKED, SUSPENDED, Store
 from teacher.api.tiers import PER_MILLION, TIERS
 

@@ -10,9 +10,10 @@ from io import StringIO
 import pytest
 
 import eval as judge
+from configs.command import run_command
 from configs.files import printable
 from configs.schema import LabError
-from experiment.command import command_line, run_command
+from experiment.command import command_line
 from tests.helpers import ROOT
 
 ESCAPES = "\x1b[31m\x1b]0;title\x07\u202e\x9b2J\r"
@@ -100,7 +101,8 @@ def test_ctrl_c_during_imports_ends_without_a_traceback(script, tmp_path):
 
 TWICE = """
 import os, signal, time
-from experiment.command import command_line, run_command
+from configs.command import run_command
+from experiment.command import command_line
 
 def work():
     try:

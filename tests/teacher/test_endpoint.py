@@ -22,7 +22,7 @@ from teacher.offer import Offer
 from teacher.signal import LOG_ZERO, tail_of
 from teacher.source import LocalModel
 from tests.helpers import ROOT
-from tests.serving import small_teacher
+from tests.serving import answers, small_teacher
 
 TIER = {"text": "text-bulk", "top_k": "top5-bulk", "logits": "open-bulk"}
 
@@ -66,10 +66,6 @@ def endpoint(served, tmp_path):
     yield opened
     for one in made:
         one.close()
-
-
-def answers(source, rows, temperature=0.0):
-    return {row.index: row for row in source.answer(rows, temperature, True, torch.Generator())}
 
 
 def local(served, rows):

@@ -13,7 +13,7 @@ from teacher.endpoint import Endpoint
 from teacher.journal import Journal
 from teacher.offer import Offer
 from teacher.source import LocalModel
-from tests.serving import SHAPE
+from tests.serving import SHAPE, answers
 
 gguf = pytest.importorskip("gguf", reason='needs pip install -e ".[llama-cpp]"')
 xllamacpp = pytest.importorskip("xllamacpp", reason='needs pip install -e ".[llama-cpp]"')
@@ -116,10 +116,6 @@ def endpoint(served, tmp_path):
     yield opened
     for one in made:
         one.close()
-
-
-def answers(source, rows, temperature=0.0):
-    return {row.index: row for row in source.answer(rows, temperature, True, torch.Generator())}
 
 
 @pytest.mark.parametrize("api", ["completions", "chat"])

@@ -2,6 +2,8 @@
 
 import pytest
 
+from labs.checks.tools import require_predictions
+
 BODY = """
 def loss(student, teacher, temperature):
     {}
@@ -78,4 +80,4 @@ def require_some_trust(lab):
 
 @pytest.mark.points(1)
 def test_a_prediction_is_made_before_the_hunt(lab):
-    assert lab.read("PREDICTIONS").get("4.1") in ("a", "b", "c"), "PREDICTIONS: choose a, b or c"
+    require_predictions(lab, "4.1")
