@@ -110,7 +110,8 @@ def story(options: argparse.Namespace) -> int:
         owners, key = options.candidates, options.key
         return radioactivity(run, owners, key, options.database, options.tokens)
     elif options.leaks:
-        return leaks(run, options.candidates, options.database or run.folder / "api.sqlite")
+        database = options.database or run.folder / "api.sqlite"
+        return leaks(run, options.candidates, database, options.key)
     elif options.provenance:
         return provenance(run, options.candidates, options.controls, options.reach)
     elif options.selfcheck:

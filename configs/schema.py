@@ -94,8 +94,10 @@ class Api(Section):
     # Per million tokens of prompts and answers, for a server that does not state them.
     price_in: float = Field(0.0, ge=0)
     price_out: float = Field(0.0, ge=0)
-    # Of the watermark that a run's own server puts into answers; a real one is kept in a file.
+    # Of the watermark and the canaries in the answers of a run's own server; a real one is kept in
+    # a file.
     watermark_key: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    canaries: float = Field(0.0, ge=0, le=1)  # share of the prompts whose answers name the account
     # What one set of outputs may cost at most. Nothing is asked that could exceed it.
     budget_tokens: Count | None = None
     budget_money: float | None = Field(None, gt=0)
@@ -158,6 +160,10 @@ class OutputsSettings(Section):
     charged: bool = True  # to the student's budget; false in studies that vary the outputs
     # With teacher.api: the bias of the watermark in these answers, in nats; null: without.
     watermark: float | None = Field(None, gt=0, le=20, exclude_if=lambda value: value is None)
+    # Of the prompts, whose answers are marked; null: all.
+    watermark_share: float | None = Field(
+        None, gt=0, lt=1, exclude_if=lambda value: value is None
+    )
 
 
 class DivergenceSettings(Section):

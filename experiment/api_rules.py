@@ -34,6 +34,16 @@ def check_api(config: Config, task: type[Task]) -> Iterator[str]:
                 f"recipes.{name}.outputs.watermark: the teacher's own answers are marked; use "
                 "teachers [teacher] and sequences teacher"
             )
+        elif recipe.outputs.watermark_share and not recipe.outputs.watermark:
+            yield (
+                f"recipes.{name}.outputs.watermark_share is of outputs.watermark, the bias in nats; "
+                "add it"
+            )
+    if api is not None and api.canaries and (api.url or not api.watermark_key):
+        yield (
+            "teacher.api.canaries: the run's own server sends them; it needs teacher.api without a "
+            "url, and with a watermark_key"
+        )
     if api is not None and api.watermark_key is not None and api.watermark_key % 2 == 0:
         yield f"teacher.api.watermark_key: found {api.watermark_key}, expected an odd number"
     if config.teacher.model is None and not config.sold_elsewhere:

@@ -28,7 +28,7 @@ from experiment.experiment import Experiment, source_of, teacher_made_from
 from experiment.log import OutputsLog
 from experiment.stages import StageResult
 from models.rows import Rows
-from teacher.outputs import OutputsRequest
+from teacher.outputs import UNMARKED, Mark, OutputsRequest
 from teacher.source import Source
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ def sources(experiment: Experiment) -> Iterator[OpenSource]:
             if experiment.config.teacher.api is None or recipe.teachers != ["teacher"]:
                 return source_of(experiment, recipe, request, CountedForward)
             unknown = experiment.config.sold_elsewhere and not seller.asked
-            bias = request.watermark
-            endpoint = endpoint_of(experiment, stage, request.access, request.k, seller, bias)
+            endpoint = endpoint_of(
+                experiment, stage, request.access, request.k, seller, request.mark
+            )
             if unknown:
                 with closed_after_errors(endpoint):
                     require_same_model(experiment, stage, endpoint)
@@ -71,11 +72,11 @@ def endpoint_of(
     access: str,
     k: int | None,
     seller: "Seller",
-    bias: float | None = None,
+    mark: Mark = UNMARKED,
 ) -> "Endpoint":
     """Ready to be asked: the key is known, the terms allow it, and what the recipe learns from is
-    revealed. LabError otherwise, before anything is paid. bias: of a watermark."""
-    offer = seller.offer(access, k, stage.removeprefix("outputs/"), bias)
+    revealed. LabError otherwise, before anything is paid. mark: of the answers."""
+    offer = seller.offer(access, k, stage.removeprefix("outputs/"), mark)
     from teacher.endpoint import Endpoint
     from teacher.journal import Journal
 
@@ -190,7 +191,7 @@ class Seller:
         self.asked = False
 
     def offer(
-        self, access: str, k: int | None, customer: str, bias: float | None = None
+        self, access: str, k: int | None, customer: str, mark: Mark = UNMARKED
     ) -> "Offer":
         """What is sold to a key that may see what a recipe with this access learns from. LabError
         without packages or key, or if the terms forbid it."""
@@ -201,7 +202,7 @@ class Seller:
         settings: Api = self.config.teacher.api
         if settings.url is None:
             url, model = self.own_url, self.config.name
-            key = self.own_key(access, k, customer, bias)
+            key = self.own_key(access, k, customer, mark)
         else:
             url, model = settings.url, settings.model
             key = os.environ.get(settings.key_env, "").strip()
@@ -224,8 +225,10 @@ class Seller:
         """The address of the run's own server, which starts now. LabError if it does not."""
         command = [sys.executable, "-m", "teacher.api", "--database", str(self.database.resolve())]
         command += ["serve", str(self.run.folder.resolve()), "--port", "0", "--no-admin"]
-        if self.config.teacher.api.watermark_key:
-            command += ["--watermark", str(self.key_file.resolve()), "--bias", "0"]
+        api = self.config.teacher.api
+        if api.watermark_key:
+            command += ["--key", str(self.key_file.resolve()), "--watermark", "0"]
+            command += ["--canaries", str(api.canaries)]
         process = subprocess.Popen(
             [*command, "--end-with-input"],  # even if this process is killed
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -239,7 +242,7 @@ class Seller:
 
     @property
     def key_file(self) -> Path:
-        """The watermark key of the config, as a server reads it."""
+        """The key of the config, as a server reads it."""
         from teacher.watermark import KeyFile
 
         file = self.run.folder / KEY
@@ -247,14 +250,14 @@ class Seller:
         write_json(file, key.model_dump())
         return file
 
-    def own_key(self, access: str, k: int | None, customer: str, bias: float | None) -> str:
+    def own_key(self, access: str, k: int | None, customer: str, mark: Mark) -> str:
         """The key of a new account of the tier that reveals this."""
         from teacher.api.store import Store
         from teacher.api.tiers import tier_for
 
         store = Store(self.database)
         try:
-            return store.add_account(customer, tier_for(access, k), bias)[1]
+            return store.add_account(customer, tier_for(access, k), *mark)[1]
         finally:
             store.close()
 

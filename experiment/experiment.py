@@ -258,6 +258,7 @@ def teacher_made_from(experiment: Experiment, seed: int) -> str:
 def binding_of(experiment: Experiment, recipe: Recipe, request: OutputsRequest) -> dict[str, Any]:
     """What the outputs of a recipe must be bound to in this run."""
     api = experiment.config.teacher.api if recipe.teachers == ["teacher"] else None
+    marked = api and (request.watermark or api.canaries)
     return request.binding(
         teacher_sha256=teacher_sha256(experiment, recipe),
         tokenizer_sha256=experiment.run.manifest["data"]["tokenizer"],
@@ -265,7 +266,8 @@ def binding_of(experiment: Experiment, recipe: Recipe, request: OutputsRequest) 
         seed=experiment.config.teacher.seed,
     ) | {
         **({"api": api.endpoint} if api else {}),
-        **({"watermark_key": api.watermark_key} if request.watermark else {}),
+        **({"watermark_key": api.watermark_key} if marked else {}),
+        **({"canaries": api.canaries} if api and api.canaries else {}),
     }
 
 

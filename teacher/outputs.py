@@ -29,6 +29,8 @@ from teacher.shards import (
 )
 from teacher.source import Source, TeacherRow, bytes_of
 
+Mark = tuple[float | None, float | None]  # bias of a watermark, share of the prompts; see Account
+UNMARKED: Mark = (None, None)
 SHARD_ROWS = 8192
 SHARD_TOKENS = 2**19  # at most: an interruption loses no more work than this
 SHARD_BYTES = 2**30  # of full distributions, at most: a shard is in memory until it is written
@@ -49,6 +51,7 @@ class OutputsRequest:
     temperature: float | None
     transfer_rows: int | None
     watermark: float | None = None
+    watermark_share: float | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, relations: bool = False) -> "OutputsRequest":
@@ -65,6 +68,7 @@ class OutputsRequest:
             temperature=outputs.temperature if writes else None,
             transfer_rows=outputs.transfer_rows,
             watermark=outputs.watermark if writes else None,
+            watermark_share=outputs.watermark_share if writes else None,
         )
 
     @property
@@ -84,6 +88,10 @@ class OutputsRequest:
         return "-".join(parts)
 
     @property
+    def mark(self) -> Mark:
+        return self.watermark, self.watermark_share
+
+    @property
     def stage(self) -> str:
         return f"outputs/{self.name}"
 
@@ -92,8 +100,9 @@ class OutputsRequest:
     ) -> dict[str, Any]:
         """Everything that the outputs depend on: if any of it differs, so do they."""
         wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        if self.watermark is None:  # as before there were watermarks
-            del wanted["watermark"]
+        for name in ("watermark", "watermark_share"):  # as before there were watermarks
+            if wanted[name] is None:
+                del wanted[name]
         return {
             "teacher": teacher_sha256,
             "tokenizer": tokenizer_sha256,

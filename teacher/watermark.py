@@ -105,8 +105,12 @@ def random_key() -> int:
 
 def key_of_account(key: int, account: str) -> int:
     """A key of its own for every account, from that of the server."""
-    digest = hmac.new(str(key).encode(), account.encode(), hashlib.sha256).digest()
-    return int.from_bytes(digest[:4], "big") >> 1 | 1
+    return int.from_bytes(keyed(key, account)[:4], "big") >> 1 | 1
+
+
+def keyed(key: int, *parts: object) -> bytes:
+    """32 bytes that nobody can predict without the key."""
+    return hmac.new(str(key).encode(), " ".join(map(str, parts)).encode(), hashlib.sha256).digest()
 
 
 def write_key(file: Path) -> str:

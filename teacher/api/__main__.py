@@ -5,7 +5,7 @@
     python -m teacher.api account add "A reader" --tier top5     # prints its key, once
     python -m teacher.api account list
     python -m teacher.api account suspend acct-1234abcd          # or activate, revoke, rotate
-    python -m teacher.api key runs/mark.json                     # for serve --watermark
+    python -m teacher.api key runs/mark.json                     # for serve --key
     python -m teacher.api terms --publish terms.txt --version 2 --allows-distillation no
     python -m teacher.api usage acct-1234abcd
     python -m teacher.api bill acct-1234abcd
@@ -73,11 +73,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--certificate", type=Path, help="for TLS")
     one.add_argument("--certificate-key", type=Path)
     one.add_argument("--expose-without-tls", action="store_true")
-    one.add_argument("--watermark", type=Path, metavar="FILE", help="mark answers with this key")
-    one.add_argument("--bias", type=float, default=1.0, help="of the watermark, in nats")
+    one.add_argument("--key", type=Path, metavar="FILE", help="of the watermark and canaries")
+    one.add_argument("--watermark", type=float, metavar="BIAS", help="mark answers; in nats")
+    one.add_argument("--share", type=float, default=1.0, help="of the prompts; the others: plain")
     one.add_argument(
         "--per-account", action="store_true", help="a watermark of its own for every account"
     )
+    one.add_argument(
+        "--canaries", type=float, default=0.0, metavar="SHARE", help="of the prompts whose answers "
+        "tell later which account they were sent to",
+    )  # fmt: skip
+    one.add_argument("--temperature", type=float, help="of all answers, whatever is asked for")
     one.add_argument(
         "--decimals", type=int, choices=range(9), help="of the log-probabilities that are shown"
     )
@@ -88,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     one.set_defaults(do=serve)
 
-    one = commands.add_parser("key", help="draw a key for a watermark, and show its commitment")
+    one = commands.add_parser("key", help="draw a key for a watermark or canaries, and show its commitment")
     one.add_argument("file", type=Path)
     one.set_defaults(do=new_key)
 
@@ -161,7 +167,7 @@ def serve(options: argparse.Namespace) -> int:
         raise LabError("serve what? Name a run, as in serve runs/quickstart, or --pretrained NAME")
     teacher = pretrained(options.pretrained) if options.pretrained else teacher_of(options.run)
     defence = defence_of(options)
-    if defence.key:
+    if options.watermark is not None:
         require_table(teacher.prompts.vocabulary)
     store = opened(options.database)
     left = store.close_interrupted()
@@ -283,10 +289,29 @@ def defence_of(options: argparse.Namespace) -> "Defence":
     from teacher.api.defence import Defence
     from teacher.watermark import read_key
 
-    if options.per_account and not options.watermark:
-        raise LabError("--per-account is for a watermark; name its key with --watermark FILE")
-    key = read_key(options.watermark).key if options.watermark else None
-    return Defence(key, options.bias if key else 0.0, options.per_account, options.decimals)
+    if (options.watermark or options.canaries) and not options.key:
+        raise LabError(
+            "--watermark and --canaries need a key: --key FILE; python -m teacher.api key FILE "
+            "draws one"
+        )
+    if options.watermark is None and (options.per_account or options.share != 1):
+        raise LabError("--per-account and --share are of a watermark: add --watermark BIAS")
+    for name in ("share", "canaries"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise LabError(f"--{name} {getattr(options, name):g}: expected a share, from 0 to 1")
+    for name in ("watermark", "temperature"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value <= 20:
+            raise LabError(f"--{name} {value:g}: expected a number from 0 to 20")
+    return Defence(
+        key=read_key(options.key).key if options.key else None,
+        bias=options.watermark or 0.0,
+        share=options.share,
+        per_account=options.per_account,
+        canaries=options.canaries,
+        temperature=options.temperature,
+        decimals=options.decimals,
+    )
 
 
 def new_key(options: argparse.Namespace) -> int:

@@ -55,7 +55,9 @@ class Exchange:
         reserved = len(self.prompt) + (body.n or 1) * self.longest
         service.require_model(body.model)
         service.require_rate(self.account, reserved)
-        self.watermark = service.watermark(self.account)
+        vocabulary = service.prompts.vocabulary
+        self.watermark = service.defence.watermark(self.account, self.text, vocabulary)
+        canary = service.defence.canary(self.account.id, self.text)
         request_id = service.store.begin(
             self.account,
             reserved,
@@ -65,6 +67,7 @@ class Exchange:
             logprobs=int(logprobs),
             top_logprobs=alternatives,
             watermark=self.watermark and self.watermark.name,
+            canary=int(canary is not None),
             **fields_of(body, self.text),
         )
         if request_id is None:
@@ -73,7 +76,10 @@ class Exchange:
                 f"{self.account.tier_name} do not hold this request",
             )  # fmt: skip
         self.request_id = request_id
-        self.jobs = service.jobs(body, self.prompt, self.longest, bias, logprobs, self.watermark)
+        self.jobs = service.jobs(
+            body, self.prompt, self.longest, bias, logprobs, self.watermark,
+            canary and canary[0],
+        )  # fmt: skip
 
     async def growing(self) -> AsyncIterator[Answer]:
         """Each answer whenever it has grown. Leaving the loop early ends them all."""

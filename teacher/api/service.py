@@ -5,7 +5,7 @@ import hashlib
 import math
 import random
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -188,15 +188,19 @@ class Service:
         bias: dict[int, float],
         wants_log_probs: bool,
         watermark: Watermark | None = None,
+        canary: int | None = None,
     ) -> list[Job]:
-        """One for each of the `n` answers, each with another seed."""
+        """One for each of the `n` answers, each with another seed. canary: the seed of the first,
+        if it is one; with a logit_bias it could not be drawn again, so that it is none."""
         seed = self.random.getrandbits(62) if body.seed is None else body.seed
-        return [
+        asked = 1.0 if body.temperature is None else body.temperature
+        forced = self.defence.temperature
+        jobs = [
             Job(
                 prompt=prompt,
                 longest=longest,
                 deliver=lambda step: None,
-                temperature=1.0 if body.temperature is None else body.temperature,
+                temperature=asked if forced is None else forced,
                 top_p=1.0 if body.top_p is None else body.top_p,
                 bias=bias,
                 seed=(seed + number) % 2**63,
@@ -205,6 +209,9 @@ class Service:
             )
             for number in range(body.n or 1)
         ]
+        if canary is not None and not bias:
+            jobs[0] = replace(jobs[0], temperature=1.0, top_p=1.0, seed=canary)
+        return jobs
 
     async def answers(self, jobs: list[Job], stops: list[str]) -> AsyncIterator[Answer]:
         """Each answer whenever it has grown by a token, and once more when it is complete. Leaving
@@ -243,10 +250,6 @@ class Service:
         finally:
             for answer in found:
                 answer.job.cancelled = True
-
-    def watermark(self, account: Account) -> Watermark | None:
-        """Of the answers to an account."""
-        return self.defence.watermark(account, self.prompts.vocabulary)
 
     async def scored(self, tokens: list[int], watermark: Watermark | None = None) -> Tensor:
         """The log-probabilities [P - 1, V] of every token of a text but the first."""

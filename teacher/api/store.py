@@ -22,14 +22,15 @@ from teacher.api.tiers import TIERS, Tier
 
 ACTIVE, SUSPENDED, REVOKED = "active", "suspended", "revoked"
 DAY = 24 * 3600.0
-VERSION = 2  # of the tables
+VERSION = 3  # of the tables
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS terms (
     version TEXT PRIMARY KEY, text TEXT NOT NULL, allows_distillation TEXT NOT NULL,
     published REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS accounts (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, tier TEXT NOT NULL, status TEXT NOT NULL,
-    created REAL NOT NULL, terms TEXT NOT NULL REFERENCES terms, accepted REAL NOT NULL, bias REAL);
+    created REAL NOT NULL, terms TEXT NOT NULL REFERENCES terms, accepted REAL NOT NULL, bias REAL,
+    share REAL);
 CREATE TABLE IF NOT EXISTS keys (
     id TEXT PRIMARY KEY, account TEXT NOT NULL REFERENCES accounts, sha256 BLOB NOT NULL UNIQUE,
     created REAL NOT NULL, revoked REAL);
@@ -40,8 +41,8 @@ CREATE TABLE IF NOT EXISTS usage (
     reserved_tokens INTEGER NOT NULL, completion_tokens INTEGER, cost INTEGER, temperature REAL,
     top_p REAL, max_tokens INTEGER, n INTEGER, seed INTEGER, logprobs INTEGER,
     top_logprobs INTEGER, logit_bias INTEGER, prompt_hash TEXT, simhash INTEGER,
-    finish_reason TEXT, status TEXT NOT NULL, error_code TEXT, watermark TEXT, policy TEXT,
-    terms TEXT);
+    finish_reason TEXT, status TEXT NOT NULL, error_code TEXT, watermark TEXT, canary INTEGER,
+    policy TEXT, terms TEXT);
 CREATE INDEX IF NOT EXISTS usage_of_account ON usage (account, start);
 CREATE INDEX IF NOT EXISTS running ON usage (status) WHERE status = 'running';
 CREATE TABLE IF NOT EXISTS meter (
@@ -66,6 +67,7 @@ class Account:
     terms: str
     key_id: str
     bias: float | None = None  # of its watermark; None: the server's
+    share: float | None = None  # of its prompts whose answers are marked; None: the server's
 
     @property
     def tier(self) -> Tier:
@@ -125,14 +127,16 @@ class Store:
     def terms(self, version: str) -> sqlite3.Row:
         return self.database.execute("SELECT * FROM terms WHERE version = ?", (version,)).fetchone()
 
-    def add_account(self, name: str, tier: str, bias: float | None = None) -> tuple[str, str]:
-        """(id of the account, its key, which is shown only now)."""
+    def add_account(
+        self, name: str, tier: str, bias: float | None = None, share: float | None = None
+    ) -> tuple[str, str]:
+        """(id of the account, its key, which is shown only now). bias, share: see Account."""
         account = f"acct-{secrets.token_hex(4)}"
         with self.transaction() as database:
             database.execute(
-                "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (account, name, tier, ACTIVE, self.clock(), self.current_terms()["version"],
-                 self.clock(), bias),
+                 self.clock(), bias, share),
             )  # fmt: skip
             key = self.new_key(account)
         return account, key
@@ -183,7 +187,7 @@ class Store:
             return None
         return Account(
             found["id"], found["name"], found["tier"], found["status"], found["terms"],
-            found["key_id"], found["bias"],
+            found["key_id"], found["bias"], found["share"],
         )  # fmt: skip
 
     # -- usage -------------------------------------------------------------------------------------
@@ -318,10 +322,17 @@ class Store:
 
     def sampled(self, account: str, count: int) -> list[sqlite3.Row]:
         """The first answers that were drawn at random for an account and are still stored."""
+        return self.stored(account, "NOT canary AND COALESCE(temperature, 1) > 0", count)
+
+    def canaries(self, account: str, count: int) -> list[sqlite3.Row]:
+        """The first canary answers of an account that are still stored."""
+        return self.stored(account, "canary", count)
+
+    def stored(self, account: str, condition: str, count: int) -> list[sqlite3.Row]:
         return self.database.execute(
             "SELECT temperature, max_tokens, finish_reason, prompt, answer FROM usage "
             "JOIN contents USING (request_id) WHERE account = ? AND status = 'done' AND n = 1 "
-            "AND (temperature IS NULL OR temperature > 0) ORDER BY start, request_id LIMIT ?",
+            f"AND {condition} ORDER BY start, request_id LIMIT ?",
             (account, count),
         ).fetchall()
 

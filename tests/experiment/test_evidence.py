@@ -26,7 +26,7 @@ from teacher.watermark import Watermark
 from tests.helpers import train_tiny
 
 KEY = 1_288_833_545
-API = f"teacher.api={{permission: its owner, watermark_key: {KEY}}}"
+API = f"teacher.api={{permission: its owner, watermark_key: {KEY}, canaries: 0.2}}"
 MARKED = (
     "recipes={marked: {access: text, sequences: teacher, objective: cross_entropy,"
     " outputs: {temperature: 1, transfer_rows: 150, watermark: 6}}, "
@@ -104,10 +104,19 @@ def test_the_account_whose_own_key_a_student_shows_is_named(marked, capsys, monk
 
 
 def test_answers_that_a_student_has_learned_name_the_account(marked, capsys):
+    store = Store(marked.folder / "api.sqlite")
+    (guilty,) = [row["id"] for row in store.accounts() if row["bias"] is None]
+    store.close()
     assert judge.main([str(marked.folder), "--leaks"]) == 0
-    printed = capsys.readouterr().out
-    for name in ("marked", "plain", "baseline"):
-        assert len(re.findall(rf"^{name}, seed [01] +acct-\w+ +\d+ ", printed, re.MULTILINE)) == 2
+    line = r"^(\S+), seed \d +(sampled answers|canaries) +(acct-\w+) +\d+ +(\S+)$"
+    found = re.findall(line, capsys.readouterr().out, re.MULTILINE)
+    assert len(found) == 12  # three models of two seeds, two tests each
+    for student, _, account, p in found:
+        if student == "plain":
+            assert account == guilty
+            assert float(p) < 0.02
+        elif student == "baseline":
+            assert float(p) > 0.05
     assert judge.main([str(marked.folder), "--leaks", "--database", "nothing.sqlite"]) == 2
     assert "no database nothing.sqlite" in capsys.readouterr().err
 

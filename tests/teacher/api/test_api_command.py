@@ -139,11 +139,23 @@ def test_what_is_done_to_answers_is_chosen_when_they_are_served(api, tmp_path):
         return command.defence_of(command.parser().parse_args(["serve", "run", *arguments]))
 
     assert defence() == Defence()
-    marked = ("--watermark", str(tmp_path / "mark.json"), "--bias", "2")
+    marked = ("--key", str(tmp_path / "mark.json"), "--watermark", "2")
     assert defence(*marked) == Defence(key, 2.0)
-    assert defence(*marked, "--per-account", "--decimals", "1") == Defence(key, 2.0, True, 1)
-    with pytest.raises(LabError, match="--per-account is for a watermark"):
-        defence("--per-account")
+    assert defence(*marked, "--per-account", "--decimals", "1") == Defence(
+        key, 2.0, per_account=True, decimals=1
+    )
+    more = ("--share", "0.2", "--canaries", "0.1", "--temperature", "0")
+    assert defence(*marked, *more) == Defence(key, 2.0, 0.2, False, 0.1, 0.0)
+    for one, problem in (
+        (("--per-account",), "--per-account and --share are of a watermark"),
+        (("--share", "0.2"), "--per-account and --share are of a watermark"),
+        (("--watermark", "1"), "need a key"),
+        (("--canaries", "0.1"), "need a key"),
+        ((*marked[:2], "--canaries", "5"), "--canaries 5: expected a share"),
+        ((*marked[:2], "--watermark", "-1"), "--watermark -1: expected a number"),
+    ):
+        with pytest.raises(LabError, match=re.escape(problem)):
+            defence(*one)
 
 
 class Served:

@@ -1,5 +1,7 @@
 """What a server does to its answers: every way to see them shows the same."""
 
+import queue
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from openai import OpenAI
 
 from teacher.api.defence import Defence
 from teacher.api.engine import Job, distribution
+from teacher.api.requests import ChatRequest
 from teacher.api.store import Account
 from teacher.watermark import Watermark, green, key_of_account
 from tests.serving import small_teacher
@@ -92,13 +95,86 @@ def account(**more):
 
 
 def test_without_a_key_nothing_is_marked():
-    assert Defence().watermark(account(), 10) is None
-    assert Defence(decimals=1).watermark(account(bias=2.0), 10) is None
+    assert Defence().watermark(account(), "lead", 10) is None
+    assert Defence(decimals=1).watermark(account(bias=2.0), "lead", 10) is None
+    assert Defence(canaries=1.0).canary("acct-1", "lead") is None
     values = torch.tensor(np.linspace(-3, 0, 7))
     assert Defence().shown(values) is values
 
 
 def test_an_account_can_have_a_mark_of_its_own_strength():
-    assert Defence(KEY, 1.0).watermark(account(), 10) == Watermark(KEY, 10, 1.0)
-    assert Defence(KEY).watermark(account(bias=2.0), 10) == Watermark(KEY, 10, 2.0)
-    assert Defence(KEY, 1.0).watermark(account(bias=0.0), 10) is None
+    assert Defence(KEY, 1.0).watermark(account(), "lead", 10) == Watermark(KEY, 10, 1.0)
+    assert Defence(KEY).watermark(account(bias=2.0), "lead", 10) == Watermark(KEY, 10, 2.0)
+    assert Defence(KEY, 1.0).watermark(account(bias=0.0), "lead", 10) is None
+
+
+PROMPTS = [f"prompt {number}" for number in range(2000)]
+
+
+def test_a_share_of_the_prompts_is_marked_whoever_asks_and_whenever():
+    defence = Defence(KEY, 1.0, share=0.2)
+    marked = {prompt for prompt in PROMPTS if defence.watermark(account(), prompt, 10)}
+    assert 0.17 < len(marked) / len(PROMPTS) < 0.23
+    other = Account("acct-2", "Another", "text", "active", "1", "key-2")
+    assert marked == {prompt for prompt in PROMPTS if defence.watermark(other, prompt, 10)}
+    all_marked = account(share=1.0)
+    assert all(defence.watermark(all_marked, prompt, 10) for prompt in PROMPTS)
+
+
+def test_the_key_chooses_the_canary_of_an_account_among_two():
+    defence = Defence(KEY, canaries=0.3)
+    found = {prompt: defence.canary("acct-1", prompt) for prompt in PROMPTS}
+    chosen = {prompt: seeds for prompt, seeds in found.items() if seeds}
+    assert 0.26 < len(chosen) / len(PROMPTS) < 0.34
+    others = {prompt: defence.canary("acct-2", prompt) for prompt in chosen}
+    assert all({*seeds} == {*others[prompt]} for prompt, seeds in chosen.items())
+    same = sum(seeds == others[prompt] for prompt, seeds in chosen.items()) / len(chosen)
+    assert 0.42 < same < 0.58
+    assert len({*sum(chosen.values(), ())}) == 2 * len(chosen)
+
+
+def test_a_canary_answer_is_the_one_of_its_seed_whatever_temperature_is_asked_for(tmp_path):
+    defence = Defence(KEY, canaries=1.0)
+    with small_teacher(tmp_path, defence=defence) as teacher:
+        name, key = teacher.store.add_account("A reader", "internal")
+        client = OpenAI(base_url=teacher.url, api_key=key, max_retries=0)
+        asked = {"model": "small", "messages": [{"role": "user", "content": "lead"}]}
+        sent = {
+            client.chat.completions.create(**asked, temperature=t).choices[0].message.content
+            for t in (0, 0.5, 1)
+        }
+        (row, *_) = teacher.store.canaries(name, 9)
+        seeds = defence.canary(name, row["prompt"])
+        answers = []
+        for seed in seeds:
+            (job,) = teacher.service.jobs(
+                ChatRequest(**asked, temperature=0), teacher.task.prompt("lead"),
+                row["max_tokens"], {}, False, canary=seed,
+            )  # fmt: skip
+            answers.append(whole(teacher, job))
+        assert sent == {answers[0]}
+        assert answers[0] != answers[1]
+        client.close()
+
+
+def whole(teacher, job):
+    """The text of an answer that nobody asked for over HTTP."""
+    ended = queue.SimpleQueue()
+    job.deliver = lambda step: ended.put(None) if step is None else None
+    teacher.engine.submit(job)
+    ended.get()
+    tokens = [token for token in job.tokens if token != teacher.task.end]
+    return teacher.task.render(tokens)
+
+
+def test_a_forced_temperature_overrides_what_is_asked_for(tmp_path):
+    with small_teacher(tmp_path, defence=Defence(temperature=0.0)) as teacher:
+        _, key = teacher.store.add_account("A reader", "internal")
+        client = OpenAI(base_url=teacher.url, api_key=key, max_retries=0)
+        asked = {"model": "small", "messages": [{"role": "user", "content": "lead"}]}
+        sent = {
+            client.chat.completions.create(**asked, temperature=2, seed=n).choices[0].message.content
+            for n in range(4)
+        }
+        assert len(sent) == 1
+        client.close()
