@@ -161,9 +161,7 @@ class OutputsSettings(Section):
     # With teacher.api: the bias of the watermark in these answers, in nats; null: without.
     watermark: float | None = Field(None, gt=0, le=20, exclude_if=lambda value: value is None)
     # Of the prompts, whose answers are marked; null: all.
-    watermark_share: float | None = Field(
-        None, gt=0, lt=1, exclude_if=lambda value: value is None
-    )
+    watermark_share: float | None = Field(None, gt=0, lt=1, exclude_if=lambda value: value is None)
 
 
 class DivergenceSettings(Section):

@@ -22,7 +22,13 @@ import numpy as np
 from configs.command import run_command
 from configs.files import Shape, read_json, say, write_json
 from configs.schema import LabError
-from experiment.evidence import candidates_of, innocent_of, measure_of
+from experiment.evidence import (
+    COMPARED_TOKENS,
+    SPLIT,
+    candidates_of,
+    innocent_of,
+    measure_of,
+)
 from experiment.plan import Plan
 from experiment.run import Run
 from measure.provenance import FEWEST, accusations
@@ -51,7 +57,7 @@ def make(options: argparse.Namespace) -> int:
     for run in runs:
         plan = Plan(run.config())
         for name in plan.recipes:
-            taught = name in run.config().recipes
+            taught = plan.is_taught(name)
             for seed in plan.seeds_of(name):
                 label = {"teacher": run.config().name if taught else NOBODY, "recipe": name}
                 found.append((run.folder / plan.stage(name, seed), label | {"seed": seed}))
@@ -80,7 +86,8 @@ def examine(options: argparse.Namespace) -> int:
     task = load_task(runs[0].config().task)
     if read_json(options.folder / TASK) != runs[0].config().task.model_dump(mode="json"):
         raise LabError(f"{options.folder} holds students of another task than {runs[0].folder}")
-    measured = measure_of("weights", candidates_of(runs, task), task)
+    candidates, rows = candidates_of(runs, task), task.rows(SPLIT)
+    measured = measure_of("weights", candidates, task, rows, COMPARED_TOKENS)
     innocent, _ = innocent_of([Run.finished(folder) for folder in options.innocent], measured)
     if len(innocent) < FEWEST:
         raise LabError(f"{len(innocent)} innocent students, {FEWEST} are needed; name more runs")

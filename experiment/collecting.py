@@ -190,9 +190,7 @@ class Seller:
         self.database = self.run.folder / "api.sqlite"
         self.asked = False
 
-    def offer(
-        self, access: str, k: int | None, customer: str, mark: Mark = UNMARKED
-    ) -> "Offer":
+    def offer(self, access: str, k: int | None, customer: str, mark: Mark = UNMARKED) -> "Offer":
         """What is sold to a key that may see what a recipe with this access learns from. LabError
         without packages or key, or if the terms forbid it."""
         try:

@@ -53,7 +53,10 @@ def eval_parser() -> argparse.ArgumentParser:
         "--radioactivity", action="store_true", help="do the students carry a watermark?"
     )
     parser.add_argument(
-        "--key", type=Path, metavar="FILE", help="of the watermark or the canaries; default: that of the config"
+        "--key",
+        type=Path,
+        metavar="FILE",
+        help="of the watermark or the canaries; default: that of the config",
     )
     parser.add_argument(
         "--leaks", action="store_true", help="which accounts' answers have the students learned?"

@@ -33,7 +33,6 @@ from models.rows import Rows, collate
 from models.vocabulary import require_same_vocabulary
 from tasks import load_task
 from tasks.task import Task
-from teacher.access import ACCESS
 from teacher.api.store import Store
 from teacher.watermark import Served, Watermark, key_of_account, read_key
 
@@ -43,11 +42,11 @@ MARKED_TOKENS = 5_600  # that each student writes in a study of defences
 
 
 def models_of(run: Run, taught: bool | None = None) -> Iterator[tuple[str, int, torch.nn.Module]]:
-    """(name, seed, model) of every student and of every control that is one; taught: only of
-    recipes that learn from a teacher, or only of others."""
+    """(name, seed, model) of every student and of every control that is one; taught: only of those
+    that learned from a teacher, or only of others."""
     plan = Plan(run.config())
-    for name, recipe in plan.recipes.items():
-        if taught in (None, ACCESS[recipe.access].teacher):
+    for name in plan.recipes:
+        if taught in (None, plan.is_taught(name)):
             for seed in plan.seeds_of(name):
                 yield name, seed, open_model(run, plan.stage(name, seed))
 
@@ -205,7 +204,8 @@ def provenance(run: Run, others: list[Path], count: int, reach: str) -> int:
     """Which teacher is each student closer to than innocent students are? reach: what is known of
     the students."""
     runs, task = [run, *map(Run.finished, others)], load_task(run.config().task)
-    measured = measure_of(reach, candidates_of(runs, task), task)
+    rows = task.rows(SPLIT)
+    measured = measure_of(reach, candidates_of(runs, task), task, rows, COMPARED_TOKENS)
     innocent, kind = innocent_of(runs, measured)
     needed = max(FEWEST, count)
     if len(innocent) < needed:
@@ -246,18 +246,20 @@ def candidates_of(runs: list[Run], task: Task) -> dict[str, Forward]:
 Measure = Callable[[Forward], dict[str, float]]  # a student -> its closeness to each candidate
 
 
-def measure_of(reach: str, candidates: dict[str, Forward], task: Task) -> Measure:
-    rows = task.rows(SPLIT)
+def measure_of(
+    reach: str, candidates: dict[str, Forward], task: Task, rows: Rows, tokens: int
+) -> Measure:
+    """rows: what candidates and students are compared on; where weights are not known, they or the
+    student write this many tokens after the prompts of these."""
     if reach == "weights":
         return lambda student: closeness(candidates, student, task, rows)
     if reach == "scores":
         samples = {
-            name: written(model, task, rows, COMPARED_TOKENS, seed=0)
-            for name, model in candidates.items()
+            name: written(model, task, rows, tokens, seed=0) for name, model in candidates.items()
         }
         return lambda student: closeness_by_scores(student, task, samples)
     return lambda student: closeness_by_text(
-        candidates, task, written(student, task, rows, COMPARED_TOKENS, seed=0)
+        candidates, task, written(student, task, rows, tokens, seed=0)
     )
 
 

@@ -43,7 +43,11 @@ class Sent:
 
     @classmethod
     def of(
-        cls, task: Task, prompts: list[list[int]], sent: list[list[int]], kept: list[list[list[int]]]
+        cls,
+        task: Task,
+        prompts: list[list[int]],
+        sent: list[list[int]],
+        kept: list[list[list[int]]],
     ) -> "Sent | None":
         """Of the rows whose answers all fit, and differ; None without any."""
         fits = [
@@ -75,18 +79,9 @@ def leaks(run: Run, owners: list[Path], database: Path, key_file: Path | None = 
     require_same_tokens(owned, task)
     api = run.config().teacher.api
     key = read_key(key_file).key if key_file else api and api.watermark_key
-    owner = open_model(owned, "teacher")
-    found: dict[str, dict[str, Sent]] = {SAMPLED: {}, CANARIES: {}}
-    engine = Engine(owner, task)
-    with closing(Store(database)) as store, closing(engine):
-        for account in [row["id"] for row in store.accounts()]:
-            tests = {SAMPLED: sampled(account, store, owner, task)}
-            if key:
-                tests[CANARIES] = canaries(account, store, engine, task, Defence(key, canaries=1))
-            for test, sent in tests.items():
-                if sent:
-                    found[test][account] = sent
-    if not any(found.values()):
+    with closing(Store(database)) as store:
+        found = answers_by_account(store, open_model(owned, "teacher"), task, key)
+    if not found:
         raise LabError(
             f"{database} has no account with sampled answers, or canaries of a known key; greedy "
             "answers are equal for all"
@@ -95,16 +90,31 @@ def leaks(run: Run, owners: list[Path], database: Path, key_file: Path | None = 
     for name, seed, model in models_of(run):
         for test, accounts in found.items():
             ps = {account: sent.p(model, task) for account, sent in accounts.items()}
-            if ps:
-                account = min(ps, key=ps.get)
-                p, count = min(1.0, len(ps) * ps[account]), len(accounts[account].sent)
-                student = f"{name}, seed {seed}"
-                say(f"{student:<28}{test:<18}{account:<16}{count:>8,}  {p:>20.2g}")
+            account = min(ps, key=ps.get)
+            p, count = min(1.0, len(ps) * ps[account]), len(accounts[account].sent)
+            student = f"{name}, seed {seed}"
+            say(f"{student:<28}{test:<18}{account:<16}{count:>8,}  {p:>20.2g}")
     say(
         "\nA small p shows that the student has learned answers that this account was sent, or "
         "text that contains them."
     )
     return 0
+
+
+def answers_by_account(
+    store: Store, owner: Forward, task: Task, key: int | None
+) -> dict[str, dict[str, Sent]]:
+    """{test: {account: its answers}} of the tests that have any."""
+    found: dict[str, dict[str, Sent]] = {}
+    with closing(Engine(owner, task)) as engine:
+        for account in [row["id"] for row in store.accounts()]:
+            tests = {SAMPLED: sampled(account, store, owner, task)}
+            if key:
+                tests[CANARIES] = canaries(account, store, engine, task, Defence(key, canaries=1))
+            for test, sent in tests.items():
+                if sent:
+                    found.setdefault(test, {})[account] = sent
+    return found
 
 
 def sampled(account: str, store: Store, owner: Forward, task: Task) -> Sent | None:
@@ -143,7 +153,9 @@ def canaries(
             continue
         longest.append(row["max_tokens"])
         seeds.append(defence.canary(account, row["prompt"]))
-    sent, kept = (drawn_again(engine, task, prompts, longest, [s[n] for s in seeds]) for n in (0, 1))
+    sent, kept = (
+        drawn_again(engine, task, prompts, longest, [s[n] for s in seeds]) for n in (0, 1)
+    )
     return Sent.of(task, prompts, sent, [kept])
 
 

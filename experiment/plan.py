@@ -71,6 +71,11 @@ class Plan:
         """The seeds of a student or control; a teacher is one model."""
         return [0] if name in TEACHERS else self.config.seeds[: self.recipes[name].student.seeds]
 
+    def is_taught(self, name: str) -> bool:
+        """Whether a student has learned anything from a teacher, if only through another model."""
+        recipe = self.recipes[name]
+        return ACCESS[recipe.access].teacher or bool(recipe.student.initial_layers)
+
     def students(self, names: list[str]) -> dict[str, tuple[str, int]]:
         """{stage: (name, seed)} of the students of these recipes and controls, seed by seed."""
         return {

@@ -210,14 +210,26 @@ def write_reference(run: Run, config: Config, others: list[Path], folder: Path) 
             "runs with --bands"
         )
     write_json(folder / f"{config.name}.json", reference)
-    for page in pages(folder.parent):
-        write_atomically(page, with_tables(page.read_text(encoding="utf-8"), folder))
+    rewrite_pages(folder)
     file = folder.parent / "configs" / f"{config.name}.yaml"
     if file.exists():
         write_atomically(file, with_minutes(file.read_text(encoding="utf-8"), reference))
     picture = folder.parent / "docs" / f"{config.name}.svg"
     if picture.exists():
         write_atomically(picture, render_picture(reference))
+
+
+def write_study(file: Path, study: dict[str, Any]) -> None:
+    """Write what a study counted; one in results/ is shown in the README and docs/, too."""
+    write_json(file, study)
+    rewrite_pages(file.resolve().parent)
+
+
+def rewrite_pages(results: Path) -> None:
+    """The README and docs/ beside a folder of results, with its tables."""
+    for page in pages(results.parent):
+        if page.exists():
+            write_atomically(page, with_tables(page.read_text(encoding="utf-8"), results))
 
 
 def pages(root: Path) -> list[Path]:

@@ -6,6 +6,7 @@ Alarms are raised from the log alone, before its labels are read.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 
@@ -22,6 +22,7 @@ from configs.files import read_json, say, write_json
 from configs.schema import LabError
 from measure.alarms import DEFAULT, FINAL, LINKED, RULES, SEQUENTIAL, Alarm, Monitor
 from measure.detectors import DETECTORS
+from measure.rates import Rate, at_least, at_most, between
 from measure.usage import Log, PromptSpace, all_features, read_log
 from teacher.api.traffic import ATTACKS, BENIGN
 
@@ -36,32 +37,6 @@ CLAIMED = {
 MOST_FALSE = 0.02  # of customers, at a nominal rate of FALSE_ALARMS
 LEAST_AUC = 0.95
 MOST_TOKENS = 10_000  # of the median naive extractor at its alarm
-
-
-@dataclass(frozen=True)
-class Rate:
-    """found of total, with an interval (Clopper and Pearson 1934)."""
-
-    found: int
-    total: int
-
-    def __add__(self, other: "Rate") -> "Rate":
-        return Rate(self.found + other.found, self.total + other.total)
-
-    @property
-    def share(self) -> float:
-        return self.found / self.total if self.total else 0.0
-
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        low, high = (1 - level) / 2, (1 + level) / 2
-        k, n = self.found, self.total
-        return (
-            float(beta.ppf(low, k, n - k + 1)) if k else 0.0,
-            float(beta.ppf(high, k + 1, n - k)) if k < n else 1.0,
-        )
-
-    def summary(self) -> dict[str, Any]:
-        return {"found": self.found, "of": self.total, "ci95": [*self.interval()]}
 
 
 @dataclass(frozen=True)
@@ -135,9 +110,7 @@ def table_of(logs: Sequence[Scored]) -> str:
     for kind in found.rates[SEQUENTIAL]:
         cells = ""
         for rule in RULES:
-            rate = found.rates[rule][kind]
-            low, high = rate.interval()
-            cells += f"{f'{rate.share:.1%} ({low:.1%}-{high:.1%})':>22}"
+            cells += f"{found.rates[rule][kind]!s:>22}"
         middle = f"{int(np.median(found.tokens[kind])):,}" if found.tokens.get(kind) else ""
         lines.append(f"{kind:<14}{cells}{middle:>17}".rstrip())
     return "\n".join(lines)
@@ -226,26 +199,35 @@ def quartiles(values: list[int]) -> list[float] | None:
 
 
 def claims_of(one: Scored) -> list[dict[str, Any]]:
-    claims = []
-    for (rule, kind), least in CLAIMED.items():
-        low, high = one.rates[rule][kind].interval()
-        statement = f"at least {least:.0%} of {kind} accounts raise a {rule} alarm"
-        claims.append(claim(statement, low >= least, high < least))
-    for rule in (SEQUENTIAL, FINAL):
-        low, high = one.rates[rule]["customers"].interval()
-        statement = f"at most {MOST_FALSE:.0%} of customers raise a {rule} alarm"
-        claims.append(claim(statement, high <= MOST_FALSE, low > MOST_FALSE))
-    enough, middle = one.auc >= LEAST_AUC, quartiles(one.tokens["naive"])
-    claims.append(claim(f"the AUC of the final scores is at least {LEAST_AUC}", enough, not enough))
-    early = middle is not None and middle[1] < MOST_TOKENS
-    statement = f"half of the naive extractors have fewer than {MOST_TOKENS:,} tokens at the alarm"
-    claims.append(claim(statement, early, not early))
+    claims = [
+        at_least(
+            f"at least {least:.0%} of {kind} accounts raise a {rule} alarm",
+            one.rates[rule][kind],
+            least,
+        )
+        for (rule, kind), least in CLAIMED.items()
+    ]
+    claims += [
+        at_most(
+            f"at most {MOST_FALSE:.0%} of customers raise a {rule} alarm",
+            one.rates[rule]["customers"],
+            MOST_FALSE,
+        )
+        for rule in (SEQUENTIAL, FINAL)
+    ]
+    middle = quartiles(one.tokens["naive"])
+    claims += [
+        between(
+            f"the AUC of the final scores is at least {LEAST_AUC}", one.auc, LEAST_AUC, math.inf
+        ),
+        between(
+            f"half of the naive extractors have at most {MOST_TOKENS:,} tokens at the alarm",
+            middle[1] if middle else math.inf,
+            0,
+            MOST_TOKENS,
+        ),
+    ]
     return claims
-
-
-def claim(statement: str, supported: bool, refuted: bool) -> dict[str, Any]:
-    result = "supported" if supported else "refuted" if refuted else "not decided"
-    return {"claim": statement, "result": result}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,15 +7,19 @@ subtracted first, which removes what the text shares with every good model.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import norm
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
 
+from models.language import Forward, device_of
 from teacher.watermark import SHARE, green, random_key
 
 KEYS = 400  # other keys that a text is compared with
+RARE = 2.0  # counts that are added to both, so that rare pairs are not subtracted
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,29 @@ def watermark_tests(
 
 def other_keys(count: int = KEYS) -> list[int]:
     return [random_key() for _ in range(count)]
+
+
+# -- how it is removed -----------------------------------------------------------------------------
+
+
+def stolen_bias(counted: Tensor, expected: Tensor) -> Tensor:
+    """[V, V] by how many nats each token seems to be raised after each other one, from how often
+    marked answers have it there and how often an innocent model would: what an extractor can know
+    of the lists without the key (Jovanović et al. 2024, arXiv 2402.19361). Rare pairs say
+    little."""
+    return ((counted + RARE) / (expected + RARE)).log().float()
+
+
+class WithoutBias:
+    """A model whose owner subtracts a bias [V, V] by the token before."""
+
+    def __init__(self, model: Forward, bias: Tensor) -> None:
+        self.model, self.bias = model, bias
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.model)
+
+    def __call__(self, input_ids: Tensor, **options: Any) -> CausalLMOutput:
+        logits = self.model(input_ids, **options).logits[..., : len(self.bias)]
+        return CausalLMOutput(logits=logits - self.bias[input_ids[:, -logits.shape[1] :]])

@@ -26,6 +26,9 @@ from tasks.reason import Reason
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "tiny.yaml")
+# Of runs; those of studies that count have other shapes.
+STUDIES = {"extraction", "provenance"}
+RESULTS = [f for f in sorted((ROOT / "results").glob("*.json")) if f.stem not in STUDIES]
 DIVERGENCES = [name for name, term in OBJECTIVES.items() if term.compares_distributions]
 
 

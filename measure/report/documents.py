@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from measure.metrics import AGREEMENT, DIVERGENCE, metrics_in
+from measure.report.counted import tables_of_study
 from measure.report.sentences import facts_of
 from measure.report.tables import (
     cells_of,
@@ -23,18 +24,23 @@ ABOUT = re.compile(r"About \d+ minutes")
 
 def with_tables(page: str, results: Path) -> str:
     """The text with every block rewritten from results/NAME.json: `<!-- results/NAME.json --> ...
-    <!-- end -->` holds the tables and findings, `table` only the models, `answers` some answers;
-    `column` is a table whose last column holds the results of the recipes named in the one before.
-    `eval.py RUN --update` writes it, and a test compares it."""
+    <!-- end -->` holds the tables and findings, `table` only the models, `answers` some answers,
+    `study` what a study of detection or evidence counted; `column` is a table whose last column
+    holds the results of the recipes named in the one before. `eval.py RUN --update` writes it, and a test compares it."""
 
     def block(match: re.Match) -> str:
         file = results / f"{match[3]}.json"
         result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        if result is None or not is_current(result):
+        if result is None or not (match[2] == "study" or is_current(result)):
             return match[0]
         if match[2] == "column":
             return match[1] + with_column(match[4], result) + match[5]
-        write = {"results": markdown, "table": table_of_models, "answers": table_of_answers}
+        write = {
+            "results": markdown,
+            "table": table_of_models,
+            "answers": table_of_answers,
+            "study": markdown_of_study,
+        }
         return match[1] + write[match[2]](result) + match[5]
 
     return BLOCK.sub(block, page)
@@ -78,6 +84,15 @@ def markdown(result: dict[str, Any]) -> str:
         text += f"\n{title}:\n\n{table(headings, rows)}"
     facts = [*facts_of(result), work_line(result)]
     return "\n".join([text, *(f"- {fact}" for fact in facts), ""])
+
+
+def markdown_of_study(study: dict[str, Any]) -> str:
+    """Its tables, then its claims."""
+    text = "\n".join(
+        f"{title}:\n\n{table(headings, rows)}" for title, headings, rows in tables_of_study(study)
+    )
+    claims = [f"- {one['result']}: {one['claim']}" for one in study["claims"]]
+    return "\n".join([text, *claims, ""])
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:

@@ -94,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     one.set_defaults(do=serve)
 
-    one = commands.add_parser("key", help="draw a key for a watermark or canaries, and show its commitment")
+    one = commands.add_parser(
+        "key", help="draw a key for a watermark or canaries, and show its commitment"
+    )
     one.add_argument("file", type=Path)
     one.set_defaults(do=new_key)
 

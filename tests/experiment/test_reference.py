@@ -14,12 +14,12 @@ from experiment.reference import other_configs, write_reference
 from experiment.run import Run
 from measure.verdicts import claim_of
 from tasks import load_task
-from tests.helpers import ROOT, edited
+from tests.helpers import RESULTS, ROOT, edited
 
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("pronounce", "reason", "text")]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*.json")), ids=lambda f: f.name)
+@pytest.mark.parametrize("file", RESULTS, ids=lambda f: f.name)
 def test_a_committed_result_belongs_to_its_config(file):
     config = read_config(ROOT / "configs" / f"{file.stem}.yaml")
     stored = json.loads(file.read_text(encoding="utf-8"))["config"]

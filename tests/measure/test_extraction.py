@@ -13,8 +13,9 @@ from scipy.stats import betabinom
 from configs.schema import LabError
 from measure import detection, extraction
 from measure.alarms import FINAL, LINKED, SEQUENTIAL, Monitor
-from measure.detection import CLAIMED, Rate, combined, scored, supervised
+from measure.detection import CLAIMED, combined, scored, supervised
 from measure.detectors import DETECTORS
+from measure.rates import Rate
 from measure.usage import FEWEST, Log, PromptSpace, checkpoints, read_log, text_of
 from teacher.api.store import Store
 from tests.usage_log import subjects, write_usage_log

@@ -12,14 +12,13 @@ from measure.report.tables import models_table, more_tables
 from tasks.pronounce import Pronounce
 from tasks.reason import Reason
 from tasks.text import Text
-from tests.helpers import ROOT
+from tests.helpers import RESULTS
 
-FILES = sorted((ROOT / "results").glob("*.json"))
-RESULTS = [file for file in FILES if is_current(json.loads(file.read_text(encoding="utf-8")))]
+CURRENT = [file for file in RESULTS if is_current(json.loads(file.read_text(encoding="utf-8")))]
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
-@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", CURRENT, ids=lambda file: file.stem)
 def test_a_result_fits_the_terminal_and_loses_no_cell(file, width, monkeypatch, capsys):
     result = json.loads(file.read_text(encoding="utf-8"))
     monkeypatch.setenv("COLUMNS", str(width))

@@ -30,7 +30,7 @@ from measure.report.tables import (
     per_seed_values,
 )
 from tasks.task import Metric
-from tests.helpers import RECIPES, ROOT
+from tests.helpers import RECIPES, RESULTS, ROOT
 
 
 def test_every_method_is_compared_with_the_same_two_and_corrected_for_all(methods_run, capsys):
@@ -78,13 +78,13 @@ def test_values_of_seeds_are_named_by_model_metric_and_other_split():
 def test_the_numbers_in_documents_equal_those_in_results():
     texts = [page.read_text(encoding="utf-8") for page in pages(ROOT)]
     named = [m[3] for text in texts for m in BLOCK.finditer(text) if m[2] == "results"]
-    shown = {file.stem for file in (ROOT / "results").glob("*.json")} - {"trace-float64"}
+    shown = {file.stem for file in RESULTS} - {"trace-float64"}
     assert sorted(named) == sorted(shown)
     assert [with_tables(text, ROOT / "results") for text in texts] == texts
 
 
 def test_configs_state_the_minutes_of_their_committed_run():
-    for file in (ROOT / "results").glob("*.json"):
+    for file in RESULTS:
         result = json.loads(file.read_text(encoding="utf-8"))
         config = ROOT / "configs" / file.with_suffix(".yaml").name
         if is_current(result):
@@ -94,7 +94,7 @@ def test_configs_state_the_minutes_of_their_committed_run():
 
 def test_a_changed_result_would_change_the_documents(tmp_path):
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages(ROOT))
-    shown = [f for f in (ROOT / "results").glob("*.json") if f"results/{f.name} -->" in text]
+    shown = [f for f in RESULTS if f"results/{f.name} -->" in text]
     assert len(shown) >= 5
     for file in shown:
         result = json.loads(file.read_text(encoding="utf-8"))

@@ -173,7 +173,9 @@ def test_a_forced_temperature_overrides_what_is_asked_for(tmp_path):
         client = OpenAI(base_url=teacher.url, api_key=key, max_retries=0)
         asked = {"model": "small", "messages": [{"role": "user", "content": "lead"}]}
         sent = {
-            client.chat.completions.create(**asked, temperature=2, seed=n).choices[0].message.content
+            client.chat.completions.create(**asked, temperature=2, seed=n)
+            .choices[0]
+            .message.content
             for n in range(4)
         }
         assert len(sent) == 1

@@ -1,0 +1,116 @@
+"""Tables of studies that count: detectors over made-up traffic, and evidence in students."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from measure.rates import Rate
+
+Table = tuple[str, list[str], list[list[str]]]  # title, headings, rows
+RIGHT_OR_WRONG = ("right", "wrong", "nobody")
+
+
+def tables_of_study(study: dict[str, Any]) -> list[Table]:
+    return [*(tables_of_detectors(study) if "detectors" in study else tables_of_evidence(study))]
+
+
+def rate(summary: dict[str, Any]) -> str:
+    return str(Rate(summary["found"], summary["of"]))
+
+
+def tables_of_detectors(study: dict[str, Any]) -> Iterator[Table]:
+    nominal = study["false_alarms"]
+    for rule in next(iter(study["detectors"].values()))["rates"]:
+        kinds = next(iter(study["detectors"].values()))["rates"][rule]
+        yield (
+            f"Accounts with an alarm of the rule {rule}, at a nominal {nominal:.0%} of customers",
+            ["", *study["detectors"]],
+            [
+                [kind, *(rate(one["rates"][rule][kind]) for one in study["detectors"].values())]
+                for kind in kinds
+            ],
+        )
+    attacks = next(iter(study["detectors"].values()))["tokens"]
+    yield (
+        "How well the final scores tell extractors from customers, and how many tokens half of the "
+        "extractors of each kind have at the most when the sequential alarm comes",
+        ["", *study["detectors"]],
+        [
+            ["AUC", *(f"{one['auc']:.3f}" for one in study["detectors"].values())],
+            *(
+                [kind, *(middle(one["tokens"][kind]) for one in study["detectors"].values())]
+                for kind in attacks
+            ),
+        ],
+    )
+    if study["supervised"]:
+        yield (
+            "Extractors that gradient boosting finds, trained on other logs without their kind, "
+            "and with all kinds, which is circular",
+            ["left out", "found"],
+            [
+                ["nothing" if name == "all" else name, rate(found)]
+                for name, found in study["supervised"].items()
+            ],
+        )
+
+
+def middle(quartiles: list[float] | None) -> str:
+    return f"{quartiles[1]:,.0f}" if quartiles else "no alarm"
+
+
+def tables_of_evidence(study: dict[str, Any]) -> Iterator[Table]:
+    marks = study["marks"]
+    lengths = next(iter(marks.values()))["power"]
+    yield (
+        "The watermark in what students write: z of 20,000 tokens, the mean and the range of all "
+        "runs and seeds, and in how many shorter texts p is at most 0.001",
+        ["student", "z", *(f"{int(tokens):,} tokens" for tokens in lengths)],
+        [
+            [name, ranged(one["z"]), *(share(found) for found in one["power"].values())]
+            for name, one in marks.items()
+        ],
+    )
+    null, library = study["null"], study["library"]
+    yield (
+        "Texts of innocent students, tested with random keys",
+        ["test", "texts", "standard deviation of z", "false alarms"],
+        [
+            ["this project's", f"{null['texts']:,}", f"{null['spread']:.2f}",
+             f"{null['false_5']:.1%} at p <= 0.05"],
+            ["transformers' detector", f"{library['texts']:,}", f"{library['spread']:.2f}",
+             f"{library['false_z_4']:.1%} at z > 4"],
+        ],
+    )  # fmt: skip
+    for reach, kinds in study["teachers"].items():
+        yield (
+            f"Which teacher is accused, at p <= 0.001, if of a student {REACH[reach]}",
+            ["student", *RIGHT_OR_WRONG],
+            [[name, *counted(found)] for name, found in kinds.items()],
+        )
+    for test, recipes in study["accounts"].items():
+        yield (
+            f"Which account is named by {test}, at p <= 0.001",
+            ["student", *RIGHT_OR_WRONG],
+            [[name, *counted(found)] for name, found in recipes.items()],
+        )
+
+
+REACH = {
+    "weights": "the distributions are known",
+    "scores": "the scores of given texts are known",
+    "text": "only answers are known",
+}
+
+
+def counted(found: dict[str, int]) -> list[str]:
+    return [str(found.get(name, 0)) for name in RIGHT_OR_WRONG]
+
+
+def share(summary: dict[str, Any]) -> str:
+    return f"{summary['found'] / summary['of']:.0%} of {summary['of']}"
+
+
+def ranged(values: list[float]) -> str:
+    return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
