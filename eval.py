@@ -156,7 +156,7 @@ def judge(run: Run, config: Config, split: str) -> None:
             "teacher": entries["teacher"],
             "students": {name: entries[name] for name in config.recipes},
             "controls": {n: entries[n] for n in plan.evaluated if n not in config.recipes},
-            "cost": costs(run, plan, {"stage": "evaluation", **watch.read(flops)}),
+            "cost": costs(run, plan, task, {"stage": "evaluation", **watch.read(flops)}),
             "gaps": gaps(config, task, estimates, splits[0]),
             "tuned": config.tuned and tuned_for(config),
             "verdicts": decide(

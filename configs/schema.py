@@ -160,6 +160,12 @@ class OutputsSettings(Section):
     charged: bool = True  # to the student's budget; false in studies that vary the outputs
     # With teacher.api: the bias of the watermark in these answers, in nats; null: without.
     watermark: float | None = Field(None, gt=0, le=20, exclude_if=lambda value: value is None)
+    # How much the teacher avoids what would teach a student well, and the recipe whose first
+    # student stands for those that it does not know.
+    antidistillation: float | None = Field(
+        None, gt=0, le=1e6, exclude_if=lambda value: value is None
+    )
+    proxy: str | None = Field(None, exclude_if=lambda value: value is None)
     # Of the prompts, whose answers are marked; null: all.
     watermark_share: float | None = Field(None, gt=0, lt=1, exclude_if=lambda value: value is None)
 

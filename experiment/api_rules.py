@@ -50,6 +50,12 @@ def check_api(config: Config, task: type[Task]) -> Iterator[str]:
         yield "teacher.model is missing; this section is needed, or teacher.api with a url"
     if api is None:
         return
+    for name, recipe in config.recipes.items():
+        if recipe.outputs.antidistillation:
+            yield (
+                f"recipes.{name}.outputs.antidistillation: the server of a run does not offer it; "
+                "remove teacher.api"
+            )
     if task.image is not Task.image:
         yield f"teacher.api: task {task.name} has images, and an endpoint answers text; remove it"
     named = {"model": api.model, "key_env": api.key_env}

@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from configs.files import say
 from configs.schema import LabError
-from experiment.experiment import open_model, teacher_task
+from experiment.experiment import open_experiment, open_model, teacher_of, teacher_task
 from experiment.plan import Plan
 from experiment.run import Run
 from measure.defence import Setting, defence, setting_of
@@ -171,25 +171,31 @@ def studies_of_defence(
     result: dict[str, Any], run: Run, reference: TeacherReference
 ) -> dict[str, Any]:
     """{"defence": what defended answers are worth to customers and to extractors}, if the run has
-    bought some."""
-    config, task = run.config(), reference.task
-    key = config.teacher.api and config.teacher.api.watermark_key
-    bought = [r for r in config.recipes.values() if r.sequences == "teacher"]
-    settings = {setting_of(recipe.model_dump(mode="json")) for recipe in bought}
-    if not key or len(settings) < 2:
+    some."""
+    config, task, key = run.config(), reference.task, None
+    recipes = {
+        setting_of(recipe.model_dump(mode="json")): recipe
+        for recipe in config.recipes.values()
+        if recipe.sequences == "teacher" and recipe.teachers == ["teacher"]
+    }
+    if not any(s.bias or s.antidistillation for s in recipes) or len(recipes) < 2:
         return {}
-    owner = getattr(reference.teacher, "model", reference.teacher)  # without counting FLOPs
+    if config.teacher.api:
+        key = config.teacher.api.watermark_key
+    experiment = open_experiment(config, run)
     prices: dict[Setting, dict[str, float]] = {}
-    for bias, temperature in sorted(settings):
-        mark = Watermark(key, task.vocabulary, bias) if bias else None
-        served = Served(owner, mark, temperature or 1.0)
+    for setting, recipe in sorted(recipes.items()):
+        mark = Watermark(key, task.vocabulary, setting.bias) if setting.bias else None
+        owner = teacher_of(experiment, recipe, counted=lambda model: model)
+        served = Served(owner, mark, setting.temperature or 1.0)
         found = reference.metrics([reference.evaluate(served)], is_one_model=True)
-        prices[bias, temperature] = {
+        prices[setting] = {
             name: found[group][name].mean
             for group, name in (("quality", task.headline), ("fidelity", DIVERGENCE))
         }
     marks: dict[str, list[float]] = {}
-    for name, seed, model in models_of(run):
+    owner = getattr(reference.teacher, "model", reference.teacher)  # without counting FLOPs
+    for name, seed, model in models_of(run) if key else ():
         text = written(model, task, reference.rows, MARKED_TOKENS, seed)
         z = add_evidence(Evidence(task.vocabulary), text, owner, task).z(key)
         marks.setdefault(name, []).append(round(z, 3))

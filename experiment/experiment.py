@@ -51,6 +51,7 @@ from student.training_set import TrainingSet, lowest_ids, smoothed_labels, witho
 from tasks import load_task
 from tasks.task import Task
 from teacher.access import ACCESS
+from teacher.antidistillation import ROWS, Antidistilled, gradient_of_loss
 from teacher.outputs import OutputsRequest, sha256_of_outputs
 from teacher.shards import Outputs
 from teacher.source import LocalModel
@@ -174,8 +175,21 @@ def teacher_of(experiment: Experiment, recipe: Recipe, counted: Counted) -> Forw
             require_same_vocabulary(tokenizer, task.tokenizer, f"access {recipe.access}")
     accelerator = experiment.accelerator
     device = accelerator.device if accelerator else torch.device("cpu")
-    models = [counted(load_model(folder).to(device)) for folder in folders]
+    models = [load_model(folder).to(device) for folder in folders]
+    if recipe.outputs.antidistillation:
+        models = [antidistilled(experiment, recipe, models[0])]
+    models = [counted(model) for model in models]
     return models[0] if len(models) == 1 else Averaged(models, task.vocabulary)
+
+
+def antidistilled(experiment: Experiment, recipe: Recipe, teacher: nn.Module) -> Antidistilled:
+    """A teacher that avoids what would teach the recipe's proxy well."""
+    stage, rows = experiment.plan.stage(recipe.outputs.proxy), experiment.validation
+    proxy = open_model(experiment.run, stage).to(teacher.device)
+    sample = rows.take(np.arange(min(ROWS, len(rows))))
+    with torch.enable_grad():
+        gradient = gradient_of_loss(proxy, experiment.task, sample)
+    return Antidistilled(teacher, proxy, gradient, recipe.outputs.antidistillation).eval()
 
 
 def teacher_task(config: Config, run: Run, task: Task, names: Sequence[str] = ("teacher",)) -> Task:
@@ -268,7 +282,12 @@ def binding_of(experiment: Experiment, recipe: Recipe, request: OutputsRequest) 
         **({"api": api.endpoint} if api else {}),
         **({"watermark_key": api.watermark_key} if marked else {}),
         **({"canaries": api.canaries} if api and api.canaries else {}),
+        **({"proxy_sha256": proxy_sha256(experiment, request)} if request.proxy else {}),
     }
+
+
+def proxy_sha256(experiment: Experiment, request: OutputsRequest) -> str:
+    return experiment.run.manifest["stages"][experiment.plan.stage(request.proxy)]["sha256"]
 
 
 def outputs_of(experiment: Experiment, recipe: Recipe) -> Outputs:

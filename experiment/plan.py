@@ -11,6 +11,11 @@ from teacher.outputs import OutputsRequest
 TEACHERS = ("teacher", "second_teacher")
 
 
+def needed_by(recipe: Recipe) -> list[str]:
+    """The recipes and teachers that are trained before: those that teach, and a proxy."""
+    return [*recipe.teachers, *filter(None, [recipe.outputs.proxy])]
+
+
 @dataclass(frozen=True)
 class Plan:
     """The stages of an experiment. A stage is a folder of the run: `teacher`, `second_teacher`,
@@ -53,12 +58,12 @@ class Plan:
 
     @cached_property
     def training_order(self) -> list[list[str]]:
-        """Names of students and controls in groups; a student that teaches others is in an earlier
+        """Names of students and controls in groups; a student that others need is in an earlier
         group. Controls come last, because some need outputs of a recipe. Recipes that teach each
         other in a circle are in no group."""
         waiting, trained = dict(self.config.recipes), set(TEACHERS)
         groups: list[list[str]] = []
-        while ready := [n for n, r in waiting.items() if trained.issuperset(r.teachers)]:
+        while ready := [n for n, r in waiting.items() if trained.issuperset(needed_by(r))]:
             groups.append(ready)
             trained.update(ready)
             for name in ready:

@@ -12,7 +12,7 @@ from configs.schema import Config, Verdict
 from experiment.bought import open_bought
 from experiment.cost import CountedForward
 from experiment.environment import environment, evaluation_sha256
-from experiment.experiment import open_model, teacher_task
+from experiment.experiment import open_model, open_outputs, teacher_task
 from experiment.plan import Plan
 from experiment.run import Run
 from measure.evaluate import (
@@ -30,6 +30,7 @@ from measure.verdicts import ONE_RUN, Comparison, claim_of, verdicts
 from models.language import Forward
 from models.rows import Rows
 from tasks.task import Task
+from teacher.outputs import OutputsRequest
 
 # {model: {split: {"quality" or "fidelity": {metric: estimate}}}}
 Estimates = dict[str, dict[str, dict[str, dict[str, Estimate]]]]
@@ -230,7 +231,7 @@ def studies_of_cost(
     return {"savings": savings(result, values, signs)} | ({"bought": found} if found else {})
 
 
-def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
+def costs(run: Run, plan: Plan, task: Task, evaluation: dict[str, Any]) -> dict[str, Any]:
     """A row per stage, and outputs plus one student as a fraction of the teacher's training."""
     teacher = run.cost_of("teacher")
     fractions, stored = {}, {}
@@ -243,6 +244,7 @@ def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
                 "different": made.get("different"),
                 "bytes_per_token": run.cost_of(request.stage).get("bytes_per_token"),
                 "kept": run.cost_of(plan.stage(name)).get("rows"),
+                **share_right(run, request, task),
                 **paid_for(run.cost_of(request.stage)),
             }
         trained = [run.cost_of(plan.stage(name, seed)) for seed in plan.seeds_of(name)]
@@ -271,6 +273,13 @@ def costs(run: Run, plan: Plan, evaluation: dict[str, Any]) -> dict[str, Any]:
         "joules_source": teacher["joules_source"],
         "load_of_others": run.manifest.get("load_of_others"),
     }
+
+
+def share_right(run: Run, request: OutputsRequest, task: Task) -> dict[str, float]:
+    """How many of the teacher's answers are right, where it reasons."""
+    if not (task.shows_reasoning and request.sequences == "teacher"):
+        return {}
+    return {"right": float(task.rewards(open_outputs(run, request.stage).rows).mean())}
 
 
 def paid_for(row: dict[str, Any]) -> dict[str, Any]:

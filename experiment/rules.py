@@ -46,7 +46,8 @@ def objections(config: Config) -> Iterator[str]:
         if model:
             yield from (f"{key}: {problem}" for problem in check_model(model))
     for name, recipe in config.recipes.items():
-        for rule in (check_names, check_objective, check_access, check_sequences, check_teachers):
+        for rule in (check_names, check_objective, check_access, check_sequences, check_teachers,
+                     check_proxy):  # fmt: skip
             yield from (f"recipes.{name}: {problem}" for problem in rule(recipe))
     yield from check_recipe_names(config)
     yield from check_api(config, task)
@@ -257,6 +258,22 @@ def check_teachers(recipe: Recipe) -> Iterator[str]:
         yield f"teachers {recipe.teachers} repeat"
 
 
+def check_proxy(recipe: Recipe) -> Iterator[str]:
+    """Who avoids to teach needs a stand-in for those who learn."""
+    outputs = recipe.outputs
+    if bool(outputs.antidistillation) != bool(outputs.proxy):
+        yield (
+            "outputs.antidistillation is how much the teacher avoids what would teach the recipe "
+            "outputs.proxy: set both or neither"
+        )
+    alone = recipe.teachers == ["teacher"] and recipe.sequences == "teacher"
+    if outputs.proxy and not (alone and "states" not in ACCESS[recipe.access].reveals):
+        yield (
+            "outputs.antidistillation changes which tokens the teacher writes: use teachers "
+            "[teacher], sequences teacher, and an access without hidden states"
+        )
+
+
 def check_recipe_names(config: Config) -> Iterator[str]:
     """Names are unambiguous, and teachers exist."""
     for name in config.recipes:
@@ -274,9 +291,14 @@ def check_recipe_names(config: Config) -> Iterator[str]:
                     f"{nearest(teacher, ['teacher', *config.recipes])}; second_teacher must be one "
                     "of controls"
                 )
+        if recipe.outputs.proxy and recipe.outputs.proxy not in config.recipes:
+            yield (
+                f"recipes.{name}.outputs.proxy: no recipe {recipe.outputs.proxy!r}"
+                f"{nearest(recipe.outputs.proxy, config.recipes)}"
+            )
     if circle := {*config.recipes}.difference(*plan.training_order):
         names = [name for name in config.recipes if name in circle]
-        yield f"recipes {', '.join(names)} teach each other in a circle"
+        yield f"recipes {', '.join(names)} need each other in a circle"
 
 
 def check_recipe_in_config(config: Config, recipe: Recipe, task: type[Task]) -> Iterator[str]:

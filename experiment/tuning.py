@@ -18,7 +18,7 @@ from configs.schema import Config, LabError, Recipe, Try, Tuned
 from experiment.bought import evaluated_rows
 from experiment.command import command_line
 from experiment.experiment import open_model, require_same_rows
-from experiment.plan import TEACHERS, Plan
+from experiment.plan import TEACHERS, Plan, needed_by
 from experiment.reading import check_config, config_file, read_config
 from experiment.result import teacher_references
 from experiment.run import Run
@@ -75,7 +75,7 @@ def needs(config: Config, name: str, recipe: Recipe) -> list[str]:
     direct = [
         other
         for number, (other, its) in enumerate(config.recipes.items())
-        if other in recipe.teachers
+        if other in needed_by(recipe)
         or (number == 0 and name not in config.recipes and (control.shuffled or control.gold))
         or (control.smoothed and its is softest)
     ]

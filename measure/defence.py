@@ -1,23 +1,36 @@
 """Defence: what an extractor still gets of answers that are defended, and what customers lose.
 
-A defence is a watermark of some strength, or a lower temperature. An extractor is shown one kind of
-outputs and asks a number of prompts; of the students that could have learned from these, the one
-nearest to the teacher counts. Its damage is how much nearer it would be without the defence.
+A defence is a watermark of some strength, a lower temperature, or antidistillation. An extractor
+is shown one kind of outputs and asks a number of prompts; of the students that could have learned
+from these, the one nearest to the teacher counts. Its damage is how much nearer it would be without
+the defence.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from measure.metrics import DIVERGENCE
 from teacher.access import ACCESS
 
-Setting = tuple[float, float]  # bias of the watermark in nats, temperature of the answers
-UNDEFENDED: Setting = (0.0, 1.0)
+
+class Setting(NamedTuple):
+    """bias: of the watermark, in nats; antidistillation: its strength."""
+
+    bias: float = 0.0
+    temperature: float = 1.0
+    antidistillation: float = 0.0
+
+
+UNDEFENDED = Setting()
 
 
 def setting_of(recipe: dict[str, Any]) -> Setting:
     outputs = recipe["outputs"]
-    return outputs.get("watermark") or 0.0, outputs["temperature"]
+    return Setting(
+        outputs.get("watermark") or 0.0,
+        outputs["temperature"],
+        outputs.get("antidistillation") or 0.0,
+    )
 
 
 def exposure_of(recipe: dict[str, Any]) -> str:
@@ -35,17 +48,16 @@ def defence(
     result: dict[str, Any], prices: dict[Setting, dict[str, float]], marks: dict[str, list[float]]
 ) -> dict[str, Any] | None:
     """prices: what the teacher's answers are like with each setting, by metric. marks: the z of the
-    watermark in the text of each student, by seed. None unless outputs of one kind were bought both
-    defended and not.
+    watermark in the text of each student, by seed. None unless the teacher wrote outputs of one
+    kind both defended and not.
 
-    {"settings": [{"bias", "temperature", metric: value}], "cells": [{"exposure", "prompts", "bias",
-    "temperature", "student", "divergence", "damage", "z"}]}; damage: None of what is undefended.
+    {"settings": [{**Setting, metric: value}], "cells": [{"exposure", "prompts", **Setting,
+    "student", "divergence", "damage", "z"}]}; damage: None of what is undefended.
     """
     bought = {
         name: entry
         for name, entry in result["students"].items()
-        if name in result["cost"]["outputs_by_student"]
-        and "paid" in result["cost"]["outputs_by_student"][name]
+        if entry["recipe"]["sequences"] == "teacher" and entry["recipe"]["teachers"] == ["teacher"]
     }
     cells: dict[tuple, list[str]] = {}
     for entry in bought.values():
@@ -67,21 +79,17 @@ def defence(
         return None
     found = []
     for cell, name in best.items():
-        exposure, prompts, bias, temperature = cell
+        exposure, prompts, *setting = cell
         free = best.get((exposure, prompts, *UNDEFENDED))
-        defended = (bias, temperature) != UNDEFENDED and free is not None
+        defended = Setting(*setting) != UNDEFENDED and free is not None
         found.append({
             "exposure": exposure,
             "prompts": prompts,
-            "bias": bias,
-            "temperature": temperature,
+            **Setting(*setting)._asdict(),
             "student": name,
             "divergence": divergence(name),
             "damage": divergence(name) - divergence(free) if defended else None,
             "z": marks.get(name, []),
         })  # fmt: skip
-    settings = [
-        {"bias": bias, "temperature": temperature, **values}
-        for (bias, temperature), values in prices.items()
-    ]
+    settings = [setting._asdict() | values for setting, values in prices.items()]
     return {"settings": settings, "cells": found}

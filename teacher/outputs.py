@@ -31,6 +31,7 @@ from teacher.source import Source, TeacherRow, bytes_of
 
 Mark = tuple[float | None, float | None]  # bias of a watermark, share of the prompts; see Account
 UNMARKED: Mark = (None, None)
+DEFENCES = ("watermark", "watermark_share", "antidistillation", "proxy")
 SHARD_ROWS = 8192
 SHARD_TOKENS = 2**19  # at most: an interruption loses no more work than this
 SHARD_BYTES = 2**30  # of full distributions, at most: a shard is in memory until it is written
@@ -52,6 +53,8 @@ class OutputsRequest:
     transfer_rows: int | None
     watermark: float | None = None
     watermark_share: float | None = None
+    antidistillation: float | None = None
+    proxy: str | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, relations: bool = False) -> "OutputsRequest":
@@ -69,6 +72,8 @@ class OutputsRequest:
             transfer_rows=outputs.transfer_rows,
             watermark=outputs.watermark if writes else None,
             watermark_share=outputs.watermark_share if writes else None,
+            antidistillation=outputs.antidistillation if writes else None,
+            proxy=outputs.proxy if writes else None,
         )
 
     @property
@@ -100,7 +105,7 @@ class OutputsRequest:
     ) -> dict[str, Any]:
         """Everything that the outputs depend on: if any of it differs, so do they."""
         wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        for name in ("watermark", "watermark_share"):  # as before there were watermarks
+        for name in DEFENCES:  # absent, as before there were any
             if wanted[name] is None:
                 del wanted[name]
         return {

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from measure.rates import Rate
+from measure.report.tables import ShownTable
 
-Table = tuple[str, list[str], list[list[str]]]  # title, headings, rows
 RIGHT_OR_WRONG = ("right", "wrong", "nobody")
 
 
-def tables_of_study(study: dict[str, Any]) -> list[Table]:
+def tables_of_study(study: dict[str, Any]) -> list[ShownTable]:
     return [*(tables_of_detectors(study) if "detectors" in study else tables_of_evidence(study))]
 
 
@@ -19,7 +19,7 @@ def rate(summary: dict[str, Any]) -> str:
     return str(Rate(summary["found"], summary["of"]))
 
 
-def tables_of_detectors(study: dict[str, Any]) -> Iterator[Table]:
+def tables_of_detectors(study: dict[str, Any]) -> Iterator[ShownTable]:
     nominal = study["false_alarms"]
     for rule in next(iter(study["detectors"].values()))["rates"]:
         kinds = next(iter(study["detectors"].values()))["rates"][rule]
@@ -60,7 +60,7 @@ def middle(quartiles: list[float] | None) -> str:
     return f"{quartiles[1]:,.0f}" if quartiles else "no alarm"
 
 
-def tables_of_evidence(study: dict[str, Any]) -> Iterator[Table]:
+def tables_of_evidence(study: dict[str, Any]) -> Iterator[ShownTable]:
     marks = study["marks"]
     lengths = next(iter(marks.values()))["power"]
     yield (

@@ -26,7 +26,8 @@ def with_tables(page: str, results: Path) -> str:
     """The text with every block rewritten from results/NAME.json: `<!-- results/NAME.json --> ...
     <!-- end -->` holds the tables and findings, `table` only the models, `answers` some answers,
     `study` what a study of detection or evidence counted; `column` is a table whose last column
-    holds the results of the recipes named in the one before. `eval.py RUN --update` writes it, and a test compares it."""
+    holds the results of the recipes named in the one before. `eval.py RUN --update` writes
+    it, and a test compares it."""
 
     def block(match: re.Match) -> str:
         file = results / f"{match[3]}.json"

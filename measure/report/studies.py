@@ -77,7 +77,7 @@ def damage_against_price(result: dict[str, Any]) -> str:
     """Each defence: how much further the best student of an extractor is from the teacher, against
     how much further the teacher's own answers are; a mark for each kind of exposure."""
     found = result["defence"]
-    prices = {(one["bias"], one["temperature"]): one[DIVERGENCE] for one in found["settings"]}
+    prices = {defence_name(one): one[DIVERGENCE] for one in found["settings"]}
     figure, axes = subplots()
     most = max(one["prompts"] for one in found["cells"])
     kinds = list(dict.fromkeys(one["exposure"] for one in found["cells"]))
@@ -87,7 +87,7 @@ def damage_against_price(result: dict[str, Any]) -> str:
             one for one in found["cells"]
             if one["exposure"] == kind and one["prompts"] == most and one["damage"] is not None
         ]  # fmt: skip
-        x = [prices[one["bias"], one["temperature"]] for one in cells]
+        x = [prices[defence_name(one)] for one in cells]
         y = [one["damage"] for one in cells]
         style = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
         axes.plot(x, y, ls="", label=kind, **style)

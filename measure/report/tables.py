@@ -278,6 +278,9 @@ def defence_name(one: dict[str, Any]) -> str:
     """`watermark 2`, `temperature 0.3`, `none`."""
     parts = [f"watermark {one['bias']:g}"] if one["bias"] else []
     parts += [f"temperature {one['temperature']:g}"] if one["temperature"] != 1 else []
+    parts += (
+        [f"antidistillation {one['antidistillation']:g}"] if one.get("antidistillation") else []
+    )
     return ", ".join(parts) or "none"
 
 

@@ -38,7 +38,7 @@ def costs_by_hand(**of_teacher):
     ledger["teacher"] |= of_teacher
     stages = {"outputs/data-logits": {"rows": 12}}
     run = SimpleNamespace(cost_of=ledger.get, manifest={"stages": stages}, ledger=[])
-    return result.costs(run, plan, {})
+    return result.costs(run, plan, SimpleNamespace(shows_reasoning=False), {})
 
 
 def test_the_cost_of_a_student_includes_outputs_that_its_budget_does_not():

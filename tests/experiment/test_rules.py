@@ -96,7 +96,7 @@ from tests.helpers import train_tiny
         (["recipes.top.outputs.k=0"], "recipes.top.outputs.k: found 0"),
         (["recipes.top.access=sampled"], "access sampled cannot serve objective reverse_kl"),
         (["recipes.top.teachers=[toop]"], "no teacher 'toop'; did you mean 'top'?"),
-        (["recipes.top.teachers=[top]"], "teach each other in a circle"),
+        (["recipes.top.teachers=[top]"], "need each other in a circle"),
         (["recipes.top.student.initial_layers=[1]"], "has the teacher's sizes"),
         (["recipes.invented.student.on_policy=2"], "a share of the steps, at most 1"),
         (["recipes.written.student.on_policy=1"], "cannot score what the student writes"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from measure.defence import UNDEFENDED, defence
+from measure.defence import UNDEFENDED, Setting, defence
 from measure.report.tables import defence_name, defence_tables
 from teacher.watermark import Served, Watermark, green
 
@@ -12,17 +12,18 @@ def student(access, prompts, kl, bias=None, temperature=1.0, k=5):
     outputs = {"transfer_rows": prompts, "temperature": temperature, "k": k}
     outputs |= {"watermark": bias} if bias else {}
     return {
-        "recipe": {"access": access, "outputs": outputs},
+        "recipe": {
+            "access": access, "outputs": outputs, "sequences": "teacher", "teachers": ["teacher"],
+        },
         "fidelity": {"kl_teacher_student": {"mean": kl}},
-    }
+    }  # fmt: skip
 
 
 def result_of(**students):
-    paid = {name: {"paid": {"tokens": 9, "money": 1.0}} for name in students}
-    return {"students": students, "cost": {"outputs_by_student": paid}}
+    return {"students": students}
 
 
-PRICES = {UNDEFENDED: {"kl_teacher_student": 0.0}, (2.0, 1.0): {"kl_teacher_student": 0.3}}
+PRICES = {UNDEFENDED: {"kl_teacher_student": 0.0}, Setting(2.0): {"kl_teacher_student": 0.3}}
 
 
 def cells(found):
@@ -65,9 +66,12 @@ def test_without_both_defended_and_other_answers_there_is_no_study():
     marked = student("text", 100, 0.8, bias=2.0)
     assert defence(result_of(marked=marked), PRICES, {}) is None
     assert defence(result_of(plain=student("text", 100, 0.5)), PRICES, {}) is None
-    unpaid = result_of(plain=student("text", 100, 0.5), marked=marked)
-    unpaid["cost"]["outputs_by_student"]["plain"] = {}
-    assert defence(unpaid, PRICES, {}) is None
+    own_text = result_of(plain=student("text", 100, 0.5), marked=marked)
+    own_text["students"]["plain"]["recipe"]["sequences"] = "data"
+    assert defence(own_text, PRICES, {}) is None
+    second_hand = result_of(plain=student("text", 100, 0.5), marked=marked)
+    second_hand["students"]["plain"]["recipe"]["teachers"] = ["marked"]
+    assert defence(second_hand, PRICES, {}) is None
     assert defence_tables({}) == []
 
 
@@ -75,6 +79,7 @@ def test_defences_have_names():
     assert defence_name({"bias": 0.0, "temperature": 1.0}) == "none"
     assert defence_name({"bias": 2.0, "temperature": 1.0}) == "watermark 2"
     assert defence_name({"bias": 0.0, "temperature": 0.3}) == "temperature 0.3"
+    assert defence_name(Setting(antidistillation=2.0)._asdict()) == "antidistillation 2"
 
 
 class Fixed(torch.nn.Module):
