@@ -14,7 +14,7 @@ from pathlib import Path
 from configs.command import run_command
 from configs.files import say, write_atomically, write_json
 from configs.schema import LabError
-from labs.grade import for_gradescope, grade, grade_all, summary
+from labs.grade import FORMATS, grade, grade_all
 from labs.source import MINE, exercise_edition, lab_file, labs, solution_edition, title_of
 
 
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("path", type=Path)
     one.add_argument("--lab", type=int, required=True)
     one.add_argument("--out", type=Path, required=True)
-    one.add_argument("--format", choices=["lab", "gradescope"], default="lab")
+    one.add_argument("--format", choices=FORMATS, default="lab")
     one.add_argument("--at-once", type=int, default=2, help="submissions graded side by side")
     one.set_defaults(do=grade_path)
     return found
@@ -64,8 +64,7 @@ def grade_path(options: argparse.Namespace) -> None:
         grade_all(files, options.lab, options.out, options.at_once)
         return
     checks = grade(options.path, options.lab)
-    found = for_gradescope(checks) if options.format == "gradescope" else summary(checks)
-    write_json(options.out, found)
+    write_json(options.out, FORMATS[options.format](checks))
     for one in checks:
         said = f": {one.message}" if one.message else ""
         say(f"{one.points:g} of {one.worth:g}  {one.check}{said}")

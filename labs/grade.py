@@ -5,10 +5,13 @@ The checks run here, and only call the submission's functions, in a process of i
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,11 @@ from labs.source import FOLDER, lab_file
 
 PATIENCE = 300.0  # seconds for all checks of a submission
 ROOT = FOLDER.parent
+# {field of result.json: environment variable} of Classroom 50's runner
+OF_RUNNER = {
+    "classroom": "CLASSROOM", "assignment": "ASSIGNMENT", "submission": "SUBMISSION_TAG",
+    "commit": "COMMIT_URL", "release": "RELEASE_URL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,42 @@ def for_gradescope(checks: list[Check]) -> dict[str, Any]:
             for one in checks
         ]
     }  # fmt: skip
+
+
+def for_classroom50(checks: list[Check]) -> dict[str, Any]:
+    """result.json of Classroom 50's autograder, whose runner states what is graded in the
+    environment. LabError without it."""
+    try:
+        graded = {field: os.environ[name] for field, name in OF_RUNNER.items()}
+    except KeyError as error:
+        raise LabError(
+            f"format classroom50: the environment variable {error.args[0]} is missing; the runner "
+            "of Classroom 50 sets it"
+        ) from None
+    return {
+        "schema": "classroom50/result/v1",
+        **graded,
+        "review": os.environ.get("REVIEW_URL") or graded["commit"],
+        "datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "score": round(sum(one.points for one in checks)),
+        "max-score": round(sum(one.worth for one in checks)),
+        "tests": [
+            {
+                "test-name": one.check, "passed": one.points == one.worth,
+                "score": round(one.points), "max-score": round(one.worth),
+                "message": one.message if one.visible else "",
+            }
+            for one in checks
+        ],
+    }  # fmt: skip
+
+
+# What `--format` writes.
+FORMATS: dict[str, Callable[[list[Check]], dict[str, Any]]] = {
+    "lab": summary,
+    "gradescope": for_gradescope,
+    "classroom50": for_classroom50,
+}
 
 
 def grade_all(files: list[Path], number: int, out: Path, at_once: int) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from configs.schema import LabError
 from labs import __main__ as command
-from labs.grade import for_gradescope, grade
+from labs.grade import OF_RUNNER, Check, for_classroom50, for_gradescope, grade
 from labs.sandbox import Limits
 from labs.source import exercise_edition, lab_file, labs, solution_edition
 from labs.submission import Local, Remote, SubmissionError, decoded, encoded
@@ -73,6 +73,25 @@ def test_the_solution_earns_all_points_and_the_exercise_edition_none(number, tmp
     assert f"not written yet: exercise {number}.1" in scored[0]["output"]
 
 
+def test_classroom50_gets_whole_points_and_what_its_runner_states(monkeypatch):
+    checks = [Check("a", 2.0, 2.0, True, "", 0.1), Check("b", 0.0, 1.0, False, "hidden why", 0.1)]
+    for name in (*OF_RUNNER.values(), "REVIEW_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(LabError, match="CLASSROOM is missing"):
+        for_classroom50(checks)
+    for field, name in OF_RUNNER.items():
+        monkeypatch.setenv(name, f"the {field}")
+    found = for_classroom50(checks)
+    assert found["schema"] == "classroom50/result/v1"
+    assert (found["score"], found["max-score"]) == (2, 3)
+    assert type(found["score"]) is int
+    assert {field: found[field] for field in OF_RUNNER} == {f: f"the {f}" for f in OF_RUNNER}
+    assert found["review"] == "the commit"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found["datetime"])
+    assert [one["passed"] for one in found["tests"]] == [True, False]
+    assert "hidden why" not in json.dumps(found)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -88,6 +107,23 @@ def test_a_misconception_is_named_by_its_signature(wrong, says, tmp_path):
     file.write_text(solved().replace(right, wrong), encoding="utf-8")
     messages = {one.check: one.message for one in grade(file, 1)}
     assert says in messages["test_loss_is_the_divergence_of_the_teacher"]
+
+
+def test_the_instructors_guide_quotes_what_checks_say():
+    text = (ROOT / "labs" / "instructor" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| [^|]+ \| ([^|]+) \|$", text, re.MULTILINE)
+    quoted = [(n, said) for n, said in rows if not said.strip().isdecimal()]
+    assert len(quoted) >= 10
+    for number, said in quoted:
+        source = (ROOT / "labs" / "checks" / f"lab{number}" / f"test_lab{number}.py").read_text(
+            "utf-8"
+        )
+        joined = re.sub(r'"\s*f?"', "", source)
+        assert said in joined, said
+    table = dict(re.findall(r"^\| (\d) \| [^|]+ \| (\d+) \| [^|]+ \|$", text, re.MULTILINE))
+    for number in labs():
+        stated = re.search(r"About (\d+) minutes", lab_file(number).read_text("utf-8"))[1]
+        assert table[str(number)] == stated
 
 
 # -- submissions that would rather not be checked --------------------------------------------------
