@@ -3,6 +3,7 @@
 python -m labs list                                      # the labs
 python -m labs start 1                                   # writes mine/lab1.py
 python -m labs solution 1                                # prints the solution edition
+python -m labs build --out notebooks                     # of all labs
 python -m labs grade mine/lab1.py --lab 1 --out result.json
 python -m labs grade submissions/ --lab 1 --out results/ # every file of a folder
 """
@@ -28,6 +29,10 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("solution", help="print the solution edition of a lab")
     one.add_argument("lab", type=int)
     one.set_defaults(do=solution)
+    one = commands.add_parser("build", help="notebooks: to read, to work in, with solutions")
+    one.add_argument("labs", type=int, nargs="*", help="default: all")
+    one.add_argument("--out", type=Path, default=Path("notebooks"))
+    one.set_defaults(do=build_notebooks)
     one = commands.add_parser("grade", help="check a file, or every file of a folder")
     one.add_argument("path", type=Path)
     one.add_argument("--lab", type=int, required=True)
@@ -54,6 +59,16 @@ def start(options: argparse.Namespace) -> None:
 
 def solution(options: argparse.Namespace) -> None:
     print(solution_edition(lab_file(options.lab).read_text(encoding="utf-8")), end="")
+
+
+def build_notebooks(options: argparse.Namespace) -> None:
+    try:
+        from labs.notebooks import build
+    except ImportError:
+        raise LabError(
+            'notebooks need more packages: pip install -c constraints.txt -e ".[course]"'
+        ) from None
+    build(options.labs or labs(), options.out)
 
 
 def grade_path(options: argparse.Namespace) -> None:

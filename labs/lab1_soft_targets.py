@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from labs.digits import Digits, load_digits, new_network, train_teacher
+from labs.results import new_picture, save_picture
 
 # %% [markdown]
 # Before each exercise you predict something. Write your choice here, before you run the code; a
@@ -102,7 +103,8 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 #
 # **Predict first.** For images of a 4, that is (a) 9, (b) 7, (c) 1.
 #
-# **Expected picture.** A table of ten digits with their doubles; look at some of the images.
+# **Expected picture.** `python mine/lab1.py` prints ten digits with their doubles, and draws what
+# the teacher thinks of a 7 at three temperatures.
 #
 # **Check.** `pytest labs/checks/lab1 --mine -k double`
 #
@@ -148,6 +150,13 @@ def main() -> None:
     with torch.no_grad():
         logits = teacher(train.images)
     print("doubles", doubles(soften(logits, 4.0), train.labels))
+    axes = new_picture()
+    seven = int((train.labels == 7).nonzero()[0, 0])
+    for place, temperature in enumerate((1.0, 4.0, 16.0)):
+        heights = soften(logits[seven], temperature)
+        axes.bar(torch.arange(10) + 0.3 * place - 0.3, heights, 0.3, label=f"T = {temperature:g}")
+    axes.set(xlabel="digit", ylabel="the teacher's probability, of a 7", xticks=range(10))
+    save_picture(axes, "lab1")
     few = train.first(300)
     for name in ("labels", "teacher"):
         student = new_network(width=32, seed=1)

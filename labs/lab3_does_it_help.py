@@ -9,11 +9,10 @@
 # About 60 minutes of yours, no CPU to speak of: the results are in `results/`.
 
 # %%
-import json
-from pathlib import Path
-
 import numpy as np
 from scipy import stats
+
+from labs.results import committed_result
 
 # %%
 PREDICTIONS = {
@@ -162,10 +161,7 @@ def chosen(validation_errors: list[float], test_errors: list[float]) -> int:
 
 # %%
 def main() -> None:
-    file = Path(__file__).resolve().parent.parent / "results" / "methods.json"
-    if not file.is_file():
-        file = Path("results/methods.json")
-    result = json.loads(file.read_text(encoding="utf-8"))
+    result = committed_result("methods")
     metric = "sequence_agreement"
     baseline = result["controls"]["baseline"]["fidelity"][metric]["per_seed"]
     for name, entry in result["students"].items():

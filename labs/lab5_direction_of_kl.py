@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from labs.results import new_picture, save_picture
+
 # %%
 PREDICTIONS = {
     # solution
@@ -77,7 +79,8 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 # **Predict first.** With forward KL the bump ends (a) over both, wide, (b) over the larger one,
 # narrow, (c) between them, narrow.
 #
-# **Expected picture.** Plot the teacher and both students: one covers, one seeks a mode.
+# **Expected picture.** `python mine/lab5.py` draws the teacher and both students: one covers, one
+# seeks a mode.
 #
 # **Check.** `python -m pytest labs/checks/lab5 --mine -k bump`
 #
@@ -151,9 +154,14 @@ def main() -> None:
     points = torch.linspace(-6, 6, 121)
     bumps = [torch.exp(-0.5 * ((points - place) / 0.6) ** 2) for place in (-2.5, 2.5)]
     teacher = (0.6 * bumps[0] + 0.4 * bumps[1]).log()
-    for reverse in (False, True):
+    axes = new_picture()
+    axes.fill_between(points, teacher.softmax(-1), alpha=0.3, label="teacher")
+    for name, reverse in (("forward", False), ("reverse", True)):
         mean, width = fit_bump(teacher, points, reverse, mean=-0.5)
-        print(f"{'reverse' if reverse else 'forward'} KL: mean {mean:+.2f}, width {width:.2f}")
+        student = -0.5 * ((points - mean) / width) ** 2
+        axes.plot(points, student.softmax(-1), label=f"student, {name} KL")
+        print(f"{name} KL: mean {mean:+.2f}, width {width:.2f}")
+    save_picture(axes, "lab5")
 
 
 # %%

@@ -14,11 +14,11 @@
 # About 75 minutes of yours, 10 seconds of CPU; with a run of your own, 10 minutes more.
 
 # %%
-import json
 import re
 from collections import Counter
 from math import comb
-from pathlib import Path
+
+from labs.results import committed_result, new_picture, save_picture
 
 # %%
 PREDICTIONS = {
@@ -181,17 +181,15 @@ def chance_of_majority(p: float, n: int) -> float:
 
 # %%
 def main() -> None:
-    file = Path(__file__).resolve().parent.parent / "results" / "reason.json"
-    if not file.is_file():
-        file = Path("results/reason.json")
-    result = json.loads(file.read_text(encoding="utf-8"))
-    students = result["students"]
-    print(f"{'steps':<10}{'traces':>10}{'answers':>10}")
-    for steps in range(1, 6):
-        shares = [
-            students[name]["quality"][f"accuracy_{steps}"]["mean"] for name in ("traces", "answers")
-        ]
-        print(f"{steps:<10}" + "".join(f"{share:>10.1%}" for share in shares))
+    students, steps = committed_result("reason")["students"], range(1, 6)
+    axes = new_picture()
+    for name in ("traces", "answers"):
+        quality = students[name]["quality"]
+        shares = [100 * quality[f"accuracy_{n}"]["mean"] for n in steps]
+        axes.plot(steps, shares, marker="o", label=name)
+        print(f"{name}, 1 to 5 steps: " + ", ".join(f"{share:.0f} %" for share in shares))
+    axes.set(xlabel="steps of the problem", ylabel="right answers %", ylim=(-3, 103), xticks=steps)
+    save_picture(axes, "lab6")
     for point in students["traces"]["reasoning"]["voting"] or []:
         print(f"a vote of {point['amount']}: {point['accuracy']:.1%} right")
 

@@ -14,6 +14,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from labs.results import new_picture, save_picture
+
 # %%
 PREDICTIONS = {
     # solution
@@ -208,14 +210,20 @@ def main() -> None:
         torch.randperm(vocabulary, generator=generator) < vocabulary // 4
         for _ in range(vocabulary)
     ]).float()  # fmt: skip
+    axes = new_picture()
     for bias in (0.0, 0.5, 1.0, 2.0):
-        counts, last = torch.zeros(vocabulary, vocabulary), 1
-        for _ in range(2_000):
+        counts, last, points = torch.zeros(vocabulary, vocabulary), 1, []
+        for tokens in range(1, 2_001):
             log_probs = marked(torch.zeros(vocabulary), green[last], bias)
             token = int(torch.multinomial(log_probs.exp(), 1, generator=generator))
             counts[last, token] += 1
             last = token
-        print(f"bias {bias:g}: z = {z_of(counts, green):.1f} in 2,000 tokens")
+            if tokens % 100 == 0:
+                points.append((tokens, z_of(counts, green)))
+        axes.plot(*zip(*points, strict=True), label=f"bias {bias:g}")
+        print(f"bias {bias:g}: z = {points[-1][1]:.1f} in 2,000 tokens")
+    axes.set(xlabel="tokens", ylabel="z")
+    save_picture(axes, "lab8")
 
 
 # %%

@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import socket
+import subprocess
 import sys
 import time
 import uuid
@@ -71,6 +72,43 @@ def test_the_solution_earns_all_points_and_the_exercise_edition_none(number, tmp
     scored = for_gradescope(checks)["tests"]
     assert {one["score"] for one in scored} == {0.0}
     assert f"not written yet: exercise {number}.1" in scored[0]["output"]
+
+
+def test_a_learners_file_runs_as_a_script(tmp_path):
+    file = tmp_path / "lab9.py"
+    file.write_text(solution_edition(lab_file(9).read_text("utf-8")), encoding="utf-8")
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, check=False)
+    assert "stale: ['hidden']" in done.stdout, done.stderr
+    assert "untuned: ['baseline']" in done.stdout
+
+
+@pytest.mark.parametrize("number", [9, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
+def test_a_lab_is_built_into_notebooks(number, tmp_path, capsys):
+    assert command.main(["build", str(number), "--out", str(tmp_path)]) == 0
+    read, exercises, solutions = (
+        json.loads(next(tmp_path.glob(f"*.{edition}.ipynb")).read_text("utf-8"))["cells"]
+        for edition in ("read", "exercises", "solutions")
+    )
+    outputs = [part for cell in read for part in cell.get("outputs", [])]
+    assert "".join(outputs[0]["text"])
+    pictures = [part for part in outputs if "image/png" in part.get("data", {})]
+    assert len(pictures) == (0 if number == 9 else 1)
+    assert not any(cell.get("outputs") for cell in (*exercises, *solutions))
+    texts = ["".join(part for cell in cells for part in cell["source"]) for cells in (
+        exercises, solutions)]  # fmt: skip
+    assert "NotImplementedError" in texts[0]
+    assert "NotImplementedError" not in texts[1]
+    assert not any("# solution" in text for text in texts)
+
+
+def test_a_cell_that_fails_is_named(tmp_path, monkeypatch, capsys):
+    from labs import notebooks
+
+    file = tmp_path / "lab9_broken.py"
+    file.write_text("# %%\nraise ValueError('nothing here')\n", encoding="utf-8")
+    monkeypatch.setattr(notebooks, "lab_file", lambda number: file)
+    assert command.main(["build", "9", "--out", str(tmp_path)]) == 2
+    assert "lab9_broken: a cell failed: ValueError: nothing here" in capsys.readouterr().err
 
 
 def test_classroom50_gets_whole_points_and_what_its_runner_states(monkeypatch):
