@@ -26,6 +26,7 @@ from measure.provenance import (
     closeness_by_text,
     holm,
 )
+from measure.stealing import as_shown, dimensions, singular_values
 from measure.watermark import Evidence, WatermarkTest, other_keys, watermark_tests
 from models.generate import answers_of
 from models.language import Forward
@@ -200,7 +201,28 @@ def studies_of_defence(
         z = add_evidence(Evidence(task.vocabulary), text, owner, task).z(key)
         marks.setdefault(name, []).append(round(z, 3))
     found = defence(result, prices, marks)
-    return {"defence": found | {"z": marks}} if found else {}
+    if not found:
+        return {}
+    return {"defence": found | {"z": marks, "stealing": stealing(owner, task, reference.rows)}}
+
+
+def stealing(owner: Forward, task: Task, rows: Rows) -> dict[str, Any]:
+    """{"size": the teacher's hidden size, "shown": {how: {"size": that was found or None,
+    "singular_values": [...]}}}."""
+    size = owner.config.hidden_size
+    asked = np.arange(min(len(rows), 2 * size))
+    logits, _, counts = completion_logits(owner, task, rows, asked)
+    first = np.cumsum([0, *counts[:-1]])  # of each answer
+    known = as_shown(logits[first].double().cpu().numpy())
+    return {
+        "size": size,
+        "shown": {
+            how: {"size": dimensions(found), "singular_values": [
+                float(f"{value:.4g}") for value in singular_values(found)
+            ]}
+            for how, found in known.items()
+        },
+    }  # fmt: skip
 
 
 # -- a teacher -------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-from openai import APIStatusError, OpenAI
 
 from configs.command import run_command
 from configs.files import say
@@ -20,7 +20,11 @@ from configs.schema import LabError, TaskConfig
 from tasks import TASKS, load_task
 from tasks.task import Task
 
+if TYPE_CHECKING:
+    from openai import OpenAI
+
 GAP = 10.0  # between singular values, that tells the last dimension from rounding
+FEW = 20  # log-probabilities that are shown, unless all are
 BIAS = 60.0  # nats, by which tokens are brought among the few that are shown
 
 Ask = Callable[[str, dict[str, float]], dict[str, float]]  # (prompt, bias) -> {token: log-prob}
@@ -29,12 +33,37 @@ Ask = Callable[[str, dict[str, float]], dict[str, float]]  # (prompt, bias) -> {
 def dimensions(logits: np.ndarray) -> int | None:
     """Of the space that rows [Q, V] span, up to a constant in each: the place of the largest gap
     between singular values; None if none stands out, or if there are too few rows."""
-    centred = logits - logits.mean(1, keepdims=True)
-    values = np.linalg.svd(centred, compute_uv=False)
-    values = values[: min(len(logits), logits.shape[1] - 1)]
+    values = singular_values(logits)
     ratios = values[:-1] / np.maximum(values[1:], values[0] * 1e-12)
     place = int(ratios.argmax())
     return place + 1 if len(ratios) and ratios[place] >= GAP else None
+
+
+def singular_values(logits: np.ndarray) -> np.ndarray:
+    """Of rows [Q, V], up to a constant in each, the largest first."""
+    values = np.linalg.svd(logits - logits.mean(1, keepdims=True), compute_uv=False)
+    return values[: min(len(logits), logits.shape[1] - 1)]
+
+
+def as_shown(logits: np.ndarray) -> dict[str, np.ndarray]:
+    """{how log-probabilities are shown: what can be known of logits [Q, V] from it}."""
+    names = [str(token) for token in range(logits.shape[1])]
+
+    def asked(row: np.ndarray, decimals: int | None) -> Ask:
+        def ask(prompt: str, bias: dict[str, float]) -> dict[str, float]:
+            raised = row + np.array([bias.get(name, 0.0) for name in names])
+            shown = raised - np.logaddexp.reduce(raised)
+            shown = shown if decimals is None else shown.round(decimals)
+            return {names[place]: shown[place] for place in np.argsort(-raised)[:FEW]}
+
+        return ask
+
+    every = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    found = {"all": every, "all, 2 decimals": every.round(2), "all, 1 decimal": every.round(1)}
+    for label, decimals in (("", None), (", 1 decimal", 1)):
+        rows = [few_at_a_time(asked(row, decimals), "", FEW, names) for row in logits]
+        found[f"{FEW} and logit_bias{label}"] = np.stack(rows)
+    return found
 
 
 def all_at_once(ask: Ask, prompt: str, names: list[str]) -> np.ndarray:
@@ -55,8 +84,10 @@ def few_at_a_time(ask: Ask, prompt: str, k: int, names: list[str]) -> np.ndarray
     return found
 
 
-def asker(client: OpenAI, model: str, shown: int) -> tuple[Ask, list[int]]:
+def asker(client: "OpenAI", model: str, shown: int) -> tuple[Ask, list[int]]:
     """A function that asks for one token, and the number of its requests."""
+    from openai import APIStatusError
+
     requests = [0]
 
     def ask(prompt: str, bias: dict[str, float]) -> dict[str, float]:
@@ -74,7 +105,7 @@ def asker(client: OpenAI, model: str, shown: int) -> tuple[Ask, list[int]]:
     return ask, requests
 
 
-def steal(client: OpenAI, model: str, task: Task, shown: int, positions: int) -> np.ndarray:
+def steal(client: "OpenAI", model: str, task: Task, shown: int, positions: int) -> np.ndarray:
     """Logits [Q, V] at the first token of answers to so many prompts, each up to a constant."""
     names = [task.token_name(token) for token in range(task.vocabulary)]
     ask, requests = asker(client, model, min(shown, task.vocabulary))
@@ -110,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    from openai import OpenAI
+
     key, task = os.environ.get(options.key_env, ""), load_task(TaskConfig(name=options.task))
     with OpenAI(base_url=options.url, api_key=key or "none") as client:
         logits = steal(client, options.model, task, options.shown, options.positions)

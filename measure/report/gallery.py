@@ -16,6 +16,7 @@ from measure.report.studies import (
     quality_against_cost,
     quality_against_payment,
     scaling,
+    spectrum,
     thinking_longer,
     where_traces_pay,
 )
@@ -103,11 +104,16 @@ def study_figures(result: dict[str, Any], styles: Styles) -> list[Figure]:
         found.append(
             (
                 "What a defence costs, and prevents",
-                [divergence_against_prompts(result), damage_against_price(result)],
+                [
+                    divergence_against_prompts(result),
+                    damage_against_price(result),
+                    *([spectrum(result)] if result["defence"].get("stealing") else []),
+                ],
                 "The best student that an extractor gets, by what it is shown and how many prompts "
-                "it asks. Dashed: all of the teacher's own data, and 5 % of it. Right: each "
-                "defence by what it costs customers and what it takes from the extractor with the "
-                "most prompts; good defences are at the top left.",
+                "it asks. Dashed: all of the teacher's own data, and 5 % of it. Then each defence "
+                "by what it costs customers and what it takes from the extractor with the most "
+                "prompts; good defences are at the top left. Last: what log-probabilities give "
+                "away of the teacher's size; a fall at the line gives it away.",
             )
         )
     if "rows" in laws:

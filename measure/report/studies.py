@@ -132,6 +132,21 @@ def divergence_against_prompts(result: dict[str, Any]) -> str:
     return drawn(figure, "KL to the teacher against prompts, for each exposure and defence")
 
 
+def spectrum(result: dict[str, Any]) -> str:
+    """Singular values of the logits that can be known from what is shown; the line is at the hidden
+    size of the teacher."""
+    found = result["defence"]["stealing"]
+    figure, axes = subplots()
+    for number, (how, one) in enumerate(found["shown"].items()):
+        values = np.maximum(one["singular_values"], 1e-9)
+        style = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
+        axes.plot(np.arange(len(values)) + 1, values, lw=1.2, markevery=0.1, label=how, **style)
+    axes.axvline(found["size"], color=GREY, ls="--", lw=1)
+    axes.set(yscale="log", xlabel="dimension", ylabel="singular value")
+    add_legend(figure, axes)
+    return drawn(figure, "singular values of the logits, by what is shown of them")
+
+
 def bytes_against_kl(result: dict[str, Any], styles: Styles) -> str:
     """KL to the teacher against bytes per token of the outputs, for recipes that differ only in
     access."""

@@ -268,10 +268,18 @@ def defence_tables(result: dict[str, Any]) -> list[ShownTable]:
     headings = ["", "defence", "best student", heading(kl), "damage, nats", "z of the mark"]
     extractor = "What an extractor gets: the best student by what it is shown, and how many prompts"
     shifted = "KL from the undefended teacher, nats"
-    return [
+    tables = [
         (prices, ["defence", heading(metric), shifted], settings),
         (extractor, headings, cells),
     ]
+    if found.get("stealing"):
+        size = found["stealing"]["size"]
+        stolen = [
+            [how, str(one["size"] or "none")] for how, one in found["stealing"]["shown"].items()
+        ]
+        title = f"The hidden size of the teacher, {size}, from the log-probabilities that are shown"
+        tables.append((title, ["shown", "size found"], stolen))
+    return tables
 
 
 def defence_name(one: dict[str, Any]) -> str:

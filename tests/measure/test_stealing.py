@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from measure import stealing
-from measure.stealing import dimensions
+from measure.stealing import as_shown, dimensions
 from tasks.pronounce import Pronounce
 from teacher.api.defence import Defence
 from tests.serving import SHAPE, small_teacher
@@ -66,6 +66,16 @@ def test_dimensions_are_counted_where_rows_suffice(size):
     assert dimensions(shifted) == size
     assert dimensions(shifted[:size]) is None  # too few
     assert dimensions(shifted + draw.normal(0, 1, shifted.shape)) is None
+
+
+def test_what_is_shown_gives_the_size_away_unless_it_is_rounded():
+    draw = np.random.Generator(np.random.PCG64(1))
+    logits = 0.1 * draw.normal(size=(60, 12)) @ draw.normal(size=(12, 50))
+    found = {how: dimensions(known) for how, known in as_shown(logits).items()}
+    assert found == {
+        "all": 12, "all, 2 decimals": 12, "all, 1 decimal": None, "20 and logit_bias": 12,
+        "20 and logit_bias, 1 decimal": None,
+    }  # fmt: skip
 
 
 def test_the_task_of_a_command_is_a_real_one():
