@@ -108,7 +108,8 @@ def story(options: argparse.Namespace) -> int:
         return check_run(run, config, name, RESULTS, lambda: judge(run, config, "heldout"))
     elif options.radioactivity:
         owners, key = options.candidates, options.key
-        return radioactivity(run, owners, key, options.database, options.tokens)
+        database, tokens = options.database, options.tokens
+        return radioactivity(run, owners, key, database, tokens, options.text)
     elif options.leaks:
         database = options.database or run.folder / "api.sqlite"
         return leaks(run, options.candidates, database, options.key)

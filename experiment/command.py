@@ -59,6 +59,9 @@ def eval_parser() -> argparse.ArgumentParser:
         help="of the watermark or the canaries; default: that of the config",
     )
     parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="tested by --radioactivity instead of students"
+    )
+    parser.add_argument(
         "--leaks", action="store_true", help="which accounts' answers have the students learned?"
     )
     parser.add_argument(

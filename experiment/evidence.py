@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy.stats import norm
 
-from configs.files import say
+from configs.files import read_text, say
 from configs.schema import LabError
 from experiment.experiment import open_experiment, open_model, teacher_of, teacher_task
 from experiment.plan import Plan
@@ -31,7 +31,7 @@ from measure.watermark import Evidence, WatermarkTest, other_keys, watermark_tes
 from models.generate import answers_of
 from models.language import Forward
 from models.rows import Rows, collate
-from models.vocabulary import require_same_vocabulary
+from models.vocabulary import first_differing_id, require_same_vocabulary
 from tasks import load_task
 from tasks.task import Task
 from teacher.api.store import Store
@@ -56,11 +56,17 @@ def models_of(run: Run, taught: bool | None = None) -> Iterator[tuple[str, int, 
 
 
 def radioactivity(
-    run: Run, owners: list[Path], key_file: Path | None, database: Path | None, tokens: int
+    run: Run,
+    owners: list[Path],
+    key_file: Path | None,
+    database: Path | None,
+    tokens: int,
+    text: Path | None = None,
 ) -> int:
     """Let every student write, and test its text for the watermark (Sander et al. 2024, arXiv
     2402.14904). owners: the run with the weights of the teacher, if this one has none. database:
-    of a server that marked the answers to each account with a key of its own."""
+    of a server that marked the answers to each account with a key of its own. text: a file that is
+    tested instead, of whoever wrote it."""
     config = run.config()
     if len(owners) > 1:
         raise LabError("--radioactivity compares with one teacher; name one run in --candidates")
@@ -74,13 +80,16 @@ def radioactivity(
     key = read_key(key_file).key if key_file else api and api.watermark_key
     if not key:
         raise LabError("the key of the watermark is needed: --radioactivity --key FILE")
-    task = load_task(config.task)
-    require_same_tokens(owned, task)
-    owner, rows = open_model(owned, "teacher"), task.rows(SPLIT)
+    owner, owners_task = open_model(owned, "teacher"), load_task(owned.config().task)
+    found_texts = (
+        [(text.name, rows_of([read_text(text)], owners_task))]
+        if text
+        else texts_of_students(run, owners_task, tokens)
+    )
     texts: dict[str, Evidence] = {}
-    for name, seed, model in models_of(run):
-        text = written(model, task, rows, tokens, seed)
-        add_evidence(texts.setdefault(name, Evidence(task.vocabulary)), text, owner, task)
+    for name, found in found_texts:
+        evidence = texts.setdefault(name, Evidence(owners_task.vocabulary))
+        add_evidence(evidence, found, owner, owners_task)
     if database:
         return print_accounts(texts, key, database)
     found = watermark_tests(texts, key, other_keys())
@@ -91,6 +100,37 @@ def radioactivity(
         say(f"{name:<24}{numbers}")
     say(meaning_of_mark([name for name, p in corrected.items() if p <= ALPHA]))
     return 0
+
+
+def texts_of_students(run: Run, owners_task: Task, tokens: int) -> Iterator[tuple[str, Rows]]:
+    """(name, what a student of this recipe writes), in the tokens of the owner's task."""
+    task = load_task(run.config().task)
+    other = first_differing_id(owners_task.tokenizer, task.tokenizer) is not None
+    for name, seed, model in models_of(run):
+        text = written(model, task, task.rows(SPLIT), tokens, seed)
+        if other:
+            answers = [task.render(text.completion(i).tolist()) for i in range(len(text))]
+            text = rows_of(answers, owners_task)
+        yield name, text
+
+
+def rows_of(texts: list[str], task: Task) -> Rows:
+    """Texts that somebody else wrote, as the owner's model reads them, in pieces whose first token
+    is given. LabError for a task that does not continue texts, or if there is nothing to read."""
+    if not task.continues_text:
+        raise LabError(
+            f"task {task.name} has other tokens, and cannot read a text of somebody else"
+        )
+    room, pieces = task.longest_row - 1, []
+    for text in texts:
+        tokens = task.encode_answer(text)
+        pieces += [tokens[start : start + room] for start in range(0, len(tokens), room)]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if not pieces:
+        raise LabError("the text has no two tokens in a row")
+    start = task.tokenizer.bos_token_id
+    prompts = [[start, piece[0]] for piece in pieces]
+    return Rows.build([*range(len(pieces))], prompts, [piece[1:] for piece in pieces])
 
 
 def corrected_for_all(found: dict[str, WatermarkTest]) -> dict[str, float]:

@@ -8,21 +8,25 @@ import pytest
 import torch
 
 import eval as judge
+from configs.schema import LabError, Model, TaskConfig
 from experiment.evidence import (
     add_evidence,
     corrected_for_all,
     meaning_of_closeness,
     meaning_of_mark,
+    rows_of,
     written,
 )
 from experiment.experiment import open_model
 from experiment.run import Run
 from measure.watermark import Evidence, WatermarkTest
+from models.language import build_model, initialise
 from models.rows import Rows
 from tasks import load_task
+from tasks.text import Text
 from teacher.api.store import Store
 from teacher.shards import Outputs
-from teacher.watermark import Watermark
+from teacher.watermark import Served, Watermark
 from tests.helpers import train_tiny
 
 KEY = 1_288_833_545
@@ -185,6 +189,49 @@ def test_what_needs_a_watermark_says_what_is_missing(tmp_path, capsys):
     )
     assert train_tiny(tmp_path, API, *MARKED, taught_by_another) == 2
     assert "the teacher's own answers are marked" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def small_text():
+    return Text(limit=120, vocabulary=300)
+
+
+def test_a_text_of_somebody_else_is_read_whole_in_the_owners_tokens(small_text):
+    words = "In the beginning was a long and winding sentence without an end " * 12
+    rows = rows_of([words, "x", "He said"], small_text)
+    tokens = small_text.encode_answer(words)
+    room = small_text.longest_row - 1
+    pieces = [tokens[start : start + room] for start in range(0, len(tokens), room)]
+    pieces = [*[p for p in pieces if len(p) > 1], small_text.encode_answer("He said")]
+    assert [rows.row(i).tolist()[1:] for i in range(len(rows))] == pieces
+    assert set(rows.prompt_lengths.tolist()) == {2}
+    with pytest.raises(LabError, match="no two tokens in a row"):
+        rows_of([""], small_text)
+    with pytest.raises(LabError, match="cannot read a text of somebody else"):
+        rows_of(["lead"], load_task(TaskConfig(name="reason", limit=100)))
+
+
+def test_the_mark_shows_in_a_text_whose_tokens_are_unknown(small_text):
+    """What a marked model wrote, known as text alone."""
+    task, size = small_text, small_text.vocabulary
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = initialise(build_model(Model(**shape), task), 0).eval()
+    zs = []
+    for bias in (0.0, 4.0):
+        mark = Watermark(KEY, size, bias) if bias else None
+        rows = written(Served(model, mark, 1.0), task, task.rows("heldout"), 3000, seed=1)
+        answers = [task.render(rows.completion(i).tolist()) for i in range(len(rows))]
+        found = add_evidence(Evidence(size), rows_of(answers, task), model, task)
+        zs.append(found.z(KEY))
+    assert abs(zs[0]) < 4 < 8 < zs[1]
+
+
+def test_a_file_is_tested_in_place_of_students(marked, tmp_path, capsys):
+    file = tmp_path / "suspect.txt"
+    file.write_text("L IY D", encoding="utf-8")
+    command = [str(marked.folder), "--radioactivity", "--text", str(file)]
+    assert judge.main(command) == 2
+    assert "cannot read a text of somebody else" in capsys.readouterr().err
 
 
 def test_conclusions_say_no_more_than_was_found():
