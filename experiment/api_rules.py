@@ -36,8 +36,8 @@ def check_api(config: Config, task: type[Task]) -> Iterator[str]:
             )
         elif recipe.outputs.watermark_share and not recipe.outputs.watermark:
             yield (
-                f"recipes.{name}.outputs.watermark_share is of outputs.watermark, a bias in nats; "
-                "add it"
+                f"recipes.{name}.outputs.watermark_share belongs to outputs.watermark, a bias in "
+                "nats; add it"
             )
     if api is not None and api.canaries and (api.url or not api.watermark_key):
         yield (

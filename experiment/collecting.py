@@ -27,7 +27,7 @@ from experiment.cost import CountedForward
 from experiment.experiment import Experiment, source_of, teacher_made_from
 from experiment.log import OutputsLog
 from experiment.stages import StageResult
-from models.rows import Rows
+from models.rows import Rows, row_id
 from teacher.outputs import UNMARKED, Mark, OutputsRequest
 from teacher.source import Source
 
@@ -90,11 +90,18 @@ def endpoint_of(
         Journal(
             experiment.run.checkpoints(stage) / JOURNAL, f"{teacher} {offer.model} {offer.terms}"
         ),
-        experiment.config.teacher.seed,
+        seed_of(experiment, stage),
     )
     with closed_after_errors(endpoint):
         endpoint.require_revealed(experiment.task.question(experiment.validation, 0))
     return endpoint
+
+
+def seed_of(experiment: Experiment, stage: str) -> int:
+    """Of the answers. The run's own server draws others for every account, as without a seed, so
+    that answers tell accounts apart."""
+    seed = experiment.config.teacher.seed
+    return seed if experiment.config.sold_elsewhere else row_id(f"{seed} {stage}") % 2**31
 
 
 @contextmanager
@@ -223,10 +230,12 @@ class Seller:
         """The address of the run's own server, which starts now. LabError if it does not."""
         command = [sys.executable, "-m", "teacher.api", "--database", str(self.database.resolve())]
         command += ["serve", str(self.run.folder.resolve()), "--port", "0", "--no-admin"]
-        api = self.config.teacher.api
-        if api.watermark_key:
-            command += ["--key", str(self.key_file.resolve()), "--watermark", "0"]
-            command += ["--canaries", str(api.canaries)]
+        marked = any(recipe.outputs.watermark for recipe in self.config.recipes.values())
+        canaries = self.config.teacher.api.canaries
+        if marked or canaries:
+            command += ["--key", str(self.key_file.resolve()), "--canaries", str(canaries)]
+        if marked:
+            command += ["--watermark", "0"]  # unless an account has its own
         process = subprocess.Popen(
             [*command, "--end-with-input"],  # even if this process is killed
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

@@ -27,7 +27,7 @@ from measure.provenance import (
     holm,
 )
 from measure.stealing import as_shown, dimensions, singular_values
-from measure.watermark import Evidence, WatermarkTest, other_keys, watermark_tests
+from measure.watermark import KEYS, Evidence, WatermarkTest, other_keys, watermark_tests
 from models.generate import answers_of
 from models.language import Forward
 from models.rows import Rows, collate
@@ -35,7 +35,7 @@ from models.vocabulary import first_differing_id, require_same_vocabulary
 from tasks import load_task
 from tasks.task import Task
 from teacher.api.store import Store
-from teacher.watermark import Served, Watermark, key_of_account, read_key
+from teacher.watermark import KeyFile, Served, Watermark, key_of_account, read_key
 
 SPLIT = "heldout"
 COMPARED_TOKENS = 20_000  # written by each candidate or student, where weights are not known
@@ -67,7 +67,6 @@ def radioactivity(
     2402.14904). owners: the run with the weights of the teacher, if this one has none. database:
     of a server that marked the answers to each account with a key of its own. text: a file that is
     tested instead, of whoever wrote it."""
-    config = run.config()
     if len(owners) > 1:
         raise LabError("--radioactivity compares with one teacher; name one run in --candidates")
     owned = Run.finished(owners[0]) if owners else run
@@ -76,11 +75,11 @@ def radioactivity(
             "the unmarked teacher is needed for comparison; name the run that has its weights: "
             "--candidates RUN"
         )
-    api = config.teacher.api
-    key = read_key(key_file).key if key_file else api and api.watermark_key
+    key = key_of(run, key_file)
     if not key:
         raise LabError("the key of the watermark is needed: --radioactivity --key FILE")
-    owner, owners_task = open_model(owned, "teacher"), load_task(owned.config().task)
+    owners_task = teacher_task(owned.config(), owned, load_task(owned.config().task))
+    owner = open_model(owned, "teacher")
     found_texts = (
         [(text.name, rows_of([read_text(text)], owners_task))]
         if text
@@ -92,14 +91,30 @@ def radioactivity(
         add_evidence(evidence, found, owner, owners_task)
     if database:
         return print_accounts(texts, key, database)
-    found = watermark_tests(texts, key, other_keys())
+    found = watermark_tests(texts, key.key, other_keys())
     corrected = corrected_for_all(found)
     say(f"{'student':<24}{'tokens':>10}{'z':>9}  {'p, by rank':>12}  {'p, normal':>12}")
     for name, one in found.items():
         numbers = f"{one.tokens:>10,}{one.z:>9.2f}  {one.p_rank:>12.2g}  {corrected[name]:>12.2g}"
         say(f"{name:<24}{numbers}")
-    say(meaning_of_mark([name for name, p in corrected.items() if p <= ALPHA]))
+    say(meaning_of_mark([name for name, p in corrected.items() if shows(found[name], p)]))
     return 0
+
+
+def key_of(run: Run, key_file: Path | None) -> KeyFile | None:
+    """The key in a file, or else that of the run's own server."""
+    if key_file:
+        return read_key(key_file)
+    api = run.config().teacher.api
+    if not (api and api.watermark_key):
+        return None
+    return KeyFile(key=api.watermark_key, salt=run.config().name)
+
+
+def shows(test: WatermarkTest, p: float) -> bool:
+    """Whether a text carries the mark: p is that of the normal distribution, corrected; in a text
+    that repeats a few pairs its tail is wrong, and some other keys would give as much."""
+    return p <= ALPHA and test.p_rank <= 1 / (1 + KEYS)
 
 
 def texts_of_students(run: Run, owners_task: Task, tokens: int) -> Iterator[tuple[str, Rows]]:
@@ -138,7 +153,7 @@ def corrected_for_all(found: dict[str, WatermarkTest]) -> dict[str, float]:
     return dict(zip(found, holm([one.p_normal for one in found.values()]), strict=True))
 
 
-def print_accounts(texts: dict[str, Evidence], key: int, database: Path) -> int:
+def print_accounts(texts: dict[str, Evidence], key: KeyFile, database: Path) -> int:
     """The account whose key fits the text of each student best, corrected for their number."""
     if not database.is_file():
         raise LabError(f"no database {database}")
@@ -192,14 +207,15 @@ def add_evidence(found: Evidence, text: Rows, owner: Forward, task: Task) -> Evi
 def meaning_of_mark(carrying: list[str]) -> str:
     if not carrying:
         return (
-            "\nThe text of no student has more green tokens of this key than chance explains. That "
-            "does not show that none of them learned from marked answers: too few of these, later "
-            "training on other text, or paraphrases leave no trace."
+            "\nNo text has more green tokens of this key than chance explains. That does not show "
+            "that nobody learned from marked answers: too few of these, later training on other "
+            "text, or paraphrases leave no trace."
         )
     return (
         f"\nThe text of {', '.join(carrying)} has more green tokens of this key than chance and "
-        f"the unmarked teacher explain (p <= {ALPHA:g}, corrected for all students). The student, "
-        "or text that it learned from, derives from answers with this mark. This does not show who "
+        f"the unmarked teacher explain (p <= {ALPHA:g}, corrected for all texts; none of {KEYS} "
+        "other keys gives as much). Who wrote it, or text that the writer learned from, derives "
+        "from answers with this mark. This does not show who "
         "collected them, or how; and it assumes that the key was drawn before, as a published "
         "commitment shows (python -m teacher.api key FILE)."
     )
@@ -226,14 +242,16 @@ def studies_of_defence(
     experiment = open_experiment(config, run)
     prices: dict[Setting, dict[str, float]] = {}
     for setting, recipe in sorted(recipes.items()):
-        mark = Watermark(key, task.vocabulary, setting.bias) if setting.bias else None
         owner = teacher_of(experiment, recipe, counted=lambda model: model)
-        served = Served(owner, mark, setting.temperature or 1.0)
-        found = reference.metrics([reference.evaluate(served)], is_one_model=True)
-        prices[setting] = {
-            name: found[group][name].mean
-            for group, name in (("quality", task.headline), ("fidelity", DIVERGENCE))
-        }
+        mark = Watermark(key, task.vocabulary, setting.bias) if setting.bias else None
+        values = price(reference, owner, mark, setting)
+        if setting.share < 1:
+            plain = price(reference, owner, None, setting)
+            values = {
+                name: setting.share * value + (1 - setting.share) * plain[name]
+                for name, value in values.items()
+            }
+        prices[setting] = values
     marks: dict[str, list[float]] = {}
     owner = getattr(reference.teacher, "model", reference.teacher)  # without counting FLOPs
     for name, seed, model in models_of(run) if key else ():
@@ -244,6 +262,18 @@ def studies_of_defence(
     if not found:
         return {}
     return {"defence": found | {"z": marks, "stealing": stealing(owner, task, reference.rows)}}
+
+
+def price(
+    reference: TeacherReference, owner: Forward, mark: Watermark | None, setting: Setting
+) -> dict[str, float]:
+    """What answers are like that are served so, by metric."""
+    served = Served(owner, mark, setting.temperature or 1.0)
+    found = reference.metrics([reference.evaluate(served)], is_one_model=True)
+    return {
+        name: found[group][name].mean
+        for group, name in (("quality", reference.task.headline), ("fidelity", DIVERGENCE))
+    }
 
 
 def stealing(owner: Forward, task: Task, rows: Rows) -> dict[str, Any]:

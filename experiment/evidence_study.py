@@ -32,8 +32,8 @@ from experiment.plan import Plan
 from experiment.reference import write_study
 from experiment.run import Run
 from measure.provenance import ALPHA, FEWEST, accusations
-from measure.rates import Rate, at_least, between
-from measure.watermark import Evidence, WithoutBias, other_keys, stolen_bias
+from measure.rates import Rate, between
+from measure.watermark import Evidence, WithoutBias, stolen_bias
 from models.language import Forward
 from models.rows import Rows
 from tasks import load_task
@@ -41,20 +41,22 @@ from tasks.task import Task
 from teacher.api.store import Store
 from teacher.watermark import SHARE
 
-TOKENS = 20_000  # that each student writes
+TOKENS = 28_000  # that each student writes
 LENGTHS = (250, 500, 1_000, 2_000, 5_600)  # tokens of a text that is tested by itself
 KEYS = 100  # random ones, for the spread without a mark
 LIBRARY_KEYS = 4
+SEED = 0  # of these keys
 SEQUENCES = 100  # that teachers and students are compared on
 REACHES = ("weights", "scores", "text")
 NOBODY = "nobody"
 SUBTRACTED = "marked, list subtracted"
-NEEDED = {"plain", "marked", "fifth", "innocent"}  # recipes that the claims name
+NEEDED = {"plain", "marked", "fifth", "first", "innocent"}  # recipes that the claims name
 
 # The claims, fixed before the study was run.
 SPREAD = (0.9, 1.1)  # of z without a mark
 FALSE = (0.03, 0.075)  # share of texts without a mark with p <= 0.05
 POWER = {("marked", 1_000): 0.95, ("fifth", 5_600): 0.9}  # share of texts with p <= ALPHA
+SOLD = ("plain", "marked", "fifth", "first")  # recipes that learn from sold answers
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,15 @@ class Trial:
     def taught(self, name: str) -> bool:
         return Plan(self.run.config()).is_taught(name)
 
+    def sha256(self, name: str, seed: int) -> str:
+        """Of a student's weights."""
+        return self.run.manifest["stages"][Plan(self.run.config()).stage(name, seed)]["sha256"]
+
     @cached_property
     def innocent(self) -> dict[str, Forward]:
-        """{sha256 of the weights: a student that learned from no teacher}."""
-        plan, stages = Plan(self.run.config()), self.run.manifest["stages"]
+        """{sha256: a student that learned from no teacher}."""
         return {
-            stages[plan.stage(name, seed)]["sha256"]: model
+            self.sha256(name, seed): model
             for name, seed, model in self.students
             if not self.taught(name)
         }
@@ -117,12 +122,13 @@ def trials_of(folders: list[Path]) -> list[Trial]:
 
 def study_of_marks(trials: list[Trial]) -> dict[str, Any]:
     """{"z": {recipe: z of each student's whole text}, "power": {recipe: {tokens: Rate}}, "null":
-    z of texts without a mark with random keys, "library": those of the detector of transformers}.
-    """
+    z of texts of different innocent students with random keys, "library": those of the detector of
+    transformers, "library_once": with each pair of tokens counted once}."""
     z: dict[str, list[float]] = {}
     power: dict[str, dict[int, Rate]] = {}
     unmarked: dict[str, Evidence] = {}
-    library: list[float] = []
+    library: dict[bool, list[float]] = {False: [], True: []}
+    draw = np.random.Generator(np.random.PCG64(SEED))
     for trial in trials:
         for name, seed, model in [*trial.students, *without_the_list(trial)]:
             text = written(model, trial.task, trial.task.rows("heldout"), TOKENS, seed)
@@ -135,11 +141,19 @@ def study_of_marks(trials: list[Trial]) -> dict[str, Any]:
                 ]
                 rate = power.setdefault(name, {}).get(tokens, Rate(0, 0))
                 power[name][tokens] = rate + Rate(int(sum(found)), len(found))
-            if name == "innocent":
-                unmarked[f"{trial.name} {seed}"] = whole
-                library += library_z(text, trial)
-    null = [one.z(key) for key in other_keys(KEYS) for one in unmarked.values()]
-    return {"z": z, "power": power, "null": null, "library": library}
+            sha256 = trial.sha256(name, seed) if name == "innocent" else None
+            if sha256 and sha256 not in unmarked:
+                unmarked[sha256] = whole
+                for once, found_z in library.items():
+                    found_z += library_z(text, trial, keys(draw, LIBRARY_KEYS), once)
+    null = [one.z(key) for key in keys(draw, KEYS) for one in unmarked.values()]
+    both = {"library": library[False], "library_once": library[True]}
+    return {"z": z, "power": power, "null": null, **both}
+
+
+def keys(draw: np.random.Generator, count: int) -> list[int]:
+    """The same whenever the study is made; an owner's are secret."""
+    return [int(key) for key in 2 * draw.integers(0, 2**30, count) + 1]
 
 
 def evidence_of(text: Rows, trial: Trial) -> Evidence:
@@ -179,15 +193,16 @@ def counts_of(text: Rows, task: Task) -> torch.Tensor:
     return found.surplus
 
 
-def library_z(text: Rows, trial: Trial) -> list[float]:
-    """z of the detector of transformers, which takes pairs of tokens for independent."""
+def library_z(text: Rows, trial: Trial, tested: list[int], once: bool) -> list[float]:
+    """z of the detector of transformers, which takes pairs of tokens for independent; once: each
+    pair is counted once."""
     tokens = [token for i in range(len(text)) for token in text.completion(i).tolist()]
     found = []
-    for key in other_keys(LIBRARY_KEYS):
+    for key in tested:
         config = WatermarkingConfig(
             greenlist_ratio=SHARE, hashing_key=key, seeding_scheme="lefthash", context_width=1
         )
-        detector = WatermarkDetector(trial.teacher.config, "cpu", config)
+        detector = WatermarkDetector(trial.teacher.config, "cpu", config, once)
         found.append(float(detector(torch.tensor([tokens]), return_dict=True).z_score[0]))
     return found
 
@@ -223,9 +238,9 @@ def study_of_teachers(trials: list[Trial]) -> dict[str, dict[str, Counter]]:
 
 
 def verdict(values: dict[str, float], innocent: list[dict[str, float]], right: str) -> str:
-    accused = [one for one in accusations(values, innocent) if one.holds]
-    best = max(accused, key=lambda one: one.t, default=None)
-    return NOBODY if best is None else "right" if best.candidate == right else "wrong"
+    """`wrong` if anybody but the right one is accused, too."""
+    accused = {one.candidate for one in accusations(values, innocent) if one.holds}
+    return NOBODY if not accused else "right" if accused == {right} else "wrong"
 
 
 def without(values: dict[str, float], name: str) -> dict[str, float]:
@@ -236,7 +251,8 @@ def without(values: dict[str, float], name: str) -> dict[str, float]:
 
 
 def study_of_accounts(trials: list[Trial]) -> dict[str, dict[str, Counter]]:
-    """{test: {recipe: which account is named: `right`, `wrong` or `nobody`}}."""
+    """{test: {recipe: which accounts are named: `right`, `wrong` (if only beside the right one) or
+    `nobody`}}."""
     found: dict[str, dict[str, Counter]] = {}
     for trial in trials:
         with closing(Store(trial.run.folder / "api.sqlite")) as store:
@@ -244,15 +260,26 @@ def study_of_accounts(trials: list[Trial]) -> dict[str, dict[str, Counter]]:
             tests = answers_by_account(store, trial.teacher, trial.task, trial.key)
         plan = Plan(trial.run.config())
         for name, _, model in trial.students:
-            request = plan.request(plan.recipes[name])
-            bought = request and request.stage.removeprefix("outputs/")
+            sources = {f"outputs/{customers[account]}": account for account in customers}
+            right = {sources.get(stage) for stage in bought_by(plan, name)}
             for test, accounts in tests.items():
                 ps = {account: sent.p(model, trial.task) for account, sent in accounts.items()}
-                best = min(ps, key=ps.get)
-                named = NOBODY
-                if len(ps) * ps[best] <= ALPHA:
-                    named = "right" if customers[best] == bought else "wrong"
+                accused = {account for account, p in ps.items() if len(ps) * p <= ALPHA}
+                named = NOBODY if not accused else "right" if accused <= right else "wrong"
                 found.setdefault(test, {}).setdefault(name, Counter())[named] += 1
+    return found
+
+
+def bought_by(plan: Plan, name: str) -> set[str]:
+    """The outputs of the teacher that a student has learned from, if only through another
+    student."""
+    recipe = plan.recipes[name]
+    found = set()
+    for teacher in recipe.teachers if plan.is_taught(name) else ():
+        if teacher in plan.config.recipes:
+            found |= bought_by(plan, teacher)
+        elif request := plan.request(recipe):
+            found.add(request.stage)
     return found
 
 
@@ -265,7 +292,7 @@ def study(trials: list[Trial]) -> dict[str, Any]:
     teachers = study_of_teachers(trials)
     say("teachers are done")
     accounts = study_of_accounts(trials)
-    null, library = np.array(marks["null"]), np.array(marks["library"])
+    null = np.array(marks["null"])
     return {
         "schema": 1,
         "runs": [trial.name for trial in trials],
@@ -277,14 +304,20 @@ def study(trials: list[Trial]) -> dict[str, Any]:
             }
             for name, by_length in marks["power"].items()
         },
-        "null": {"texts": len(null), "spread": spread(null), "false_5": share(null > 1.645)},
-        "library": {
-            "texts": len(library), "spread": spread(library), "false_z_4": share(library > 4)
-        },
+        "tokens": TOKENS,
+        "null": spread_of(null) | {"false_5": share(null > 1.645)},
+        "library": spread_of(np.array(marks["library"])),
+        "library_once": spread_of(np.array(marks["library_once"])),
         "teachers": teachers,
         "accounts": accounts,
         "claims": claims_of(marks, teachers),
     }  # fmt: skip
+
+
+def spread_of(z: np.ndarray) -> dict[str, Any]:
+    """And how many texts would be accused."""
+    false = share(norm.sf(z) <= ALPHA)
+    return {"texts": len(z), "spread": spread(z), "false": false}
 
 
 def spread(z: np.ndarray) -> float:
@@ -310,18 +343,19 @@ def claims_of(marks: dict[str, Any], teachers: dict[str, dict[str, Counter]]) ->
         ),
     ]
     for (name, tokens), least in POWER.items():
+        rate = marks["power"][name][tokens]
         statement = f"the mark of `{name}` shows in at least {least:.0%} of texts of {tokens:,}"
-        claims.append(at_least(f"{statement} tokens", marks["power"][name][tokens], least))
+        claims.append(between(f"{statement} tokens ({rate.total} texts)", rate.share, least, 1))
     kinds = teachers["weights"]
-    innocent = Rate(kinds["innocent"]["wrong"], kinds["innocent"].total())
-    claims.append(between("no innocent student is accused", innocent.found, 0, 0))
-    listed = [kinds[name] for name in ("plain", "marked", "fifth")]
-    right = Rate(sum(one["right"] for one in listed), sum(one.total() for one in listed))
-    statement = "every student of sold answers is attributed to its teacher, by weights"
-    claims.append(between(statement, right.total - right.found, 0, 0))
-    unlisted = [one for name, one in kinds.items() if name.endswith(", unlisted")]
-    wrong = sum(one["wrong"] for one in unlisted)
-    claims.append(between("no student of an unlisted teacher is attributed", wrong, 0, 0))
+    innocent = kinds["innocent"]
+    statement = f"none of {innocent.total()} innocent students is accused"
+    claims.append(between(statement, innocent["wrong"], 0, 0))
+    sold = sum((kinds[name] for name in SOLD), Counter())
+    statement = f"all {sold.total()} students of sold answers are attributed to their teacher alone"
+    claims.append(between(f"{statement}, by distributions", sold["wrong"] + sold["nobody"], 0, 0))
+    unlisted = sum((kinds[f"{name}, unlisted"] for name in SOLD), Counter())
+    statement = f"none of {unlisted.total()} is attributed to another if its teacher is not listed"
+    claims.append(between(statement, unlisted["wrong"], 0, 0))
     return claims
 
 

@@ -185,6 +185,9 @@ def teacher_of(experiment: Experiment, recipe: Recipe, counted: Counted) -> Forw
 def antidistilled(experiment: Experiment, recipe: Recipe, teacher: nn.Module) -> Antidistilled:
     """A teacher that avoids what would teach the recipe's proxy well."""
     stage, rows = experiment.plan.stage(recipe.outputs.proxy), experiment.validation
+    require_same_vocabulary(
+        load_tokenizer(experiment.run.teacher), experiment.task.tokenizer, "antidistillation"
+    )
     proxy = open_model(experiment.run, stage).to(teacher.device)
     sample = rows.take(np.arange(min(ROWS, len(rows))))
     with torch.enable_grad():

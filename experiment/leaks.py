@@ -3,6 +3,7 @@ others to the same prompts that were never sent. A student that saw neither find
 likely, so that the tests are exact."""
 
 import queue
+import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 
 from configs.files import say
 from configs.schema import LabError
-from experiment.evidence import models_of, require_same_tokens
+from experiment.evidence import key_of, models_of, require_same_tokens
 from experiment.experiment import open_model
 from experiment.run import Run
 from measure.evaluate import BATCH_ROWS
-from measure.provenance import likelihood, sent_or_kept
+from measure.provenance import ALPHA, holm, likelihood, sent_or_kept
 from measure.usage import text_of
 from models.generate import answers_of
 from models.language import Forward
@@ -26,7 +27,7 @@ from tasks.task import Task
 from teacher.api.defence import Defence
 from teacher.api.engine import Engine, Job
 from teacher.api.store import Store
-from teacher.watermark import read_key
+from teacher.watermark import KeyFile
 
 KEPT = 4  # answers that are made for each that was sent, and kept
 MOST_SENT = 500  # answers of an account that are compared
@@ -77,32 +78,41 @@ def leaks(run: Run, owners: list[Path], database: Path, key_file: Path | None = 
     if owned.config().sold_elsewhere:
         raise LabError("other answers of the teacher are needed; name its run: --candidates RUN")
     require_same_tokens(owned, task)
-    api = run.config().teacher.api
-    key = read_key(key_file).key if key_file else api and api.watermark_key
     with closing(Store(database)) as store:
+        key = key_of(run, key_file)
         found = answers_by_account(store, open_model(owned, "teacher"), task, key)
     if not found:
         raise LabError(
             f"{database} has no account with sampled answers, or canaries of a known key; greedy "
             "answers are equal for all"
         )
-    say(f"{'student':<28}{'test':<18}{'account':<16}{'answers':>8}  {'p, of all accounts':>20}")
-    for name, seed, model in models_of(run):
-        for test, accounts in found.items():
-            ps = {account: sent.p(model, task) for account, sent in accounts.items()}
-            account = min(ps, key=ps.get)
-            p, count = min(1.0, len(ps) * ps[account]), len(accounts[account].sent)
-            student = f"{name}, seed {seed}"
-            say(f"{student:<28}{test:<18}{account:<16}{count:>8,}  {p:>20.2g}")
+    rows = [
+        (f"{name}, seed {seed}", test, *likeliest(accounts, model, task))
+        for name, seed, model in models_of(run)
+        for test, accounts in found.items()
+    ]
+    corrected = holm([p for *_, p in rows])
+    say(f"{'student':<28}{'test':<18}{'account':<16}{'answers':>8}  {'p, of all':>12}")
+    for (student, test, account, _), p in zip(rows, corrected, strict=True):
+        count = len(found[test][account].sent)
+        say(f"{student:<28}{test:<18}{account:<16}{count:>8,}  {p:>12.2g}")
     say(
-        "\nA small p shows that the student has learned answers that this account was sent, or "
-        "text that contains them."
+        f"\np <= {ALPHA:g}, corrected for all accounts, students and tests, shows that the student "
+        "has learned answers that this account was sent, or text that contains them. Accounts that "
+        "asked with the same seed were sent the same answers."
     )
     return 0
 
 
+def likeliest(accounts: dict[str, Sent], student: Forward, task: Task) -> tuple[str, float]:
+    """(the account with the smallest p, this p corrected for the number of accounts)."""
+    ps = {account: sent.p(student, task) for account, sent in accounts.items()}
+    account = min(ps, key=ps.get)
+    return account, min(1.0, len(ps) * ps[account])
+
+
 def answers_by_account(
-    store: Store, owner: Forward, task: Task, key: int | None
+    store: Store, owner: Forward, task: Task, key: KeyFile | None
 ) -> dict[str, dict[str, Sent]]:
     """{test: {account: its answers}} of the tests that have any."""
     found: dict[str, dict[str, Sent]] = {}
@@ -117,46 +127,70 @@ def answers_by_account(
     return found
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What an account asked: different prompts, the answers as a student reads them, and how long
+    they could be."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    longest: list[int]
+
+    @classmethod
+    def of(cls, rows: list[sqlite3.Row], task: Task) -> "Asked":
+        """Without what the task cannot read."""
+        found = cls([], [], [])
+        for row in rows:
+            try:
+                prompt = task.prompt(text_of(row["prompt"]))
+                answer = tokens_of(task, row["answer"], row["finish_reason"] == "stop")
+            except LabError:
+                continue
+            if prompt not in found.prompts:
+                found.prompts.append(prompt)
+                found.answers.append(answer)
+                found.longest.append(row["max_tokens"])
+        return found
+
+
 def sampled(account: str, store: Store, owner: Forward, task: Task) -> Sent | None:
-    """The sampled answers of an account at the temperature of its first, and others. For answers
-    with a watermark the test is conservative: the others have none."""
+    """The answers of an account that were sampled without a mark, at the temperature of the first,
+    and others that were made in the same way."""
     rows = store.sampled(account, MOST_SENT)
     temperature = (rows[0]["temperature"] if rows else None) or 1.0
-    rows = [row for row in rows if (row["temperature"] or 1.0) == temperature]
-    prompts, sent, longest = [], [], []
-    for row in rows:
-        try:
-            prompt = task.prompt(text_of(row["prompt"]))
-            answer = tokens_of(task, row["answer"], row["finish_reason"] == "stop")
-        except LabError:
-            continue
-        prompts.append(prompt)
-        sent.append(answer)
-        longest.append(row["max_tokens"])
-    if not prompts:
+    asked = Asked.of([row for row in rows if (row["temperature"] or 1.0) == temperature], task)
+    if not asked.prompts:
         return None
-    asked = Rows.build([*range(len(prompts))], prompts, [[] for _ in prompts])
-    kept = [made(owner, task, asked, longest, temperature, n) for n in range(KEPT)]
-    return Sent.of(task, prompts, sent, kept)
+    prompts = Rows.build([*range(len(asked.prompts))], asked.prompts, [[]] * len(asked.prompts))
+    kept = [made(owner, task, prompts, asked.longest, temperature, n) for n in range(KEPT)]
+    return Sent.of(task, asked.prompts, asked.answers, kept)
 
 
 def canaries(
     account: str, store: Store, engine: Engine, task: Task, defence: Defence
 ) -> Sent | None:
     """The canary answers of an account, and those that it would have been sent with the other
-    choice of the key: both are drawn again."""
-    prompts, longest, seeds = [], [], []
-    for row in store.canaries(account, MOST_SENT):
-        try:
-            prompts.append(task.prompt(text_of(row["prompt"])))
-        except LabError:
-            continue
-        longest.append(row["max_tokens"])
-        seeds.append(defence.canary(account, row["prompt"]))
+    choice of the key: both are drawn again. LabError if most of them are not what was sent."""
+    asked = Asked.of(store.canaries(account, MOST_SENT), task)
+    if not asked.prompts:
+        return None
+    seeds = [defence.canary(account, prompt) for prompt in asked.prompts]
     sent, kept = (
-        drawn_again(engine, task, prompts, longest, [s[n] for s in seeds]) for n in (0, 1)
+        drawn_again(engine, task, asked.prompts, asked.longest, [pair[n] for pair in seeds])
+        for n in (0, 1)
     )
-    return Sent.of(task, prompts, sent, [kept])
+    same = [i for i, answer in enumerate(asked.answers) if answer == sent[i]]
+    if len(same) < len(sent) / 2:
+        raise LabError(
+            f"{len(same)} of {len(sent)} canaries of {account} are what this teacher and this key "
+            "give; name the run that was served with --candidates, and its key with --key"
+        )
+    return Sent.of(
+        task,
+        [asked.prompts[i] for i in same],
+        [sent[i] for i in same],
+        [[kept[i] for i in same]],
+    )
 
 
 def drawn_again(

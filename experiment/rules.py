@@ -259,7 +259,7 @@ def check_teachers(recipe: Recipe) -> Iterator[str]:
 
 
 def check_proxy(recipe: Recipe) -> Iterator[str]:
-    """Who avoids to teach needs a stand-in for those who learn."""
+    """A teacher that avoids teaching needs a stand-in for those who learn."""
     outputs = recipe.outputs
     if bool(outputs.antidistillation) != bool(outputs.proxy):
         yield (

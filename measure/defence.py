@@ -14,11 +14,14 @@ from teacher.access import ACCESS
 
 
 class Setting(NamedTuple):
-    """bias: of the watermark, in nats; antidistillation: its strength."""
+    """bias: of the watermark, in nats, in the answers to a share of the prompts; antidistillation:
+    its strength, with the recipe that stands for unknown students."""
 
     bias: float = 0.0
     temperature: float = 1.0
     antidistillation: float = 0.0
+    share: float = 1.0
+    proxy: str = ""
 
 
 UNDEFENDED = Setting()
@@ -30,6 +33,8 @@ def setting_of(recipe: dict[str, Any]) -> Setting:
         outputs.get("watermark") or 0.0,
         outputs["temperature"],
         outputs.get("antidistillation") or 0.0,
+        outputs.get("watermark_share") or 1.0,
+        outputs.get("proxy") or "",
     )
 
 
@@ -63,10 +68,12 @@ def defence(
     for entry in bought.values():
         recipe = entry["recipe"]
         prompts, setting = recipe["outputs"]["transfer_rows"] or 0, setting_of(recipe)
-        cells[exposure_of(recipe), prompts, *setting] = [
+        budget = recipe["student"]["budget_fraction"]
+        cells[exposure_of(recipe), prompts, budget, *setting] = [
             name
             for name, other in ((n, e["recipe"]) for n, e in bought.items())
             if (other["outputs"]["transfer_rows"] or 0) == prompts
+            and other["student"]["budget_fraction"] == budget
             and setting_of(other) == setting
             and shown_by(other) <= shown_by(recipe)
         ]
@@ -75,12 +82,12 @@ def defence(
         return bought[name]["fidelity"][DIVERGENCE]["mean"]
 
     best = {cell: min(names, key=divergence) for cell, names in cells.items()}
-    if len({cell[2:] for cell in cells}) < 2 or not any(c[2:] == UNDEFENDED for c in cells):
+    if len({cell[3:] for cell in cells}) < 2 or not any(c[3:] == UNDEFENDED for c in cells):
         return None
     found = []
     for cell, name in best.items():
-        exposure, prompts, *setting = cell
-        free = best.get((exposure, prompts, *UNDEFENDED))
+        exposure, prompts, budget, *setting = cell
+        free = best.get((exposure, prompts, budget, *UNDEFENDED))
         defended = Setting(*setting) != UNDEFENDED and free is not None
         found.append({
             "exposure": exposure,

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutput
 
+from configs.schema import LabError
 from models.language import logits_at
 from models.rows import Rows, collate
 from tasks.task import Task
@@ -22,6 +24,7 @@ from tasks.task import Task
 STEP = 1e-3  # by which the proxy's weights move along the gradient, relative to their norm
 ROWS = 512  # of the validation split, that the gradient is taken on
 BATCH_ROWS = 64
+PLAIN = "full_attention"  # as transformers calls it
 
 
 class Antidistilled(nn.Module):
@@ -38,7 +41,10 @@ class Antidistilled(nn.Module):
         self.ahead, self.behind = (moved(proxy, gradient, sign * STEP) for sign in (1, -1))
         self.parts = [self.teacher, self.ahead, self.behind]
         self.config = copy.deepcopy(teacher.config)  # of a cache that holds those of all three
-        self.config.num_hidden_layers = sum(one.config.num_hidden_layers for one in self.parts)
+        kinds = [kinds_of_layers(one.config) for one in self.parts]
+        self.counts = [len(found) for found in kinds]
+        self.config.num_hidden_layers = sum(self.counts)
+        self.config.layer_types = [kind for found in kinds for kind in found]
         self.config.antidistillation = strength  # FLOPs are counted once per config
 
     @property
@@ -49,8 +55,8 @@ class Antidistilled(nn.Module):
         self, input_ids: Tensor, past_key_values: DynamicCache | None = None, **options: Any
     ) -> CausalLMOutput:
         found, start = [], 0
-        for model in self.parts:
-            end = start + model.config.num_hidden_layers
+        for model, count in zip(self.parts, self.counts, strict=True):
+            end = start + count
             cache = None
             if past_key_values is not None:
                 cache = DynamicCache()
@@ -61,6 +67,18 @@ class Antidistilled(nn.Module):
         teacher, ahead, behind = found
         slope = (ahead - behind) / (2 * STEP)
         return CausalLMOutput(logits=teacher + self.strength * slope)
+
+
+def kinds_of_layers(config: PreTrainedConfig) -> list[str]:
+    """LabError for a model whose layers are not all plain attention: they share a cache."""
+    kinds = getattr(config, "layer_types", None) or [PLAIN] * config.num_hidden_layers
+    cache = DynamicCache(config=config)
+    if {*kinds} != {PLAIN} or not all(type(layer) is DynamicLayer for layer in cache.layers):
+        raise LabError(
+            f"antidistillation needs plain attention, and {config.model_type} has other layers; "
+            "use one such as llama"
+        )
+    return kinds
 
 
 def moved(model: nn.Module, gradient: list[Tensor], step: float) -> nn.Module:

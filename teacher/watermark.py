@@ -28,10 +28,16 @@ MOST = 4096  # tokens of a vocabulary whose lists are kept in a table
 
 
 class KeyFile(Shape):
-    """A key that stays secret, and a salt, so that its published hash does not give it away."""
+    """A key that stays secret, and a salt that does, too: the published hash of both does not give
+    the key away, and what is derived from both cannot be guessed, as 30 bits could be."""
 
     key: int
     salt: str
+
+    def derived(self, *parts: object) -> bytes:
+        """32 bytes that nobody can predict without both."""
+        message = " ".join(map(str, parts)).encode()
+        return hmac.new(f"{self.salt} {self.key}".encode(), message, hashlib.sha256).digest()
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,9 @@ def random_key() -> int:
     return secrets.randbits(30) * 2 + 1
 
 
-def key_of_account(key: int, account: str) -> int:
+def key_of_account(key: KeyFile, account: str) -> int:
     """A key of its own for every account, from that of the server."""
-    return int.from_bytes(keyed(key, account)[:4], "big") >> 1 | 1
-
-
-def keyed(key: int, *parts: object) -> bytes:
-    """32 bytes that nobody can predict without the key."""
-    return hmac.new(str(key).encode(), " ".join(map(str, parts)).encode(), hashlib.sha256).digest()
+    return int.from_bytes(key.derived("key", account)[:4], "big") >> 1 | 1
 
 
 def write_key(file: Path) -> str:

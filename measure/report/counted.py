@@ -64,43 +64,44 @@ def tables_of_evidence(study: dict[str, Any]) -> Iterator[ShownTable]:
     marks = study["marks"]
     lengths = next(iter(marks.values()))["power"]
     yield (
-        "The watermark in what students write: z of 20,000 tokens, the mean and the range of all "
-        "runs and seeds, and in how many shorter texts p is at most 0.001",
+        f"The watermark in what students write: z of {study['tokens']:,} tokens, the mean and the "
+        "range of all runs and seeds, and in how many shorter texts p is at most 0.001",
         ["student", "z", *(f"{int(tokens):,} tokens" for tokens in lengths)],
         [
             [name, ranged(one["z"]), *(share(found) for found in one["power"].values())]
             for name, one in marks.items()
         ],
     )
-    null, library = study["null"], study["library"]
+    tests = {
+        "null": "this project's", "library": "transformers' detector",
+        "library_once": "the same, each pair of tokens once",
+    }  # fmt: skip
     yield (
         "Texts of innocent students, tested with random keys",
-        ["test", "texts", "standard deviation of z", "false alarms"],
+        ["test", "texts", "standard deviation of z", "accused at p <= 0.001"],
         [
-            ["this project's", f"{null['texts']:,}", f"{null['spread']:.2f}",
-             f"{null['false_5']:.1%} at p <= 0.05"],
-            ["transformers' detector", f"{library['texts']:,}", f"{library['spread']:.2f}",
-             f"{library['false_z_4']:.1%} at z > 4"],
+            [name, f"{one['texts']:,}", f"{one['spread']:.2f}", f"{one['false']:.1%}"]
+            for name, one in ((name, study[key]) for key, name in tests.items())
         ],
-    )  # fmt: skip
+    )
     for reach, kinds in study["teachers"].items():
         yield (
-            f"Which teacher is accused, at p <= 0.001, if of a student {REACH[reach]}",
+            f"The teacher that is accused, at p <= 0.001, where the student's {REACH[reach]}",
             ["student", *RIGHT_OR_WRONG],
             [[name, *counted(found)] for name, found in kinds.items()],
         )
     for test, recipes in study["accounts"].items():
         yield (
-            f"Which account is named by {test}, at p <= 0.001",
+            f"The account that is named by {test}, at p <= 0.001",
             ["student", *RIGHT_OR_WRONG],
             [[name, *counted(found)] for name, found in recipes.items()],
         )
 
 
 REACH = {
-    "weights": "the distributions are known",
-    "scores": "the scores of given texts are known",
-    "text": "only answers are known",
+    "weights": "distributions are known",
+    "scores": "scores of given texts are known",
+    "text": "answers alone are known",
 }
 
 
@@ -109,7 +110,7 @@ def counted(found: dict[str, int]) -> list[str]:
 
 
 def share(summary: dict[str, Any]) -> str:
-    return f"{summary['found'] / summary['of']:.0%} of {summary['of']}"
+    return f"{summary['found'] / summary['of']:.0%} of {summary['of']}" if summary["of"] else "-"
 
 
 def ranged(values: list[float]) -> str:

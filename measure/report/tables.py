@@ -284,10 +284,13 @@ def defence_tables(result: dict[str, Any]) -> list[ShownTable]:
 
 def defence_name(one: dict[str, Any]) -> str:
     """`watermark 2`, `temperature 0.3`, `none`."""
-    parts = [f"watermark {one['bias']:g}"] if one["bias"] else []
+    share = f" in {one['share']:.0%}" if one.get("share", 1.0) < 1 else ""
+    parts = [f"watermark {one['bias']:g}{share}"] if one["bias"] else []
     parts += [f"temperature {one['temperature']:g}"] if one["temperature"] != 1 else []
     parts += (
-        [f"antidistillation {one['antidistillation']:g}"] if one.get("antidistillation") else []
+        [f"antidistillation {one['antidistillation']:g} of {one['proxy']}"]
+        if one.get("antidistillation")
+        else []
     )
     return ", ".join(parts) or "none"
 

@@ -83,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
         "--canaries", type=float, default=0.0, metavar="SHARE", help="of the prompts whose answers "
         "tell later which account they were sent to",
     )  # fmt: skip
-    one.add_argument("--temperature", type=float, help="of all answers, whatever is asked for")
+    one.add_argument(
+        "--temperature", type=float, help="of all answers but canaries, whatever is asked for"
+    )
     one.add_argument(
         "--decimals", type=int, choices=range(9), help="of the log-probabilities that are shown"
     )
@@ -296,8 +298,10 @@ def defence_of(options: argparse.Namespace) -> "Defence":
             "--watermark and --canaries need a key: --key FILE; python -m teacher.api key FILE "
             "draws one"
         )
+    if options.key and options.watermark is None and not options.canaries:
+        raise LabError("--key does nothing by itself: add --watermark BIAS or --canaries SHARE")
     if options.watermark is None and (options.per_account or options.share != 1):
-        raise LabError("--per-account and --share are of a watermark: add --watermark BIAS")
+        raise LabError("--per-account and --share belong to a watermark: add --watermark BIAS")
     for name in ("share", "canaries"):
         if not 0 <= getattr(options, name) <= 1:
             raise LabError(f"--{name} {getattr(options, name):g}: expected a share, from 0 to 1")
@@ -306,7 +310,7 @@ def defence_of(options: argparse.Namespace) -> "Defence":
         if value is not None and not 0 <= value <= 20:
             raise LabError(f"--{name} {value:g}: expected a number from 0 to 20")
     return Defence(
-        key=read_key(options.key).key if options.key else None,
+        key=read_key(options.key) if options.key else None,
         bias=options.watermark or 0.0,
         share=options.share,
         per_account=options.per_account,

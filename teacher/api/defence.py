@@ -1,13 +1,14 @@
 """What a server does to answers before anybody sees them, so that they teach less, or tell later
 whom they have taught."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from teacher.api.store import Account
-from teacher.watermark import Watermark, key_of_account, keyed
+from teacher.watermark import KeyFile, Watermark, key_of_account
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,10 @@ class Defence:
     """key: the owner's secret. bias: of a watermark's green tokens, in nats, in the answers to a
     share of the prompts; per_account: with a key of its own for each account, derived from that of
     the server. canaries: the share of the prompts whose answers are canaries. temperature: that all
-    tokens are drawn at, whatever was asked for. decimals: of the log-probabilities that are
-    shown."""
+    answers but canaries are drawn at, whatever was asked for. decimals: of the log-probabilities
+    that are shown."""
 
-    key: int | None = field(default=None, repr=False)
+    key: KeyFile | None = field(default=None, repr=False)
     bias: float = 0.0
     share: float = 1.0
     per_account: bool = False
@@ -26,28 +27,32 @@ class Defence:
     temperature: float | None = None
     decimals: int | None = None
 
-    def watermark(self, account: Account, prompt: str, vocabulary: int) -> Watermark | None:
-        """Of the answers to a prompt: the same whenever it is asked."""
+    def watermark(
+        self, account: Account, prompt: Sequence[int], vocabulary: int
+    ) -> Watermark | None:
+        """Of the answers to the tokens of a prompt: the same whenever they are asked."""
         bias = self.bias if account.bias is None else account.bias
         share = self.share if account.share is None else account.share
-        if self.key is None or not bias or self.canary(account.id, prompt):
+        if self.key is None or not bias:
             return None
-        if fraction(keyed(self.key, "watermark", prompt)) >= share:
+        if fraction(self.key.derived("watermark", *prompt)) >= share:
             return None
-        key = key_of_account(self.key, account.id) if self.per_account else self.key
+        key = key_of_account(self.key, account.id) if self.per_account else self.key.key
         return Watermark(key, vocabulary, bias)
 
-    def canary(self, account: str, prompt: str) -> tuple[int, int] | None:
-        """The seed of the canary answer that an account is sent to this prompt, and that of the one
-        that it is not sent; which is which depends on the key alone. None if the prompt has
-        none."""
-        if self.key is None or fraction(keyed(self.key, "canary", prompt)) >= self.canaries:
+    def canary(self, account: str, prompt: Sequence[int]) -> tuple[int, int] | None:
+        """The seed of the canary answer that an account is sent to the tokens of a prompt, and that
+        of the one that it is not sent; which is which depends on the key alone. None if the prompt
+        has none. A canary has no mark."""
+        if self.key is None:
+            return None
+        if fraction(self.key.derived("canary", *prompt)) >= self.canaries:
             return None
         seeds = [
-            int.from_bytes(keyed(self.key, "answer", which, prompt)[:8], "big") >> 1
+            int.from_bytes(self.key.derived("answer", which, *prompt)[:8], "big") >> 1
             for which in (0, 1)
         ]
-        first = keyed(self.key, "account", account, prompt)[0] & 1
+        first = self.key.derived("account", account, *prompt)[0] & 1
         return seeds[first], seeds[1 - first]
 
     def shown(self, log_probs: Tensor) -> Tensor:

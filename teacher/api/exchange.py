@@ -55,9 +55,13 @@ class Exchange:
         reserved = len(self.prompt) + (body.n or 1) * self.longest
         service.require_model(body.model)
         service.require_rate(self.account, reserved)
-        vocabulary = service.prompts.vocabulary
-        self.watermark = service.defence.watermark(self.account, self.text, vocabulary)
-        canary = service.defence.canary(self.account.id, self.text)
+        canary = None
+        if (body.n or 1) == 1 and self.longest and not body.logit_bias:  # it can be drawn again
+            canary = service.defence.canary(self.account.id, self.prompt)
+        self.watermark = None
+        if canary is None:
+            vocabulary = service.prompts.vocabulary
+            self.watermark = service.defence.watermark(self.account, self.prompt, vocabulary)
         request_id = service.store.begin(
             self.account,
             reserved,
@@ -68,6 +72,7 @@ class Exchange:
             top_logprobs=alternatives,
             watermark=self.watermark and self.watermark.name,
             canary=int(canary is not None),
+            temperature=1.0 if canary else service.temperature_of(body),
             **fields_of(body, self.text),
         )
         if request_id is None:

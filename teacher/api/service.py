@@ -190,17 +190,15 @@ class Service:
         watermark: Watermark | None = None,
         canary: int | None = None,
     ) -> list[Job]:
-        """One for each of the `n` answers, each with another seed. canary: the seed of the first,
-        if it is one; with a logit_bias it could not be drawn again, so that it is none."""
+        """One for each of the `n` answers, each with another seed. canary: the seed of the only
+        one, if it is one."""
         seed = self.random.getrandbits(62) if body.seed is None else body.seed
-        asked = 1.0 if body.temperature is None else body.temperature
-        forced = self.defence.temperature
         jobs = [
             Job(
                 prompt=prompt,
                 longest=longest,
                 deliver=lambda step: None,
-                temperature=asked if forced is None else forced,
+                temperature=self.temperature_of(body),
                 top_p=1.0 if body.top_p is None else body.top_p,
                 bias=bias,
                 seed=(seed + number) % 2**63,
@@ -209,9 +207,15 @@ class Service:
             )
             for number in range(body.n or 1)
         ]
-        if canary is not None and not bias:
+        if canary is not None:
             jobs[0] = replace(jobs[0], temperature=1.0, top_p=1.0, seed=canary)
         return jobs
+
+    def temperature_of(self, body: Sampling) -> float:
+        """That its answers are drawn at, unless they are canaries."""
+        if self.defence.temperature is not None:
+            return self.defence.temperature
+        return 1.0 if body.temperature is None else body.temperature
 
     async def answers(self, jobs: list[Job], stops: list[str]) -> AsyncIterator[Answer]:
         """Each answer whenever it has grown by a token, and once more when it is complete. Leaving
@@ -319,7 +323,7 @@ def fields_of(body: Sampling, prompt_text: str) -> dict[str, Any]:
     """What the usage log keeps of a request: no prompt."""
     return {
         "model": body.model, "stream": int(bool(body.stream)),
-        "temperature": body.temperature, "top_p": body.top_p, "n": body.n or 1, "seed": body.seed,
+        "top_p": body.top_p, "n": body.n or 1, "seed": body.seed, "stops": len(body.stops),
         "logit_bias": len(body.logit_bias or {}), "prompt_hash": hashed(prompt_text),
         "simhash": simhash(prompt_text), "policy": POLICY,
     }  # fmt: skip

@@ -23,6 +23,11 @@ from teacher.api.tiers import TIERS, Tier
 ACTIVE, SUSPENDED, REVOKED = "active", "suspended", "revoked"
 DAY = 24 * 3600.0
 VERSION = 3  # of the tables
+# {an older version: what it lacks}
+SINCE = {
+    2: "ALTER TABLE accounts ADD COLUMN share REAL; ALTER TABLE usage ADD COLUMN canary INTEGER; "
+    "ALTER TABLE usage ADD COLUMN stops INTEGER;"
+}
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS terms (
     version TEXT PRIMARY KEY, text TEXT NOT NULL, allows_distillation TEXT NOT NULL,
@@ -41,8 +46,8 @@ CREATE TABLE IF NOT EXISTS usage (
     reserved_tokens INTEGER NOT NULL, completion_tokens INTEGER, cost INTEGER, temperature REAL,
     top_p REAL, max_tokens INTEGER, n INTEGER, seed INTEGER, logprobs INTEGER,
     top_logprobs INTEGER, logit_bias INTEGER, prompt_hash TEXT, simhash INTEGER,
-    finish_reason TEXT, status TEXT NOT NULL, error_code TEXT, watermark TEXT, canary INTEGER,
-    policy TEXT, terms TEXT);
+    finish_reason TEXT, status TEXT NOT NULL, error_code TEXT, watermark TEXT, policy TEXT,
+    terms TEXT, canary INTEGER, stops INTEGER);
 CREATE INDEX IF NOT EXISTS usage_of_account ON usage (account, start);
 CREATE INDEX IF NOT EXISTS running ON usage (status) WHERE status = 'running';
 CREATE TABLE IF NOT EXISTS meter (
@@ -86,7 +91,9 @@ class Store:
         self.database.execute("PRAGMA busy_timeout = 10000")
         if self.database.execute("SELECT name FROM sqlite_master").fetchone():
             (version,) = self.database.execute("PRAGMA user_version").fetchone()
-            if version != VERSION:
+            if version in SINCE:
+                self.database.executescript(f"{SINCE[version]} PRAGMA user_version = {VERSION};")
+            elif version != VERSION:
                 self.database.close()
                 raise LabError(
                     f"{file} is a database of version {version}, expected {VERSION}; move it "
@@ -321,18 +328,22 @@ class Store:
         ).fetchall()
 
     def sampled(self, account: str, count: int) -> list[sqlite3.Row]:
-        """The first answers that were drawn at random for an account and are still stored."""
-        return self.stored(account, "NOT canary AND COALESCE(temperature, 1) > 0", count)
+        """The first answers to different prompts that were drawn at random for an account, from the
+        whole distribution without a mark, and are still stored."""
+        whole = "COALESCE(top_p, 1) = 1 AND NOT COALESCE(logit_bias, 0) AND NOT COALESCE(stops, 0)"
+        plain = "watermark IS NULL AND NOT COALESCE(canary, 0) AND COALESCE(temperature, 1) > 0"
+        return self.stored(account, f"{plain} AND {whole}", count)
 
     def canaries(self, account: str, count: int) -> list[sqlite3.Row]:
-        """The first canary answers of an account that are still stored."""
-        return self.stored(account, "canary", count)
+        """The canary answers to the first prompts of an account that are still stored."""
+        return self.stored(account, "canary AND NOT COALESCE(stops, 0)", count)
 
     def stored(self, account: str, condition: str, count: int) -> list[sqlite3.Row]:
         return self.database.execute(
-            "SELECT temperature, max_tokens, finish_reason, prompt, answer FROM usage "
-            "JOIN contents USING (request_id) WHERE account = ? AND status = 'done' AND n = 1 "
-            f"AND {condition} ORDER BY start, request_id LIMIT ?",
+            "SELECT MIN(start) AS first, temperature, max_tokens, finish_reason, prompt, answer "
+            "FROM usage JOIN contents USING (request_id) "
+            f"WHERE account = ? AND status = 'done' AND n = 1 AND {condition} "
+            "GROUP BY prompt ORDER BY first LIMIT ?",
             (account, count),
         ).fetchall()
 

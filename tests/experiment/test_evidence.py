@@ -30,7 +30,7 @@ from teacher.watermark import Served, Watermark
 from tests.helpers import train_tiny
 
 KEY = 1_288_833_545
-API = f"teacher.api={{permission: its owner, watermark_key: {KEY}, canaries: 0.2}}"
+API = f"teacher.api={{permission: its owner, watermark_key: {KEY}, canaries: 0.4}}"
 MARKED = (
     "recipes={marked: {access: text, sequences: teacher, objective: cross_entropy,"
     " outputs: {temperature: 1, transfer_rows: 150, watermark: 6}}, "
@@ -75,7 +75,7 @@ def test_the_student_of_marked_answers_shows_the_mark_and_the_others_do_not(
     key.write_text('{"key": 246913577, "salt": "s"}', encoding="utf-8")
     other = ["--radioactivity", "--key", str(key), "--tokens", "800"]
     assert judge.main([str(marked.folder), *other]) == 0
-    assert "The text of no student has more green tokens" in capsys.readouterr().out
+    assert "No text has more green tokens of this key" in capsys.readouterr().out
 
 
 def test_the_evaluation_states_what_a_defence_costs_and_prevents(marked):

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from experiment import evidence_study
-from experiment.evidence_study import NEEDED, SUBTRACTED, Trial, claims_of, parts_of, verdict
+from experiment.evidence_study import (
+    NEEDED,
+    SOLD,
+    SUBTRACTED,
+    Trial,
+    bought_by,
+    claims_of,
+    parts_of,
+    verdict,
+)
+from experiment.plan import Plan
 from experiment.run import Run
 from measure.rates import Rate
 from measure.report.counted import tables_of_study
@@ -23,7 +33,10 @@ RECIPES = """recipes={
     fifth: {access: text, sequences: teacher, objective: cross_entropy,
         outputs: {temperature: 1, transfer_rows: 150, watermark: 6, watermark_share: 0.5},
         student: {budget_fraction: 0.8, seeds: 1}},
-    cleaned: {access: none, objective: cross_entropy, teachers: [marked],
+    first: {access: text, sequences: teacher, objective: cross_entropy,
+        outputs: {temperature: 1, transfer_rows: 150, watermark: 6},
+        student: {budget_fraction: 0.7, seeds: 1}},
+    cleaned: {access: none, objective: cross_entropy, teachers: [first],
         student: {initial_layers: [1], seeds: 1}},
     innocent: {access: none, objective: cross_entropy, student: {budget_fraction: 0.8}}}"""
 RUN = (" ".join(RECIPES.split()), "controls=[]", "verdicts=[]")
@@ -58,10 +71,10 @@ def study(runs, tmp_path_factory):
 
 def test_marked_students_show_it_and_innocent_ones_do_not(study):
     marks = study[0]["marks"]
-    assert [len(one["z"]) for one in marks.values()] == [3, 3, 3, 3, 9, 3]
+    assert [len(one["z"]) for one in marks.values()] == [3, 3, 3, 3, 3, 9, 3]
     assert min(marks["marked"]["z"]) > 8
     assert np.mean(marks["marked"]["z"]) > np.mean(marks["fifth"]["z"]) > 2
-    assert np.mean(marks["cleaned"]["z"]) < np.mean(marks["marked"]["z"])
+    assert np.mean(marks["cleaned"]["z"]) < np.mean(marks["first"]["z"])
     assert np.mean(marks[SUBTRACTED]["z"]) < np.mean(marks["marked"]["z"]) / 2
     assert max(map(abs, marks["innocent"]["z"] + marks["plain"]["z"])) < 4
     assert marks["marked"]["power"]["500"]["of"] == 6  # two texts of each student
@@ -78,10 +91,12 @@ def test_every_student_is_examined_with_and_without_its_teacher_among_the_candid
         for name in ("plain", "marked", "fifth", "cleaned"):
             assert sum(kinds[name].values()) == 3
             assert kinds[f"{name}, unlisted"].get("right", 0) == 0
-    for recipes in study[0]["accounts"].values():
-        assert recipes["plain"].get("wrong", 0) == 0
-    assert study[0]["accounts"]["sampled answers"]["plain"]["right"] == 3
-    assert study[0]["accounts"]["sampled answers"]["innocent"] == {"nobody": 9}
+    accounts = study[0]["accounts"]
+    assert accounts["sampled answers"]["plain"] == {"right": 3}
+    for recipes in accounts.values():
+        assert recipes["innocent"] == {"nobody": 9}
+        for name in ("plain", "marked", "fifth", "first"):
+            assert recipes[name].get("wrong", 0) == 0
 
 
 def test_what_was_found_is_written_into_the_pages_that_show_it(study):
@@ -119,14 +134,16 @@ def test_whom_closeness_accuses():
     innocent = [{"a": 0.1 * n, "b": 0.1 * (n % 3)} for n in range(9)]
     assert verdict({"a": 90.0, "b": 0.0}, innocent, "a") == "right"
     assert verdict({"a": 90.0, "b": 0.0}, innocent, "b") == "wrong"
+    third = [one | {"c": 0.05 * n} for n, one in enumerate(innocent)]
+    assert verdict({"a": 90.0, "b": 90.0, "c": 0.0}, third, "a") == "wrong"
     assert verdict({"a": 0.3, "b": 0.1}, innocent, "a") == "nobody"
 
 
 def test_claims_follow_from_what_was_counted():
     null = np.random.default_rng(0).normal(size=4000)
-    power = {name: {n: Rate(199, 200) for n in (1_000, 5_600)} for name in NEEDED}
-    kinds = {name: Counter(right=9) for name in NEEDED} | {"innocent": Counter(nobody=16)}
-    kinds["plain, unlisted"] = Counter(nobody=9)
+    power = {name: {n: Rate(27, 27) for n in (1_000, 5_600)} for name in NEEDED}
+    kinds = {name: Counter(right=9) for name in SOLD} | {"innocent": Counter(nobody=16)}
+    kinds |= {f"{name}, unlisted": Counter(nobody=9) for name in SOLD}
 
     def results(null=null, power=power, kinds=kinds):
         found = claims_of({"null": null, "power": power}, {"weights": kinds})
@@ -134,10 +151,16 @@ def test_claims_follow_from_what_was_counted():
 
     assert results() == ["supported"] * 7
     assert results(null=null * 1.3)[:2] == ["refuted", "refuted"]
-    low = power | {"marked": {1_000: Rate(90, 200)}}
+    low = power | {"marked": {1_000: Rate(20, 27)}}
     assert results(power=low)[2] == "refuted"
-    close = power | {"marked": {1_000: Rate(19, 20)}}
-    assert results(power=close)[2] == "not decided"
     assert results(kinds=kinds | {"innocent": Counter(nobody=15, wrong=1)})[4] == "refuted"
     assert results(kinds=kinds | {"fifth": Counter(right=8, nobody=1)})[5] == "refuted"
     assert results(kinds=kinds | {"plain, unlisted": Counter(wrong=1)})[6] == "refuted"
+
+
+def test_a_student_of_a_student_has_learned_what_the_first_one_bought(runs):
+    plan = Plan(Run.finished(runs[0]).config())
+    (marked,) = bought_by(plan, "marked")
+    assert "watermark" in marked
+    assert bought_by(plan, "cleaned") == {marked}
+    assert bought_by(plan, "innocent") == set()

@@ -8,12 +8,13 @@ from measure.report.tables import defence_name, defence_tables
 from teacher.watermark import Served, Watermark, green
 
 
-def student(access, prompts, kl, bias=None, temperature=1.0, k=5):
+def student(access, prompts, kl, bias=None, temperature=1.0, k=5, budget=1.0):
     outputs = {"transfer_rows": prompts, "temperature": temperature, "k": k}
     outputs |= {"watermark": bias} if bias else {}
     return {
         "recipe": {
             "access": access, "outputs": outputs, "sequences": "teacher", "teachers": ["teacher"],
+            "student": {"budget_fraction": budget},
         },
         "fidelity": {"kl_teacher_student": {"mean": kl}},
     }  # fmt: skip
@@ -43,6 +44,19 @@ def test_damage_is_against_the_same_exposure_and_prompts_without_a_defence():
     assert found["text", 100, 2.0, 1.0]["z"] == [9.0, 8.0]
     assert found["text", 900, 0.0, 0.3]["damage"] == pytest.approx(0.6)
     assert found["text", 100, 0.0, 1.0]["damage"] is None
+
+
+def test_only_students_of_equal_budgets_are_compared():
+    found = cells(
+        defence(
+            result_of(
+                plain=student("text", 100, 0.5),
+                marked=student("text", 100, 0.8, bias=2.0, budget=0.5),
+            ),
+            PRICES, {},
+        )
+    )  # fmt: skip
+    assert found["text", 100, 2.0, 1.0]["damage"] is None
 
 
 def test_who_is_shown_more_could_have_learned_from_less():
@@ -79,7 +93,9 @@ def test_defences_have_names():
     assert defence_name({"bias": 0.0, "temperature": 1.0}) == "none"
     assert defence_name({"bias": 2.0, "temperature": 1.0}) == "watermark 2"
     assert defence_name({"bias": 0.0, "temperature": 0.3}) == "temperature 0.3"
-    assert defence_name(Setting(antidistillation=2.0)._asdict()) == "antidistillation 2"
+    poisoned = Setting(antidistillation=2.0, proxy="own")
+    assert defence_name(poisoned._asdict()) == "antidistillation 2 of own"
+    assert defence_name(Setting(2.0, share=0.2)._asdict()) == "watermark 2 in 20%"
 
 
 class Fixed(torch.nn.Module):

@@ -11,6 +11,7 @@ from configs.schema import LabError
 from measure.watermark import Evidence, watermark_tests
 from teacher.watermark import (
     SHARE,
+    KeyFile,
     Watermark,
     commitment,
     green,
@@ -21,6 +22,9 @@ from teacher.watermark import (
 )
 
 VOCABULARY = 64
+
+
+SEVEN = KeyFile(key=7, salt="s")
 
 
 def keys(count, seed=0):
@@ -149,7 +153,9 @@ def test_a_key_file_keeps_its_key_and_its_commitment(tmp_path):
 
 
 def test_keys_are_odd_and_of_31_bits_and_those_of_accounts_differ():
-    found = {random_key() for _ in range(50)} | {key_of_account(7, f"a{n}") for n in range(50)}
+    found = {random_key() for _ in range(50)} | {key_of_account(SEVEN, f"a{n}") for n in range(50)}
     assert len(found) == 100
     assert all(key % 2 == 1 and 0 < key < 2**31 for key in found)
-    assert key_of_account(7, "a") == key_of_account(7, "a") != key_of_account(9, "a")
+    assert key_of_account(SEVEN, "a") == key_of_account(SEVEN, "a")
+    for other in (KeyFile(key=9, salt="s"), KeyFile(key=7, salt="t")):
+        assert key_of_account(SEVEN, "a") != key_of_account(other, "a")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import eval as judge
-from configs.schema import Model
+from configs.schema import LabError, Model
 from experiment.run import Run
 from models.generate import answers_of
 from models.language import build_model, initialise
@@ -21,11 +21,12 @@ from tests.helpers import train_tiny
 SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3}
 
 
-@pytest.fixture(scope="module")
-def parts():
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def parts(request):
     """task, teacher, proxy, gradient."""
     task = Pronounce(limit=200)
-    teacher = initialise(build_model(Model(hidden_size=16, **SHAPE), task), 0).eval()
+    model = Model(architecture=request.param, hidden_size=16, **SHAPE)
+    teacher = initialise(build_model(model, task), 0).eval()
     proxy = initialise(build_model(Model(hidden_size=8, **SHAPE), task), 1).eval()
     rows = task.rows("validation")
     return task, teacher, proxy, gradient_of_loss(proxy, task, rows)
@@ -99,7 +100,14 @@ def test_answers_are_the_same_with_a_cache_without_and_served(parts):
     assert [job.tokens for job in jobs] == [answers[i].tokens.tolist() for i in range(len(rows))]
 
 
-def test_a_proxy_is_trained_before_the_answers_that_avoid_to_teach_it(tmp_path):
+def test_layers_that_cannot_share_a_cache_are_refused(parts):
+    task, _, proxy, gradient = parts
+    model = Model(architecture="mamba", hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
+    with pytest.raises(LabError, match="mamba has other layers"):
+        Antidistilled(build_model(model, task), proxy, gradient, 1.0)
+
+
+def test_a_proxy_is_trained_before_the_answers_that_avoid_teaching_it(tmp_path):
     recipes = (
         "recipes={poisoned: {access: text, sequences: teacher, objective: cross_entropy,"
         " outputs: {temperature: 1, transfer_rows: 150, antidistillation: 5, proxy: proxy}},"

@@ -133,7 +133,7 @@ def test_a_key_is_written_once_and_committed_to(api, tmp_path):
 
 def test_what_is_done_to_answers_is_chosen_when_they_are_served(api, tmp_path):
     api("key", tmp_path / "mark.json")
-    key = read_key(tmp_path / "mark.json").key
+    key = read_key(tmp_path / "mark.json")
 
     def defence(*arguments):
         return command.defence_of(command.parser().parse_args(["serve", "run", *arguments]))
@@ -147,8 +147,9 @@ def test_what_is_done_to_answers_is_chosen_when_they_are_served(api, tmp_path):
     more = ("--share", "0.2", "--canaries", "0.1", "--temperature", "0")
     assert defence(*marked, *more) == Defence(key, 2.0, 0.2, False, 0.1, 0.0)
     for one, problem in (
-        (("--per-account",), "--per-account and --share are of a watermark"),
-        (("--share", "0.2"), "--per-account and --share are of a watermark"),
+        (("--per-account",), "--per-account and --share belong to a watermark"),
+        (("--share", "0.2"), "--per-account and --share belong to a watermark"),
+        (marked[:2], "--key does nothing by itself"),
         (("--watermark", "1"), "need a key"),
         (("--canaries", "0.1"), "need a key"),
         ((*marked[:2], "--canaries", "5"), "--canaries 5: expected a share"),

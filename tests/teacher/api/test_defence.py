@@ -11,10 +11,10 @@ from teacher.api.defence import Defence
 from teacher.api.engine import Job, distribution
 from teacher.api.requests import ChatRequest
 from teacher.api.store import Account
-from teacher.watermark import Watermark, green, key_of_account
+from teacher.watermark import KeyFile, Watermark, green, key_of_account
 from tests.serving import small_teacher
 
-KEY = 123_456_789
+KEY = KeyFile(key=123_456_789, salt="secret")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,8 @@ def test_the_log_names_the_key_and_does_not_hold_it(served):
     served.client.completions.create(model="small", prompt=[1, 5], max_tokens=2)
     row = served.store.usage_of(served.account)[-1]
     assert row["watermark"] == served.mark.name
-    assert str(KEY) not in str([*row])
+    assert str(KEY.key) not in str([*row])
+    assert KEY.salt not in str([*row])
     assert str(served.mark.key) not in str([*row])
 
 
@@ -95,20 +96,20 @@ def account(**more):
 
 
 def test_without_a_key_nothing_is_marked():
-    assert Defence().watermark(account(), "lead", 10) is None
-    assert Defence(decimals=1).watermark(account(bias=2.0), "lead", 10) is None
-    assert Defence(canaries=1.0).canary("acct-1", "lead") is None
+    assert Defence().watermark(account(), (1, 5), 10) is None
+    assert Defence(decimals=1).watermark(account(bias=2.0), (1, 5), 10) is None
+    assert Defence(canaries=1.0).canary("acct-1", (1, 5)) is None
     values = torch.tensor(np.linspace(-3, 0, 7))
     assert Defence().shown(values) is values
 
 
 def test_an_account_can_have_a_mark_of_its_own_strength():
-    assert Defence(KEY, 1.0).watermark(account(), "lead", 10) == Watermark(KEY, 10, 1.0)
-    assert Defence(KEY).watermark(account(bias=2.0), "lead", 10) == Watermark(KEY, 10, 2.0)
-    assert Defence(KEY, 1.0).watermark(account(bias=0.0), "lead", 10) is None
+    assert Defence(KEY, 1.0).watermark(account(), (1, 5), 10) == Watermark(KEY.key, 10, 1.0)
+    assert Defence(KEY).watermark(account(bias=2.0), (1, 5), 10) == Watermark(KEY.key, 10, 2.0)
+    assert Defence(KEY, 1.0).watermark(account(bias=0.0), (1, 5), 10) is None
 
 
-PROMPTS = [f"prompt {number}" for number in range(2000)]
+PROMPTS = [(1, 2 + number // 50, 2 + number % 50) for number in range(2000)]
 
 
 def test_a_share_of_the_prompts_is_marked_whoever_asks_and_whenever():
@@ -144,7 +145,7 @@ def test_a_canary_answer_is_the_one_of_its_seed_whatever_temperature_is_asked_fo
             for t in (0, 0.5, 1)
         }
         (row, *_) = teacher.store.canaries(name, 9)
-        seeds = defence.canary(name, row["prompt"])
+        seeds = defence.canary(name, teacher.task.prompt("lead"))
         answers = []
         for seed in seeds:
             (job,) = teacher.service.jobs(
@@ -154,6 +155,15 @@ def test_a_canary_answer_is_the_one_of_its_seed_whatever_temperature_is_asked_fo
             answers.append(whole(teacher, job))
         assert sent == {answers[0]}
         assert answers[0] != answers[1]
+        plain = {
+            choice.message.content
+            for more in ({"n": 2}, {"logit_bias": {"5": 1}})
+            for choice in client.chat.completions.create(**asked, temperature=0, **more).choices
+        }
+        assert not plain & {*answers}
+        rows = teacher.store.usage_of(name)
+        assert [row["canary"] for row in rows] == [1, 1, 1, 0, 0]
+        assert {row["temperature"] for row in rows[:3]} == {1.0}
         client.close()
 
 
@@ -169,7 +179,7 @@ def whole(teacher, job):
 
 def test_a_forced_temperature_overrides_what_is_asked_for(tmp_path):
     with small_teacher(tmp_path, defence=Defence(temperature=0.0)) as teacher:
-        _, key = teacher.store.add_account("A reader", "internal")
+        name, key = teacher.store.add_account("A reader", "internal")
         client = OpenAI(base_url=teacher.url, api_key=key, max_retries=0)
         asked = {"model": "small", "messages": [{"role": "user", "content": "lead"}]}
         sent = {
@@ -179,4 +189,7 @@ def test_a_forced_temperature_overrides_what_is_asked_for(tmp_path):
             for n in range(4)
         }
         assert len(sent) == 1
+        (row, *_) = teacher.store.usage_of(name)
+        assert row["temperature"] == 0.0  # as it was drawn
+        assert teacher.store.sampled(name, 9) == []
         client.close()
