@@ -15,6 +15,7 @@ from tasks.task import Task
 OF_A_KIND = 12  # answers of each kind
 EXAMPLES = 6  # answers in eval.json and in documents
 UNCERTAIN = 4  # rows whose distributions are shown
+SHOWN_POSITIONS = 20  # of each at most
 
 
 def shown_rows(task: Task, rows: Rows, count: int) -> list[int]:
@@ -132,5 +133,7 @@ def dark_knowledge(reference: TeacherReference) -> list[dict[str, Any]]:
             )
         ]
         question, image = task.question(rows, i), image_of(task, rows, i)
-        shown.append({"question": question, "image": image, "positions": positions})
+        shown.append(
+            {"question": question, "image": image, "positions": positions[:SHOWN_POSITIONS]}
+        )
     return shown

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 from measure.evaluate import Evaluation
 from measure.metrics import CALIBRATION, metrics_in
@@ -216,6 +217,7 @@ def reliability(evaluation: Evaluation, name: str) -> str:
     top.set(title=name, ylabel="share right", xlim=(0, 1.02), ylim=(0, 1.02))
     bottom.bar(confidence, count, width=0.04, color=SERIES[0], log=True)
     bottom.set(xlabel="confidence", ylabel="tokens")
+    bottom.yaxis.set_minor_formatter(NullFormatter())
     return drawn(figure, f"{name}: share of right tokens against confidence, and how many tokens")
 
 

@@ -13,7 +13,12 @@ import yaml
 from configs.schema import CONTROLS
 from measure.evaluate import Evaluation, TeacherReference
 from measure.metrics import CALIBRATION, metrics_in
-from measure.report.answers import chosen_answers, dark_knowledge, filters_of
+from measure.report.answers import (
+    SHOWN_POSITIONS,
+    chosen_answers,
+    dark_knowledge,
+    filters_of,
+)
 from measure.report.drawing import styles_of
 from measure.report.figures import forest, reliability, strips
 from measure.report.gallery import cost_figures, figures_of
@@ -41,6 +46,7 @@ from measure.report.tables import (
     parameters,
     per_seed_values,
     task_of,
+    value_in,
 )
 from tasks.task import Task
 from teacher.access import ACCESS
@@ -94,6 +100,8 @@ def render_report(
         figures=figures_of(log, result, styles_of(list(models_in(result)))),
         models=models,
         answers=chosen_answers(reference, first, models),
+        graded="wrong" in first[students[0]].columns,
+        shown_positions=SHOWN_POSITIONS,
         filters=filters_of(reference, first, students[0]),
         uncertain=dark_knowledge(reference),
         reliability=[
@@ -229,7 +237,11 @@ def glossary(result: dict[str, Any]) -> dict[str, str]:
             if n in levels
         },
         **{f"control {n}": CONTROLS[n] for n in CONTROLS if n in result["controls"]},
-        **{m.heading: m.meaning for m in metrics_in(result).values() if m.meaning},
+        **{
+            metric.heading: metric.meaning
+            for name, metric in metrics_in(result).items()
+            if metric.meaning and any(value_in(one, name) for one in models_in(result).values())
+        },
     }
 
 

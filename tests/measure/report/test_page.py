@@ -5,16 +5,17 @@ import re
 
 import pytest
 
+import eval as judge
 from configs.schema import CONTROLS
 from measure.laws import students_differing_in
 from measure.metrics import metrics_of
-from measure.report.answers import shown_rows
+from measure.report.answers import SHOWN_POSITIONS, shown_rows
 from measure.report.page import render_picture, template
 from tasks import TASKS
 from tasks.pronounce import Pronounce
 from teacher.access import ACCESS
 from tests.browser import opened, problems_of
-from tests.helpers import ROOT
+from tests.helpers import ROOT, train_tiny
 
 
 def test_the_report_is_one_self_contained_file(tiny_run):
@@ -109,3 +110,18 @@ def test_no_line_ends_between_a_number_and_its_percent_sign(tiny_run):
     page = (tiny_run / "report.html").read_text(encoding="utf-8")
     assert "5\N{NO-BREAK SPACE}% of" in page
     assert not re.search(r"\d %", page)
+
+
+@pytest.mark.slow
+def test_the_page_of_texts_speaks_of_no_right_answers(tmp_path):
+    recipes = "recipes={heard: {access: text, sequences: teacher, objective: cross_entropy}}"
+    task = "task={name: text, vocabulary: 300, limit: 60}"
+    settings = (task, recipes, "controls=[baseline]", "verdicts=[]", "seeds=[0]")
+    assert train_tiny(tmp_path, *settings, "teacher.training.prompt_weight=0") == 0
+    assert judge.main([str(tmp_path / "tiny")]) == 0
+    report = (tmp_path / "tiny" / "report.html").read_text(encoding="utf-8")
+    assert "in the data" in report
+    for absent in ("right answers", "an answer is wrong", "teacher errors copied"):
+        assert absent not in report
+    longest = max(len(re.findall("<tr>", part)) for part in report.split("<h3>")[1:])
+    assert longest <= SHOWN_POSITIONS + 2
