@@ -25,7 +25,7 @@ from transformers import WatermarkDetector, WatermarkingConfig
 from configs.command import run_command
 from configs.files import say
 from configs.schema import LabError
-from experiment.evidence import add_evidence, measure_of, models_of, written
+from experiment.evidence import add_evidence, key_of, measure_of, models_of, written
 from experiment.experiment import open_model, open_outputs
 from experiment.leaks import answers_by_account
 from experiment.plan import Plan
@@ -257,7 +257,8 @@ def study_of_accounts(trials: list[Trial]) -> dict[str, dict[str, Counter]]:
     for trial in trials:
         with closing(Store(trial.run.folder / "api.sqlite")) as store:
             customers = {row["id"]: row["name"] for row in store.accounts()}
-            tests = answers_by_account(store, trial.teacher, trial.task, trial.key)
+            key = key_of(trial.run, None)
+            tests = answers_by_account(store, trial.teacher, trial.task, key)
         plan = Plan(trial.run.config())
         for name, _, model in trial.students:
             sources = {f"outputs/{customers[account]}": account for account in customers}

@@ -179,7 +179,9 @@ def test_every_key_that_a_user_may_set_is_changed_here_or_elsewhere():
         # see tests/teacher/test_endpoint.py and tests/experiment/test_collecting.py
         "api", "url", "key_env", "endpoint", "body", "at_once", "price_in", "price_out",
         "budget_tokens", "budget_money", "allows_distillation", "permission", "evaluation_rows",
-        "watermark", "watermark_key",  # see tests/experiment/test_evidence.py
+        # see tests/experiment/test_evidence.py and test_evidence_study.py
+        "watermark", "watermark_key", "watermark_share", "canaries",
+        "antidistillation", "proxy",  # see tests/teacher/test_antidistillation.py
         "exploratory",  # see tests/measure/test_verdicts.py
         "claim", "metric", "threshold", "split", "against", "metrics",  # in the run made by hand
     }  # fmt: skip

@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 
 import eval as judge
-from configs.schema import LabError, Model, TaskConfig
+from configs.schema import LabError, TaskConfig
 from experiment.evidence import (
     add_evidence,
     corrected_for_all,
@@ -20,7 +21,6 @@ from experiment.evidence import (
 from experiment.experiment import open_model
 from experiment.run import Run
 from measure.watermark import Evidence, WatermarkTest
-from models.language import build_model, initialise
 from models.rows import Rows
 from tasks import load_task
 from tasks.text import Text
@@ -211,11 +211,29 @@ def test_a_text_of_somebody_else_is_read_whole_in_the_owners_tokens(small_text):
         rows_of(["lead"], load_task(TaskConfig(name="reason", limit=100)))
 
 
+class Bigrams(torch.nn.Module):
+    """A model that looks at one token."""
+
+    def __init__(self, rows, vocabulary):
+        super().__init__()
+        counts = torch.full((vocabulary, vocabulary), 0.01)
+        for i in range(len(rows)):
+            row = torch.tensor(rows.row(i).tolist())
+            counts.index_put_((row[:-1], row[1:]), torch.tensor(1.0), accumulate=True)
+        self.table = torch.nn.Parameter(counts.log(), requires_grad=False)
+
+    @property
+    def device(self):
+        return self.table.device
+
+    def forward(self, input_ids, logits_to_keep=0, **options):
+        return CausalLMOutput(logits=self.table[input_ids][:, -logits_to_keep:])
+
+
 def test_the_mark_shows_in_a_text_whose_tokens_are_unknown(small_text):
     """What a marked model wrote, known as text alone."""
     task, size = small_text, small_text.vocabulary
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = initialise(build_model(Model(**shape), task), 0).eval()
+    model = Bigrams(task.rows("train"), size)
     zs = []
     for bias in (0.0, 4.0):
         mark = Watermark(KEY, size, bias) if bias else None
@@ -236,7 +254,7 @@ def test_a_file_is_tested_in_place_of_students(marked, tmp_path, capsys):
 
 def test_conclusions_say_no_more_than_was_found():
     assert meaning_of_mark(["a"]).startswith("\nThe text of a has more green tokens")
-    assert "does not show that none" in meaning_of_mark([])
+    assert "does not show that nobody" in meaning_of_mark([])
     said = meaning_of_closeness({"a": [{"A"}, {"A", "B"}], "b": [{"A"}, set()]}, 8)
     assert "a: closer to A than 8 innocent students predict" in said
     assert "b: no closer" in said
