@@ -5,8 +5,8 @@
 # words, a student model learns from what the teacher says, and a baseline of the same size from the
 # dictionary. Run it (`python labs/distill.py`, a minute), then read it from `main` upwards.
 #
-# In this lab you change three of its lines, predict what happens, and look. About 30 minutes of
-# yours, 4 minutes of CPU.
+# In this lab you measure its models, change two of its lines, predict what happens, and look. About
+# 30 minutes of yours, 4 minutes of CPU.
 
 # %%
 import numpy as np
@@ -67,7 +67,7 @@ def parameters(width: int, layers: int) -> int:
 # **Goal.** The places of the words whose outputs the student model learns from: every `n`-th one.
 #
 # **Predict first.** With a tenth of these words, and as many steps as before, the student model (a)
-# does not change, (b) makes more errors, as it sees each word ten times as often, (c) makes fewer.
+# does not change, (b) makes more errors, (c) makes fewer.
 #
 # **Check.** `python -m pytest labs/checks/lab0 --mine -k words`
 #
@@ -95,13 +95,14 @@ def transfer_words(count: int, n: int) -> list[int]:
 # **Formula.** $\lambda \, T^2 \, \mathrm{KL}(p^T \| q^T) + (1 - \lambda) \, \mathrm{CE}$, both
 # means over the positions, as in `soft_loss` and `hard_loss`.
 #
-# **Predict first.** In some code the share is that of the dictionary. With $\lambda = 0.9$ and the
-# two mixed up, the student model is closer to (a) the same student, (b) the baseline, (c) the
-# teacher.
+# **Predict first.** In some code $\lambda$ weighs the dictionary's term. You set it to 0.9 there,
+# thinking that it weighs the teacher's. The student model ends closest to (a) the one you wanted,
+# (b) the baseline, (c) the teacher.
 #
 # **Check.** `python -m pytest labs/checks/lab0 --mine -k mixed`
 #
-# <details><summary>Hint 1</summary>Call the functions of <code>distill</code>.</details>
+# <details><summary>Hint 1</summary><code>distill.soft_loss</code> fits as it is;
+# <code>hard_loss</code> takes a batch, so use <code>F.cross_entropy</code>.</details>
 # <details><summary>Hint 2</summary>Which of the two terms does the share belong to?</details>
 # <details><summary>Hint 3</summary><code>share * soft + (1 - share) * hard</code></details>
 

@@ -41,8 +41,9 @@ PREDICTIONS = {
 #
 # **Goal.** The steps and the answer of what a model wrote; whatever it wrote, without an error.
 #
-# **Formula.** A step is `before+operand=after` or `before-operand=after`, with whole numbers; steps
-# are separated by `;`, and stand before `</think>`. What stands after it is the answer.
+# **Formula.** A step is `before+operand=after` or `before-operand=after`, with whole numbers; the
+# operand of the second is negative. Steps are separated by `;`, and stand between `<think>` and
+# `</think>`, or up to the end if that is missing. What stands after it is the answer.
 #
 # **Predict first.** A trace in which every step is right arithmetic (a) has the right answer, (b)
 # may be about another question, (c) was written by the teacher.
@@ -76,7 +77,7 @@ def read_trace(text: str) -> tuple[list[list[int] | None], int | None]:
 #
 # Medium · 15 minutes · no CPU
 #
-# **Goal.** The first step that is wrong, missing or superfluous.
+# **Goal.** The first step that is wrong, missing or extra.
 #
 # **Predict first.** A step is right only if it is the expected one in its place. If step 2 of 4
 # copies a wrong number, and all later arithmetic is right, then (a) one step is wrong, (b) steps 2
@@ -87,7 +88,8 @@ def read_trace(text: str) -> tuple[list[list[int] | None], int | None]:
 # <details><summary>Hint 1</summary>Compare both lists place by place.</details>
 # <details><summary>Hint 2</summary>If one list is longer, the first place that only one of them has
 # is where it goes wrong.</details>
-# <details><summary>Hint 3</summary><code>itertools.zip_longest</code></details>
+# <details><summary>Hint 3</summary><code>itertools.zip_longest</code>, with a
+# <code>fillvalue</code> that is no step; <code>None</code> can be one.</details>
 
 
 # %% exercise 6.2
@@ -118,7 +120,8 @@ def first_wrong_step(stated: list[list[int] | None], expected: list[list[int]]) 
 #
 # <details><summary>Hint 1</summary>Use <code>read_trace</code>.</details>
 # <details><summary>Hint 2</summary>A trace without an answer is not right.</details>
-# <details><summary>Hint 3</summary>Two places that hold the same question are two traces.</details>
+# <details><summary>Hint 3</summary>Do not remove duplicates, and do not look at the
+# steps.</details>
 
 
 # %% exercise 6.3
@@ -140,12 +143,12 @@ def right_traces(traces: list[str], answers: list[int]) -> list[int]:
 #
 # **Goal.** The answer of several samples, and how often a vote is right.
 #
-# **Formula.** If each of $n$ votes (odd) is right with probability $p$, and all wrong ones agree on
-# the same number, then the vote is right with probability
+# **Formula.** If each of $n$ votes (odd) is right with probability $p$, independently, and all
+# wrong ones agree on the same number, then the vote is right with probability
 # $\sum_{k > n/2} \binom{n}{k} p^k (1-p)^{n-k}$.
 #
-# **Predict first.** In truth wrong answers scatter. A model that is right in 40 % of its samples
-# (a) loses by voting, (b) neither gains nor loses, (c) gains.
+# **Predict first.** In truth wrong answers scatter over many numbers. A model that is right in 40 %
+# of its samples of every question (a) loses by voting, (b) neither gains nor loses, (c) gains.
 #
 # **Check.** `python -m pytest labs/checks/lab6 --mine -k vote`
 #
@@ -175,8 +178,8 @@ def chance_of_majority(p: float, n: int) -> float:
 # ## Read a run
 #
 # `results/reason.json` holds students that learned from traces and from answers alone, at equal
-# FLOPs. Up to 5 steps are in the training, 6 to 8 are not. What do both learn, and what does a vote
-# add?
+# FLOPs, of problems with up to 5 steps. What do both learn? What does a vote add? And what is left
+# of the student of traces if its thought is cut to a number of tokens, so that it must answer?
 
 
 # %%
@@ -190,8 +193,11 @@ def main() -> None:
         print(f"{name}, 1 to 5 steps: " + ", ".join(f"{share:.0f} %" for share in shares))
     axes.set(xlabel="steps of the problem", ylabel="right answers %", ylim=(-3, 103), xticks=steps)
     save_picture(axes, "lab6")
-    for point in students["traces"]["reasoning"]["voting"] or []:
-        print(f"a vote of {point['amount']}: {point['accuracy']:.1%} right")
+    for name in ("traces", "answers"):
+        for kind, what in (("voting", "votes"), ("thinking", "tokens of thought")):
+            points = students[name]["reasoning"][kind] or []
+            shown = ", ".join(f"{point['amount']}: {point['accuracy']:.0%}" for point in points)
+            print(f"{name}, right by {what}: {shown or 'it has none'}")
 
 
 # %%

@@ -4,11 +4,10 @@
 # First you are a customer who distils a teacher through a key and a quota. Then you change sides
 # and look for such customers in a usage log. `docs/the-case.md` has the news behind this lab.
 #
-# Serve a teacher and extract from it before you begin; both commands are explained in
-# `docs/the-case.md`, and run while you work: `python -m teacher.api serve runs/quickstart`, and
-# with the key of an account in `LAB_KEY`, `python train.py configs/extract.yaml`.
+# Be that customer first: the sections *Sell* and *Extract* of `docs/the-case.md` take ten minutes,
+# most of them of your machine. No exercise needs it.
 #
-# About 90 minutes of yours, 5 seconds of CPU, and 3 minutes for the extraction.
+# About 90 minutes of yours, 5 seconds of CPU.
 
 # %%
 import math
@@ -44,7 +43,7 @@ PREDICTIONS = {
 # $0.5 \cdot 2^n$ seconds after $n$ earlier tries, at most 8.
 #
 # **Predict first.** A day's quota is used up. The request should be repeated (a) at once, (b) after
-# a second, (c) not at all.
+# a second, (c) not before the quota resets.
 #
 # **Check.** `python -m pytest labs/checks/lab7 --mine -k again`
 #
@@ -125,7 +124,8 @@ def within_budget(
 #
 # <details><summary>Hint 1</summary><code>Counter(topics).values()</code></details>
 # <details><summary>Hint 2</summary>Natural logarithms.</details>
-# <details><summary>Hint 3</summary>A single topic has entropy 0, and so has no question.</details>
+# <details><summary>Hint 3</summary>A single topic has entropy 0; so has an account without
+# questions.</details>
 
 
 # %% exercise 7.3
@@ -142,10 +142,10 @@ def topic_entropy(topics: list[int]) -> float:
 #
 # Medium · 20 minutes · no CPU
 #
-# **Goal.** A threshold that a new honest account exceeds with at most a given probability, without
-# any assumption about the scores.
+# **Goal.** A threshold that a new honest account exceeds with at most a given probability, whatever
+# distribution the scores have, if the account is drawn like the trusted ones.
 #
-# **Formula.** Of $n$ scores of trusted accounts, in order, take number
+# **Formula.** Of $n$ scores of trusted accounts, in ascending order, take number
 # $\lceil (n + 1)(1 - \alpha) \rceil$, counted from 1; if there are fewer, the threshold is infinite
 # (split conformal prediction).
 #
@@ -180,17 +180,18 @@ def threshold(scores: list[float], false_alarms: float) -> float:
 # same every day). Extractors ask for everything once: fast, slowly, or divided among accounts.
 #
 # **Goal.** A score of an account that is high for extractors. Its threshold comes from trusted
-# accounts, by your function above.
+# accounts, by your function above, at 5 % of false alarms; it should find half of the extractors, a
+# good one nine of ten.
 #
-# **Predict first.** The honest customers who are flagged most often are (a) those who chat, (b)
-# applications, (c) evaluations.
+# **Predict first.** By the entropy of exercise 7.3 alone, the honest customers who are flagged most
+# often are (a) those who chat, (b) applications, (c) evaluations.
 #
 # **Check.** `python -m pytest labs/checks/lab7 --mine -k find`
 #
 # <details><summary>Hint 1</summary>An evaluation is as broad as an extractor. What else does it do?
 # </details>
 # <details><summary>Hint 2</summary>The share of questions that were never asked before is 1 for an
-# extractor.</details>
+# extractor. It is 1 for a batch job, too.</details>
 # <details><summary>Hint 3</summary>Multiply both.</details>
 
 

@@ -65,7 +65,7 @@ def marked(log_probs: Tensor, green: Tensor, bias: float) -> Tensor:
 # %% [markdown]
 # ## Exercise 8.2: a test that is valid for any text
 #
-# Hard · 25 minutes · no CPU
+# Hard · 20 minutes · no CPU
 #
 # The obvious test counts green tokens and takes each for a coin that falls on green in a quarter of
 # the cases. A student repeats pairs of tokens, though, and every repetition of a pair falls on the
@@ -74,8 +74,8 @@ def marked(log_probs: Tensor, green: Tensor, bias: float) -> Tensor:
 # **Goal.** $z$ of a table of counts: how many standard deviations the green ones exceed what a
 # random key would give.
 #
-# **Formula.** Of a table $D$ [V, V], after each token how often each other one came (less what is
-# expected), take from every row its mean: $C$. With $\gamma$ the share of green tokens in a row,
+# **Formula.** $D_{ij}$ is how often token $j$ came after token $i$; take from every row its mean:
+# $C$. With $\gamma$ the share of green tokens in a row,
 # $z = \sum C_{ij} G_{ij} / \sqrt{\gamma (1 - \gamma) \frac{V}{V - 1} \sum C_{ij}^2}$.
 #
 # **Predict first.** On a long text of an innocent student, the obvious test with many keys gives z
@@ -84,8 +84,8 @@ def marked(log_probs: Tensor, green: Tensor, bias: float) -> Tensor:
 # **Check.** `python -m pytest labs/checks/lab8 --mine -k valid`
 #
 # <details><summary>Hint 1</summary><code>D - D.mean(1, keepdim=True)</code></details>
-# <details><summary>Hint 2</summary>Lists are drawn without replacement, hence V / (V -
-# 1).</details>
+# <details><summary>Hint 2</summary>A green list is drawn without replacement, hence V / (V - 1).
+# Do not assume a quarter: count.</details>
 # <details><summary>Hint 3</summary>Both sums go over the whole table.</details>
 
 
@@ -132,7 +132,9 @@ def rank_p(z: float, others: list[float]) -> float:
 # Medium · 20 minutes · no CPU
 #
 # Without a mark, one compares how close a student is to a teacher with how close innocent students
-# are. Two students that differ only in their seed are not equally close.
+# are: the larger the number, the closer. Two students that differ only in their seed are not
+# equally close. What follows assumes that innocent students are about normal, and drawn like the
+# new one.
 #
 # **Goal.** p that one more innocent student would be at least as close.
 #
@@ -163,16 +165,16 @@ def p_of_closeness(student: float, innocent: list[float]) -> float:
 # %% [markdown]
 # ## Exercise 8.5: the blind trial
 #
-# Medium · 20 minutes · 5 seconds of CPU
+# Medium · 15 minutes · 5 seconds of CPU
 #
 # Each student has its closeness to every candidate. Some were taught by one of them, some by
 # nobody, some by a teacher that is not listed.
 #
-# **Goal.** A verdict on each student: the name of a candidate, or `none`. A wrong accusation costs
-# as much as a right one earns.
+# **Goal.** A verdict on each student: the name of a candidate, or `none`.
 #
-# **Formula.** Subtract from each closeness the mean of the others: what all good students share
-# cancels. Correct p for the number of candidates. Accuse at p ≤ 0.001.
+# **Formula.** Subtract from the closeness to each candidate the same student's mean closeness to
+# the other candidates: what all good students share cancels. Correct p for the number of
+# candidates. Accuse at p ≤ 0.001: a wrong accusation is worse than none.
 #
 # **Predict first.** A student of a teacher that is not listed should be (a) given to the closest
 # candidate, (b) given to all, (c) given to none.
@@ -235,5 +237,6 @@ if __name__ == "__main__":
 # and
 # `python -m experiment.blind score blind` opens it after your verdicts. `docs/api.md` has the rest.
 #
-# **Deliverable.** Your functions and predictions; your verdicts; and one paragraph for a judge:
-# what does a small p show, what does it not show, and how could a careful copier have avoided it?
+# **Deliverable.** Your functions and predictions; your verdicts, if you made a set; and one
+# paragraph for a judge: what does a small p show, what does it not show, and how could a careful
+# copier have avoided it?

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Lab 9: Reproduce and audit
 #
-# A result that nobody can repeat is a rumour, and one that repeats can still be wrong. You rerun a
-# recorded result, say how well it was reproduced, and then audit a report with three planted
+# A result that nobody can repeat is a rumour, and one that repeats can still be wrong. You train
+# the same thing twice, say how well it was reproduced, and then audit a report with three planted
 # faults: a stale number, a test set that leaked, a baseline that was not tuned.
 #
-# Start the rerun before you read on: `python train.py configs/tiny.yaml`, then
-# `python eval.py runs/tiny`. Train it a second time under another name (`name=again --fresh`), and
-# let `python eval.py --compare runs/tiny runs/again` say what differs.
+# Start both trainings before you read on: `python train.py configs/tiny.yaml`, and the same with
+# `--fresh name=again`; evaluate each (`python eval.py runs/tiny`). Then
+# `python eval.py --compare runs/tiny runs/again` says what differs.
 #
 # About 45 minutes of yours, 2 minutes of CPU.
 
@@ -36,7 +36,7 @@ PREDICTIONS = {
 # **Goal.** The tier of a rerun, as `docs/reproducing.md` explains it.
 #
 # **Formula.** A: all hashes are equal. C: each metric lies within its band. D: one lies outside.
-# `?`: there are no bands to tell.
+# `?`: there are no bands to tell. (B needs a training in float64, and is left out here.)
 #
 # **Predict first.** The same code on another processor most likely reaches (a) A, (b) C, (c) D.
 #
@@ -54,7 +54,8 @@ def tier(
     metrics: dict[str, float],
     bands: dict[str, tuple[float, float]] | None,
 ) -> str:
-    """`A`, `C`, `D` or `?`; hashes of each model, then each metric and its band."""
+    """`A`, `C`, `D` or `?`; hashes of each model, here and recorded, then each metric and its band
+    (low, high)."""
     # solution
     if hashes == recorded:
         return "A"
@@ -68,7 +69,7 @@ def tier(
 # %% [markdown]
 # ## Exercise 9.2: the stale number
 #
-# Medium · 15 minutes · no CPU
+# Medium · 10 minutes · no CPU
 #
 # **Goal.** The models whose number in a report is not that of the result.
 #
@@ -106,8 +107,8 @@ def stale(report: str, result: dict[str, float]) -> list[str]:
 #
 # **Goal.** The test texts that share a long run of words with a training text.
 #
-# **Formula.** A test text has leaked if any 13 words of it in a row stand in a training text in the
-# same order, whatever their case and punctuation (Brown et al. 2020, arXiv 2005.14165, appendix C).
+# **Formula.** A test text has leaked if any 13 words of it in a row stand in a row in a training
+# text, whatever their case and punctuation (Brown et al. 2020, arXiv 2005.14165, appendix C).
 # A shorter test text has leaked if all of it does.
 #
 # **Predict first.** Duplicates between training and test make the reported quality (a) better than
@@ -116,10 +117,10 @@ def stale(report: str, result: dict[str, float]) -> list[str]:
 # **Check.** `python -m pytest labs/checks/lab9 --mine -k leaked`
 #
 # <details><summary>Hint 1</summary><code>re.findall(r"\w+", text.lower())</code></details>
-# <details><summary>Hint 2</summary>A set of all runs of the training texts; then look each run of
-# the test text up.</details>
-# <details><summary>Hint 3</summary>Join words with spaces, and put a space around both: then a
-# short text is found with <code>in</code>, and no word is found within another.</details>
+# <details><summary>Hint 2</summary>Go through all runs of 13 words of the test text; a shorter text
+# is one run.</details>
+# <details><summary>Hint 3</summary>Join words with spaces, and put a space around both: then a run
+# is found with <code>in</code>, and no word is found within another.</details>
 
 
 # %% exercise 9.3
@@ -187,6 +188,8 @@ def main() -> None:
     print("stale:", stale(REPORT, {"text": 0.5609, "hidden": 0.5130, "baseline": 0.5427}))
     tries = {"hidden": [(0.003, 0.53), (0.006, 0.51)], "baseline": [(0.003, 0.54)]}
     print("untuned:", untuned(tries, {"hidden": 0.006, "baseline": 0.003}))
+    sentence = "and it came to pass in those days that there went out a decree from the ruler"
+    print("leaked:", leaked([f"First, {sentence}."], ["Something else", sentence.title()]))
 
 
 # %%
@@ -194,5 +197,5 @@ if __name__ == "__main__":
     main()
 
 # %% [markdown]
-# **Deliverable.** Your functions and predictions; the tier of your rerun and what differs, in one
-# sentence; and a fault of your own choice that none of these functions would find.
+# **Deliverable.** Your functions and predictions; the tier of your two runs and what differs, in
+# one sentence; and a fault of your own choice that none of these functions would find.

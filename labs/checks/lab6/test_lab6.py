@@ -7,7 +7,7 @@ from labs.checks.tools import close, require_predictions
 
 def problem(draw, steps):
     """A right trace, its steps and its answer."""
-    value, found = int(draw.integers(20, 60)), []
+    value, found = int(draw.integers(46, 90)), []  # never below 0
     for _ in range(steps):
         operand = int(draw.integers(2, 10)) * (1 if draw.random() < 0.5 else -1)
         found.append([value, operand, value + operand])
@@ -22,6 +22,8 @@ def test_read_gives_steps_and_answer(lab, draw):
         text, expected, answer = problem(draw, steps)
         found = lab.call("read_trace", text)
         assert len(found) == 2, "read_trace: expected a pair, (steps, answer)"
+        if None in found[0]:
+            pytest.fail("read_trace: a right step is not read. Are `<think>` and spaces removed?")
         if found[0] == [[a, abs(b), c] for a, b, c in expected] != expected:
             pytest.fail("read_trace: the operand of a subtraction is negative")
         assert list(map(list, found[0])) == expected, "read_trace: other steps than expected"
@@ -35,6 +37,7 @@ def test_read_survives_whatever_a_model_writes(lab):
         "<think> 7+5=12;12-3=9": ([[7, 5, 12], [12, -3, 9]], None),
         "<think> </think> 4": ([], 4),
         "<think> 7+5=12 </think> pens": ([[7, 5, 12]], None),
+        "<think> 7+5=12;12-3=9x </think> 9": ([[7, 5, 12], None], 9),
         "</think>": ([], None),
         "": ([], None),
     }
@@ -57,6 +60,13 @@ def test_wrong_is_the_first_step_that_differs(lab, draw):
         if found == place:
             pytest.fail("first_wrong_step: steps are counted from 1")
         assert found == place + 1, f"first_wrong_step: found {found}, expected {place + 1}"
+    before, operand, _ = expected[1]
+    copied = [before + 1, operand, before + 1 + operand]  # right arithmetic, a wrong number
+    if lab.call("first_wrong_step", [expected[0], copied, *expected[2:]], expected) != 2:
+        pytest.fail("first_wrong_step: a right step is the expected one, not one that adds up")
+    assert lab.call("first_wrong_step", [*expected, None], expected) == 5, (
+        "first_wrong_step: an extra step that cannot be read is wrong, too"
+    )
     if lab.call("first_wrong_step", expected[:2], expected) is None:
         pytest.fail("first_wrong_step: a missing step is wrong, too; zip stops at the shorter list")
     assert lab.call("first_wrong_step", expected[:2], expected) == 3
@@ -72,9 +82,15 @@ def test_right_traces_are_those_with_the_right_answer(lab, draw):
         text, _, answer = problem(draw, 3)
         traces.append(text if number % 3 else text.partition("</think>")[0])
         answers.append(answer if number % 4 else answer + 1)
-    expected = [n for n in range(9) if n % 3 and n % 4]
+    traces += [traces[1], "<think> 1+1=3 </think> 7"]  # once more; a wrong step, a right answer
+    answers += [answers[1], 7]
+    expected = [n for n in range(9) if n % 3 and n % 4] + [9, 10]
     found = lab.call("right_traces", traces, answers)
-    if list(found) == [n for n in range(9) if n % 4]:
+    if set(found) == {*expected} - {9}:
+        pytest.fail("right_traces: a trace that was sampled twice counts twice")
+    if set(found) == {*expected} - {10}:
+        pytest.fail("right_traces: only the answer decides")
+    if list(found) == [n for n in range(9) if n % 4] + [9, 10]:
         pytest.fail("right_traces: a trace without an answer is kept")
     assert list(found) == expected, f"right_traces: found {found}, expected {expected}"
 
@@ -82,7 +98,7 @@ def test_right_traces_are_those_with_the_right_answer(lab, draw):
 @pytest.mark.points(2)
 def test_vote_is_the_most_frequent_answer(lab):
     cases = {
-        (3, 5, 5): 5, (5, 3, 3, 5): 5, (None, None, 4): 4, (None, None): None, (): None,
+        (3, 5, 5): 5, (5, 3, 3, 5): 5, (0, 0, 5): 0, (None, None, 4): 4, (None, None): None, (): None,
         (7, None, None, None): 7,
     }  # fmt: skip
     for answers, expected in cases.items():
@@ -93,7 +109,7 @@ def test_vote_is_the_most_frequent_answer(lab):
 
 
 @pytest.mark.points(1)
-def test_vote_of_many_is_right_more_often_than_one_above_a_half(lab, draw):
+def test_vote_of_many_beats_one_above_a_half(lab, draw):
     for n in (1, 3, 9):
         p = float(draw.uniform(0.5, 0.9))
         votes = sum(

@@ -33,14 +33,15 @@ def test_mark_raises_green_tokens_and_stays_a_distribution(lab, draw):
 def test_valid_z_is_that_of_a_random_key(lab, draw):
     vocabulary = 12
     counts = torch.from_numpy(draw.poisson(3, (vocabulary, vocabulary)) ** 2).float()
-    green = lists(draw, vocabulary)
+    green = lists(draw, vocabulary, 1 / 3)
     centred = counts - counts.mean(1, keepdim=True)
     top, square = (centred * green).sum(), centred.square().sum()
-    factor, share = vocabulary / (vocabulary - 1), 0.25 * 0.75
+    factor, share = vocabulary / (vocabulary - 1), 2 / 9
     expected = float(top / (share * factor * square).sqrt())
     found = float(lab.call("z_of", counts, green))
     total = counts.sum()
-    naive = float(((counts * green).sum() - 0.25 * total) / (share * total).sqrt())
+    naive = float(((counts * green).sum() - total / 3) / (share * total).sqrt())
+    columns = counts - counts.mean(0, keepdim=True)
     uncentred = float((counts * green).sum() / (share * factor * counts.square().sum()).sqrt())
     whole = counts - counts.mean()
     signatures = {
@@ -48,6 +49,10 @@ def test_valid_z_is_that_of_a_random_key(lab, draw):
         "the means of the rows are not subtracted": uncentred,
         "V / (V - 1) is missing: lists are drawn without replacement":
             float(top / (share * square).sqrt()),
+        "a third of the tokens is green here, not a quarter":
+            float(top / (3 / 16 * factor * square).sqrt()),
+        "this is the mean of every column, not of every row":
+            float((columns * green).sum() / (share * factor * columns.square().sum()).sqrt()),
         "this is the mean of the whole table, not of every row":
             float((whole * green).sum() / (share * factor * whole.square().sum()).sqrt()),
     }  # fmt: skip
@@ -137,9 +142,20 @@ def test_trial_names_the_teacher(lab, draw):
 @pytest.mark.points(2)
 def test_trial_accuses_no_innocent_student(lab, draw):
     innocent = students(draw, "nobody", 12)
-    others = students(draw, "nobody", 60) + students(draw, "unlisted", 10)
+    others = students(draw, "nobody", 70)
     accused = [found for one in others if (found := lab.call("verdict", one, innocent)) != "none"]
-    assert not accused, f"verdict: {len(accused)} of 70 innocent students are accused"
+    assert len(accused) <= 3, f"verdict: {len(accused)} of 70 innocent students are accused"
+
+
+@pytest.mark.points(1)
+def test_trial_corrects_for_the_number_of_candidates(lab, draw):
+    innocent = students(draw, "nobody", 12)
+    relative = [one["a"] - (one["b"] + one["c"]) / 2 for one in innocent]
+    spread = np.std(relative, ddof=1) * (1 + 1 / 12) ** 0.5
+    for p, message in ((0.0006, "is p corrected for three candidates?"), (0.01, "p is 0.01")):
+        distance = np.mean(relative) + spread * stats.t.isf(p, 11)
+        found = lab.call("verdict", {"a": float(distance), "b": 0.0, "c": 0.0}, innocent)
+        assert found == "none", f"verdict: it accuses where it must not: {message}"
 
 
 @pytest.mark.points(1)

@@ -21,6 +21,8 @@ def test_tier_is_the_best_that_holds(lab):
         "within all bands, ends included": (other, equal, metrics, inside, "C"),
         "one outside its band": (other, equal, metrics, inside | outside, "D"),
         "no bands": (other, equal, metrics, None, "?"),
+        "equal hashes without bands": (equal, equal, metrics, None, "A"),
+        "a model that is missing": ({"student": "ab"}, equal, metrics, inside, "C"),
     }
     for what, (*arguments, expected) in cases.items():
         found = lab.call("tier", *arguments)
@@ -59,10 +61,17 @@ def test_leaked_texts_share_thirteen_words(lab, draw):
     test = [
         text(40),
         f"{text(10)} {run.upper().replace(' ', ', ')}! {text(10)}",
-        f"{text(10)} {' '.join(words[30:42])} 12 {text(10)}",
+        f"{text(10)} 11 {' '.join(words[30:42])} 12 {text(10)}",
         " ".join(words[5:9]),
         "zebra",
     ]
+    unchanged = [" ".join(words[7:30])]
+    assert list(lab.call("leaked", training, unchanged)) == [0], (
+        "leaked: a run of 23 words is missed"
+    )
+    assert list(lab.call("leaked", training, [f"zebra {' '.join(words[7:12])}"], 5)) == [0], (
+        "leaked: the number of words is given"
+    )
     found = lab.call("leaked", training, test)
     if 1 not in found:
         pytest.fail("leaked: case and punctuation make no difference")
@@ -81,6 +90,8 @@ def test_untuned_methods_are_found(lab):
     assert lab.call("untuned", fair, {"a": 0.2, "b": 0.2}) == ["b"], (
         "untuned: b runs at the rate that is best for a"
     )
+    if lab.call("untuned", fair, {"a": 0.1, "b": 0.2}) == []:
+        pytest.fail("untuned: the best try has the fewest errors")
     fewer = {**fair, "base": [(0.1, 0.5)]}
     assert lab.call("untuned", fewer, {"a": 0.2, "b": 0.1, "base": 0.1}) == ["base"], (
         "untuned: base had fewer tries"
