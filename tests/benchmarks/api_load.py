@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -33,6 +34,7 @@ from teacher.api.tiers import TIERS
 ROOT = Path(__file__).parent.parent.parent
 HONEST, SLOW, HOSTILE = 200, 10, 10
 MOST_SLOWER, MOST_GROWTH = 2.0, 1.1  # of the 99th percentile, of memory
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 999\r\n\r\n"
 PAUSE = 1.0  # seconds between two requests of an honest client, on average
 
 
@@ -139,17 +141,12 @@ async def slow(port: int) -> None:
     """Sends a byte of its request a second."""
     while True:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        try:
-            for (
-                byte
-            ) in b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 999\r\n\r\n":
+        with suppress(OSError):  # the server gives up on it
+            for byte in HEAD:
                 writer.write(bytes([byte]))
                 await writer.drain()
                 await asyncio.sleep(1)
-        except OSError:
-            pass
-        finally:
-            writer.close()
+        writer.close()
 
 
 async def hostile(url: str, key: str, model: str, number: int) -> None:
