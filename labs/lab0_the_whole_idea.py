@@ -5,8 +5,9 @@
 # words, a student model learns from what the teacher says, and a baseline of the same size from the
 # dictionary. Run it (`python labs/distill.py`, a minute), then read it from `main` upwards.
 #
-# In this lab you measure its models, change two of its lines, predict what happens, and look. About
-# 30 minutes of yours, 4 minutes of CPU.
+# In this lab you measure its models, change two of its lines, predict what happens, and look.
+#
+# About 30 minutes of yours, 4 minutes of CPU.
 
 # %%
 import numpy as np
