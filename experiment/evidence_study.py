@@ -29,10 +29,10 @@ from experiment.evidence import add_evidence, key_of, measure_of, models_of, wri
 from experiment.experiment import open_model, open_outputs
 from experiment.leaks import answers_by_account
 from experiment.plan import Plan
-from experiment.reference import write_study
 from experiment.run import Run
 from measure.provenance import ALPHA, FEWEST, accusations
 from measure.rates import Rate, between
+from measure.report.documents import publish_study
 from measure.watermark import Evidence, WithoutBias, stolen_bias
 from models.language import Forward
 from models.rows import Rows
@@ -143,9 +143,9 @@ def study_of_marks(trials: list[Trial]) -> dict[str, Any]:
                 power[name][tokens] = rate + Rate(int(sum(found)), len(found))
             sha256 = trial.sha256(name, seed) if name == "innocent" else None
             if sha256 and sha256 not in unmarked:
-                unmarked[sha256] = whole
+                unmarked[sha256], tested = whole, keys(draw, LIBRARY_KEYS)
                 for once, found_z in library.items():
-                    found_z += library_z(text, trial, keys(draw, LIBRARY_KEYS), once)
+                    found_z += library_z(text, trial, tested, once)
     null = [one.z(key) for key in keys(draw, KEYS) for one in unmarked.values()]
     both = {"library": library[False], "library_once": library[True]}
     return {"z": z, "power": power, "null": null, **both}
@@ -375,11 +375,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    found = study(trials_of(options.runs))
-    for one in found["claims"]:
-        say(f"{one['result']}: {one['claim']}")
-    if options.out:
-        write_study(options.out, found)
+    publish_study(study(trials_of(options.runs)), options.out)
     return 0
 
 

@@ -21,7 +21,7 @@ from configs.schema import MACHINE_KEYS, Config, LabError
 from experiment.command import command_line
 from experiment.reading import check_config
 from experiment.run import Run
-from measure.report.documents import with_minutes, with_tables
+from measure.report.documents import rewrite_pages, with_minutes
 from measure.report.page import render_picture
 from measure.report.tables import per_seed_values
 from measure.verdicts import ONE_RUN, claim_of
@@ -217,21 +217,3 @@ def write_reference(run: Run, config: Config, others: list[Path], folder: Path) 
     picture = folder.parent / "docs" / f"{config.name}.svg"
     if picture.exists():
         write_atomically(picture, render_picture(reference))
-
-
-def write_study(file: Path, study: dict[str, Any]) -> None:
-    """Write what a study counted; one in results/ is shown in the README and docs/, too."""
-    write_json(file, study)
-    rewrite_pages(file.resolve().parent)
-
-
-def rewrite_pages(results: Path) -> None:
-    """The README and docs/ beside a folder of results, with its tables."""
-    for page in pages(results.parent):
-        if page.exists():
-            write_atomically(page, with_tables(page.read_text(encoding="utf-8"), results))
-
-
-def pages(root: Path) -> list[Path]:
-    """The documents that may show results."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]

@@ -18,11 +18,12 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 
 from configs.command import run_command
-from configs.files import read_json, say, write_json
+from configs.files import read_json, say
 from configs.schema import LabError
 from measure.alarms import DEFAULT, FINAL, LINKED, RULES, SEQUENTIAL, Alarm, Monitor
 from measure.detectors import DETECTORS
-from measure.rates import Rate, at_least, at_most, between
+from measure.rates import Rate, at_least, at_most, between, claim
+from measure.report.documents import publish_study
 from measure.usage import Log, PromptSpace, all_features, read_log
 from teacher.api.traffic import ATTACKS, BENIGN
 
@@ -220,14 +221,10 @@ def claims_of(one: Scored) -> list[dict[str, Any]]:
         between(
             f"the AUC of the final scores is at least {LEAST_AUC}", one.auc, LEAST_AUC, math.inf
         ),
-        between(
-            f"half of the naive extractors have at most {MOST_TOKENS:,} tokens at the alarm",
-            middle[1] if middle else math.inf,
-            0,
-            MOST_TOKENS,
-        ),
     ]
-    return claims
+    early = middle is not None and middle[1] < MOST_TOKENS
+    statement = f"half of the naive extractors have fewer than {MOST_TOKENS:,} tokens at the alarm"
+    return [*claims, claim(statement, early, not early)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -235,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
         "python -m measure.detection", description=__doc__.splitlines()[0]
     )
     found.add_argument("logs", type=Path, nargs="+", help="made by python -m teacher.api traffic")
-    found.add_argument("--out", type=Path, help="a JSON file")
+    found.add_argument("--out", type=Path, help="a JSON file; pages that show it are rewritten")
     return found
 
 
@@ -246,10 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     found = study([log for log in options.logs if not log.name.endswith(".before.sqlite")])
-    for one in found["claims"]:
-        say(f"{one['result']}: {one['claim']}")
-    if options.out:
-        write_json(options.out, found)
+    publish_study(found, options.out)
     return 0
 
 

@@ -11,9 +11,10 @@ import eval as judge
 from experiment.command import train_parser
 from experiment.plan import Plan
 from experiment.reading import read_config
-from experiment.reference import pages, write_reference
+from experiment.reference import write_reference
 from experiment.run import Run
 from measure import extraction
+from measure.report.documents import pages
 from teacher.api import __main__ as api
 from teacher.watermark import write_key
 from tests.helpers import ROOT

@@ -9,8 +9,8 @@ import pytest
 
 from experiment.check import EXIT_CODES, MEANINGS, TRACE_TOLERANCE
 from experiment.reading import read_config
-from experiment.reference import pages
 from measure.reasoning import VOTES
+from measure.report.documents import pages
 from measure.statistics import LEVEL
 from student.objectives import OBJECTIVES
 from student.recipe import FROM_TEXT, control_recipe

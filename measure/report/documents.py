@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from configs.files import say, write_atomically, write_json
 from measure.metrics import AGREEMENT, DIVERGENCE, metrics_in
 from measure.report.counted import tables_of_study
 from measure.report.sentences import facts_of
@@ -151,3 +152,28 @@ def work_line(result: dict[str, Any]) -> str:
         f"{shared_with_others(result)}; this run read the held-out split "
         f"{times(result['heldout_reads'])}"
     )
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def publish_study(study: dict[str, Any], out: Path | None) -> None:
+    """Print what a study decided, and write it; one in results/ is shown in the README and docs/,
+    too."""
+    for one in study["claims"]:
+        say(f"{one['result']}: {one['claim']}")
+    if out:
+        write_json(out, study)
+        rewrite_pages(out.resolve().parent)
+
+
+def rewrite_pages(results: Path) -> None:
+    """The README and docs/ beside a folder of results, with its tables."""
+    for page in pages(results.parent):
+        if page.exists():
+            write_atomically(page, with_tables(page.read_text(encoding="utf-8"), results))
+
+
+def pages(root: Path) -> list[Path]:
+    """The documents that may show results."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]

@@ -200,7 +200,7 @@ def test_the_study_tries_every_detector_and_decides_its_claims(logs, tmp_path, c
     naive = found["detectors"]["simulated"]["rates"][SEQUENTIAL]["naive"]
     assert naive["found"] == naive["of"] == 12
     assert len(found["claims"]) == len(CLAIMED) + 4
-    assert "supported: half of the naive extractors have at most" in capsys.readouterr().out
+    assert "supported: half of the naive extractors have fewer" in capsys.readouterr().out
     assert found["supervised"]["all"]["found"] >= found["supervised"]["mixed"]["found"]
     files[0].with_suffix(".labels.json").unlink()
     assert detection.main([str(files[0])]) == 2

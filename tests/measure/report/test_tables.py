@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from experiment.reference import pages
 from measure.laws import Law
 from measure.report.documents import (
     BLOCK,
     is_current,
+    pages,
     shared_with_others,
     with_minutes,
     with_tables,
