@@ -405,8 +405,8 @@ def check_tuning(config: Config) -> Iterator[str]:
         if len(set(rates)) < len(rates) or (len(rates) == 1 and len(tune.transfer_rows) > 1):
             yield f"tune: the rates of {key} are {rates}, expected different ones, two or more"
     for name, rates in tune.other_rates.items():
-        if name not in config.recipes:
-            yield f"tune.other_rates: no recipe {name!r}{nearest(name, config.recipes)}"
+        if name not in plan.recipes:
+            yield f"tune.other_rates: no recipe or control {name!r}{nearest(name, plan.recipes)}"
         elif len(rates) != len(tune.learning_rate):
             yield (
                 f"tune.other_rates.{name}: found {len(rates)} rates, expected as many as in "

@@ -192,7 +192,12 @@ def test_tries_are_all_pairs_or_as_many_rates():
     assert len(tries_of(config, "text", config.recipes["text"])) == 4
     rates = [one.learning_rate for one in tries_of(config, "own", config.recipes["own"])]
     assert rates == pytest.approx([0.005, 0.00794, 0.0126, 0.02])
-    tune = config.tune.model_copy(update={"other_rates": {"own": [1e-4, 8e-4]}})
-    config = config.model_copy(update={"tune": tune})
-    rates = [one.learning_rate for one in tries_of(config, "own", config.recipes["own"])]
+
+
+@pytest.mark.parametrize("name", ["own", "baseline"])
+def test_a_recipe_or_control_may_have_rates_of_its_own(name):
+    settings = read_yaml(CONFIG, "here")
+    settings["tune"]["other_rates"] = {name: [1e-4, 8e-4]}
+    config = check_config(settings, "here")
+    rates = [one.learning_rate for one in tries_of(config, name, Plan(config).recipes[name])]
     assert rates == pytest.approx([1e-4, 2e-4, 4e-4, 8e-4])
