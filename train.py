@@ -269,7 +269,7 @@ def fit(
     steps or until max_flops are spent. Several processes share every step.
     """
     accelerator, device = experiment.accelerator, experiment.accelerator.device
-    model.to(device)
+    prepare(model.to(device), training)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=training.betas, weight_decay=training.weight_decay, fused=True
     )
@@ -298,6 +298,14 @@ def fit(
         optimizer.zero_grad()
         state.advance(step_data, indices, loss.uses_hidden(progress), total_loss, norm)
     return state.finish(data)
+
+
+def prepare(model: nn.Module, training: Training) -> None:
+    """What makes steps smaller or faster, and leaves the names of the parameters as they are."""
+    if training.activation_checkpointing:
+        student_of(model).activation_checkpointing_enable()
+    if training.compile:
+        student_of(model).base_model.compile(dynamic=True)
 
 
 def learning_rate(training: Training, step: float, steps: int) -> float:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class LabError(Exception):
@@ -34,6 +34,18 @@ class Section(BaseModel):
     )
 
 
+def added(default: Any, **bounds: Any) -> Any:
+    """A key that came later: with its default, a config has the hash that it had before."""
+    return Field(default, exclude_if=lambda value: value == default, **bounds)
+
+
+# YAML reads a bare yes or no as a truth value.
+Answer = Annotated[
+    Literal["yes", "no", "unknown"],
+    BeforeValidator(lambda value: ("no", "yes")[value] if isinstance(value, bool) else value),
+]
+
+
 class TaskConfig(Section):
     """What is learned. Every task adds its own keys to `name`; see its `Settings`."""
 
@@ -49,7 +61,14 @@ class TaskConfig(Section):
 class Model(Section):
     """A model to build, or a pretrained one to start from. Keys are named as in transformers."""
 
-    pretrained: str | None = None  # a folder or a hub id: its shape and its weights
+    # Its shape and its weights: a folder, a hub id, or a GGUF file (a path, package/file.gguf of an
+    # installed package, or organisation/repository/file.gguf of the hub).
+    pretrained: str | None = None
+    revision: str | None = added(None)  # of a hub id: a branch, tag or commit
+    remote_code: bool = added(False)  # run the code in its repository
+    # Of a teacher that stays unchanged: the type of its weights; null: the config's precision.
+    dtype: Literal["bfloat16", "float16"] | None = added(None)
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = added("eager")
     architecture: str = "llama"
     hidden_size: Size | None = None
     num_hidden_layers: int | None = Field(None, gt=0, le=1_000)
@@ -76,6 +95,11 @@ class Training(Section):
     # Weight of a prompt token in the loss; completion tokens have weight 1. Above 0 a model also
     # learns to write prompts. Students of stored distributions need 0: only completions have them.
     prompt_weight: float = Field(0.0, ge=0, le=1)
+    # The type of the matrix products in a step; weights and optimizer keep the config's precision.
+    autocast: Literal["bfloat16"] | None = added(None)
+    # Recompute activations in the backward pass: less memory, a third more FLOPs, which are charged.
+    activation_checkpointing: bool = added(False)
+    compile: bool = added(False)  # with torch.compile
 
 
 class Api(Section):
@@ -102,11 +126,28 @@ class Api(Section):
     budget_tokens: Count | None = None
     budget_money: float | None = Field(None, gt=0)
     # What the terms say, for a server that does not state them.
-    allows_distillation: Literal["yes", "no", "unknown"] = "unknown"
+    allows_distillation: Answer = "unknown"
     permission: str | None = Field(None, min_length=1)  # who allowed it, where the terms do not
     # Of each evaluation split, how many rows the teacher behind a url answers: where its weights
     # are unknown, its answers there are all that students can be compared with.
     evaluation_rows: Count = 500
+
+
+class Published(Section):
+    """What others publish of a pretrained teacher. Nothing of it is measured here."""
+
+    source: str = Field(min_length=1)  # where the figures and the terms are stated
+    # What it was trained on; its training is counted as 6 FLOPs per parameter and token (Kaplan et
+    # al. 2020, arXiv 2001.08361, section 2.1).
+    parameters: float = Field(gt=0, lt=1e15)
+    tokens: float = Field(gt=0, lt=1e18)
+    licence: str = "unknown"
+    allows_distillation: Answer = "unknown"
+    permission: str | None = Field(None, min_length=1)  # who allowed it, where the licence does not
+
+    @property
+    def flops(self) -> float:
+        return 6 * self.parameters * self.tokens
 
 
 class Teacher(Section):
@@ -114,8 +155,8 @@ class Teacher(Section):
     training: Training = Training()
     epochs: float = Field(0, ge=0, lt=1e6)  # 0: a pretrained teacher, unchanged
     seed: Seed = 0
-    # Where it is None, configs and hashes are those of a time before there was an API.
-    api: Api | None = Field(None, exclude_if=lambda value: value is None)
+    api: Api | None = added(None)
+    published: Published | None = added(None)
 
 
 class Schedule(Section):
@@ -159,15 +200,13 @@ class OutputsSettings(Section):
     traces: Literal["all", "right", "none"] = "all"
     charged: bool = True  # to the student's budget; false in studies that vary the outputs
     # With teacher.api: the bias of the watermark in these answers, in nats; null: without.
-    watermark: float | None = Field(None, gt=0, le=20, exclude_if=lambda value: value is None)
+    watermark: float | None = added(None, gt=0, le=20)
     # How much the teacher avoids what would teach a student well, and the recipe whose first
     # student stands for those that it does not know.
-    antidistillation: float | None = Field(
-        None, gt=0, le=1e6, exclude_if=lambda value: value is None
-    )
-    proxy: str | None = Field(None, exclude_if=lambda value: value is None)
+    antidistillation: float | None = added(None, gt=0, le=1e6)
+    proxy: str | None = added(None)
     # Of the prompts, whose answers are marked; null: all.
-    watermark_share: float | None = Field(None, gt=0, lt=1, exclude_if=lambda value: value is None)
+    watermark_share: float | None = added(None, gt=0, lt=1)
 
 
 class DivergenceSettings(Section):

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import CacheLayerMixin
 
+import models.flops  # noqa: F401  its formulas count fused attention
 from configs.files import Shape
 from configs.schema import Cost
 from models.generate import CACHES
@@ -41,7 +42,7 @@ class TrainingFlops:
         self.model = model
         sizes = tuple(parameter.shape for parameter in model.parameters())
         relations = getattr(model, "relations", False)
-        shape = (type(model), relations, model.config.to_json_string(), sizes)
+        shape = (type(model), relations, model.config.to_json_string(), sizes, *how_computed(model))
         self.per_row = TRAINING_FLOPS.setdefault(shape, {})
 
     def of_row(self, length: int) -> int:
@@ -59,6 +60,13 @@ class TrainingFlops:
     def of_batch(self, lengths: np.ndarray) -> int:
         """FLOPs for a batch of rows padded to the longest."""
         return len(lengths) * self.of_row(int(lengths.max()))
+
+
+def how_computed(model: nn.Module) -> tuple[str, bool]:
+    """What changes the FLOPs of a step beside the shapes: fused attention computes its scores
+    again in the backward pass, and gradient checkpointing all of the forward pass."""
+    again = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    return getattr(model.config, "_attn_implementation", None) or "", again
 
 
 # FLOPs per row of a forward pass, by the model's config, tokens, cached tokens and how many of the

@@ -27,13 +27,13 @@ from models.language import (
     build_model,
     initialise,
     load_model,
-    load_pretrained,
     load_tokenizer,
     sha256_of_files,
     sha256_of_model,
     sha256_of_tensors,
     take_layers,
 )
+from models.pretrained import load_pretrained
 from models.rows import Rows, batch_order
 from models.vocabulary import first_differing_id, require_same_vocabulary
 from student.hidden import WithProjections
@@ -102,7 +102,7 @@ def new_model(experiment: Experiment, settings: Model, seed: int) -> nn.Module:
     """An untrained model for the task, in the precision of the config; or a pretrained one."""
     precision = getattr(torch, experiment.config.precision)
     if settings.pretrained:
-        model = load_pretrained(settings.pretrained)
+        model = load_pretrained(settings, precision)
         recorded = experiment.run.manifest.get("pretrained", {}).get(settings.pretrained)
         if recorded and sha256_of_tensors(model.state_dict()) != recorded:
             raise LabError(
@@ -110,7 +110,7 @@ def new_model(experiment: Experiment, settings: Model, seed: int) -> nn.Module:
                 f"{experiment.run.folder} was started; restore them, or train again under another "
                 "name=..."
             )
-        return model.to(precision)
+        return model
     return initialise(build_model(settings, experiment.task).to(precision), seed)
 
 
@@ -139,6 +139,7 @@ def loss_of(experiment: Experiment, recipe: Recipe, training: Training) -> Loss:
         task.pad,
         task.vocabulary,
         training.prompt_weight,
+        getattr(torch, training.autocast) if training.autocast else None,
     )
 
 
@@ -240,8 +241,12 @@ def pretrained_of(experiment: Experiment) -> dict[str, str]:
     """{name: hash of the weights} of the pretrained models that a run starts from."""
     config = experiment.config
     models = [config.teacher.model, *map(config.model_of, experiment.plan.recipes.values())]
-    names = {model.pretrained for model in models if model and model.pretrained}
-    return {name: sha256_of_tensors(load_pretrained(name).state_dict()) for name in sorted(names)}
+    named = {model.pretrained: model for model in models if model and model.pretrained}
+    precision = getattr(torch, config.precision)
+    return {
+        name: sha256_of_tensors(load_pretrained(named[name], precision).state_dict())
+        for name in sorted(named)
+    }
 
 
 def require_same_rows(run: Run, rows: dict[str, Rows]) -> None:
@@ -341,7 +346,19 @@ def lineage_of(experiment: Experiment, name: str, recipe: Recipe, seed: int) -> 
     if ACCESS[recipe.access].teacher or recipe.student.initial_layers:
         parts.append(f"teacher {teacher_sha256(experiment, recipe, seed)[:16]}")
     parts.append(f"data `{experiment.task.name}`. Recipe: `{recipe.model_dump_json()}`.")
-    return " <- ".join(parts) + bought_on(experiment, recipe)
+    return " <- ".join(parts) + terms_of(experiment) + bought_on(experiment, recipe)
+
+
+def terms_of(experiment: Experiment) -> str:
+    """For the model card: the licence of a pretrained teacher, as stated."""
+    published = experiment.config.teacher.published
+    if not published:
+        return ""
+    allowed = f"Allowed by: {published.permission}. " if published.permission else ""
+    return (
+        f"\n\nThe licence of its teacher: {published.licence} ({published.source}); allows "
+        f"distillation: {published.allows_distillation}. {allowed}"
+    ).rstrip()
 
 
 def bought_on(experiment: Experiment, recipe: Recipe) -> str:

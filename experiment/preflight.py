@@ -4,10 +4,11 @@ import math
 from types import SimpleNamespace
 
 from configs.files import say
-from configs.schema import LabError, Model, Recipe
+from configs.schema import Config, LabError, Model, Recipe
 from experiment.experiment import Experiment, new_model
 from measure.metrics import metrics_of
-from models.language import ModelTask, load_tokenizer, pretrained_layers
+from models.language import ModelTask
+from models.pretrained import pretrained_layers, tokenizer_of
 from models.probe import probe
 from models.vocabulary import first_differing_id, require_same_vocabulary
 from student.recipe import compares_ids
@@ -20,6 +21,8 @@ def check_experiment(experiment: Experiment) -> None:
     task, available = experiment.task, len(experiment.rows)
     check_vocabularies(experiment)
     check_models(experiment)
+    if experiment.is_main:
+        note_unknown_terms(experiment.config)
     for name, recipe in experiment.plan.recipes.items():
         check_layers(experiment, name, recipe)
         outputs = recipe.outputs
@@ -61,11 +64,22 @@ def check_models(experiment: Experiment) -> None:
                 f"{sizes['teacher']:,}")  # fmt: skip
 
 
+def note_unknown_terms(config: Config) -> None:
+    """Say that nobody stated whether a pretrained teacher may be imitated."""
+    model, published = config.teacher.model, config.teacher.published
+    unknown = published is None or published.allows_distillation == "unknown"
+    if model and model.pretrained and config.teacher.epochs == 0 and unknown:
+        say(
+            f"note: it is not stated whether the terms of {model.pretrained} allow that a model is "
+            "trained on its outputs; state it in teacher.published"
+        )
+
+
 def task_with_tokenizer_of(task: Task, settings: Model) -> ModelTask:
     """What a model is probed for: a pretrained one reads the tokens of its own tokenizer."""
     if not settings.pretrained:
         return task
-    theirs = load_tokenizer(settings.pretrained)
+    theirs = tokenizer_of(settings)
     return SimpleNamespace(
         name=task.name,
         tokenizer=theirs,
@@ -89,7 +103,7 @@ def check_layers(experiment: Experiment, name: str, recipe: Recipe) -> None:
         if experiment.task.tokenizer is None:
             raise LabError(f"recipes.{name}.{key}: a classifier reveals no layers; remove it")
         shallow, deep = (
-            pretrained_layers(m.pretrained) if m.pretrained else m.num_hidden_layers
+            pretrained_layers(m) if m.pretrained else m.num_hidden_layers
             for m in (model, taught_by)
         )
         if len(layers) != shallow or not all(1 <= n <= deep for n in layers):
@@ -112,7 +126,7 @@ def check_vocabularies(experiment: Experiment) -> None:
     for key, model in models.items():
         if not model.pretrained:
             continue
-        tokenizer = load_tokenizer(model.pretrained)
+        tokenizer = tokenizer_of(model)
         if first_differing_id(tokenizer, task.tokenizer) is not None:
             raise LabError(
                 f"{key}.pretrained {model.pretrained!r} has another tokenizer than task "
@@ -120,7 +134,7 @@ def check_vocabularies(experiment: Experiment) -> None:
             )
     if not config.teacher.model or not config.teacher.model.pretrained:
         return
-    theirs = load_tokenizer(config.teacher.model.pretrained)
+    theirs = tokenizer_of(config.teacher.model)
     if first_differing_id(theirs, task.tokenizer) is None:
         return
     if "tokenizer" not in type(task).Settings.model_fields or config.teacher.epochs > 0:

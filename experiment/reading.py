@@ -71,7 +71,7 @@ def config_file(path: str | Path) -> Path:
 
 def misread(given: Any, read: Any, key: str = "") -> Iterator[tuple[str, bool]]:
     """(key, value) of every true or false that was read as a number."""
-    if isinstance(given, bool) and not isinstance(read, bool):
+    if isinstance(given, bool) and isinstance(read, int | float) and not isinstance(read, bool):
         yield key, given
     elif isinstance(given, dict) and isinstance(read, dict):
         for name in given.keys() & read.keys():

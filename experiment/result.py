@@ -271,6 +271,7 @@ def costs(run: Run, plan: Plan, task: Task, evaluation: dict[str, Any]) -> dict[
         "outputs_by_student": stored,
         "flops_per_student_with_teacher": amortised,
         "joules_source": teacher["joules_source"],
+        **({"published": teacher["published"]} if "published" in teacher else {}),
         "load_of_others": run.manifest.get("load_of_others"),
     }
 

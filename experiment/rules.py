@@ -56,6 +56,7 @@ def objections(config: Config) -> Iterator[str]:
     yield from check_controls(config)
     yield from check_tuning(config)
     yield from check_budget(config)
+    yield from check_published(config)
     yield from check_claims(config, task)
 
 
@@ -82,6 +83,10 @@ def check_task(config: Config) -> Iterator[str]:
 
 
 def check_model(model: Model) -> Iterator[str]:
+    if not model.pretrained:
+        given = [key for key in ("revision", "remote_code", "dtype") if getattr(model, key)]
+        if given:
+            yield f"{given[0]} belongs to a pretrained model; remove it, or name one"
     needed = SIZES[:2] if model.architecture in CLASSIFIERS else SIZES
     sizes = {key: getattr(model, key) for key in needed}
     if model.pretrained:
@@ -444,6 +449,24 @@ def check_tries(config: Config, plan: Plan) -> Iterator[str]:
             )
 
 
+def check_published(config: Config) -> Iterator[str]:
+    """A pretrained teacher may be imitated."""
+    published = config.teacher.published
+    if published is None:
+        return
+    if config.teacher.epochs or not (config.teacher.model and config.teacher.model.pretrained):
+        yield (
+            "teacher.published is what others state of a pretrained teacher that stays unchanged; "
+            "remove it, or set teacher.model.pretrained and epochs 0"
+        )
+    if published.allows_distillation == "no" and not published.permission:
+        yield (
+            f"teacher.published: licence {published.licence!r} does not allow that a model is "
+            "trained on its outputs; choose another teacher, or say in "
+            "teacher.published.permission who allowed it"
+        )
+
+
 def check_budget(config: Config) -> Iterator[str]:
     """A student's budget is set once, in a unit that fits the teacher."""
     pretrained = config.teacher.epochs == 0
@@ -456,3 +479,16 @@ def check_budget(config: Config) -> Iterator[str]:
         yield "students: set one of budget and tflops, the cost they are allowed"
     if pretrained and config.teacher.model and not config.teacher.model.pretrained:
         yield "teacher.epochs 0 needs teacher.model.pretrained: the teacher would be untrained"
+    learners = {"students.model": config.students.model} | {
+        f"recipes.{name}.student.model": recipe.student.model
+        for name, recipe in config.recipes.items()
+        if recipe.student.model
+    }
+    if not pretrained and config.teacher.model:
+        learners["teacher.model"] = config.teacher.model
+    for key, model in learners.items():
+        if model.dtype:
+            yield (
+                f"{key}.dtype: found {model.dtype}, but weights that learn stay in "
+                "config.precision; remove it, and set training.autocast"
+            )

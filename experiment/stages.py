@@ -16,13 +16,13 @@ from experiment.experiment import Experiment, open_experiment, verify_stage
 from experiment.run import Run
 from experiment.workers import side_by_side
 from models.language import (
-    load_tokenizer,
     model_card,
     parameter_count,
     save_model,
     sha256_of_files,
     sha256_of_model,
 )
+from models.pretrained import tokenizer_of
 from tasks.task import Task
 
 # What a finished stage returns: its cost for the ledger, its artifact for the manifest. None in
@@ -96,14 +96,18 @@ def is_intact(run: Run, stage: str) -> bool:
 
 
 def register_pretrained(experiment: Experiment, stage: str, model: nn.Module) -> StageResult:
-    """Register a pretrained teacher unchanged, at no cost."""
+    """Register a pretrained teacher unchanged, at no cost here; what its training has cost others
+    stands beside it, as published."""
     watch = experiment.stopwatch()
-    folder, name = experiment.run.folder / stage, experiment.config.teacher.model.pretrained
+    folder, settings = experiment.run.folder / stage, experiment.config.teacher.model
     if experiment.is_main:
-        card = model_card(stage, model, f"`{name}`, unchanged.", 0)
-        save_model(model, load_tokenizer(name), folder, card)
+        card = model_card(stage, model, f"`{settings.pretrained}`, unchanged.", 0)
+        save_model(model, tokenizer_of(settings), folder, card)
     experiment.accelerator.wait_for_everyone()
-    return {**watch.read(0), "steps": 0}, made_of(folder, model)
+    published = experiment.config.teacher.published
+    stated = {"published": {"flops": published.flops, "source": published.source}}
+    cost = {**watch.read(0), "steps": 0, **(stated if published else {})}
+    return cost, made_of(folder, model)
 
 
 def usage_of(task: Task) -> str:

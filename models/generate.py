@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from models.language import Forward, charged, device_of
+from models.language import Forward, charged, device_of, precise
 from models.rows import Rows
 from models.states import states_of, states_options
 
@@ -79,6 +79,14 @@ def answers_of(
         yield from zip(indices.tolist(), answers, strict=True)
 
 
+def generator_on(device: torch.device, generator: torch.Generator | None) -> torch.Generator | None:
+    """The generator for draws on a device: one of the CPU seeds another there."""
+    if generator is None or generator.device.type == device.type:
+        return generator
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.Generator(device).manual_seed(seed)
+
+
 @torch.no_grad()
 def generate(
     forward: Forward,
@@ -115,26 +123,24 @@ def generate(
     filled = np.zeros((rows, width), np.int64)
     for row, prompt in zip(filled, prompts, strict=True):
         row[: len(prompt)] = prompt
-    tokens = torch.from_numpy(filled)
-    alive = torch.arange(rows)
-    answering = torch.full((rows,), separator is None)
-    thinking = torch.full((rows,), max_thinking_tokens is not None)
-    log_prob = torch.zeros(rows, dtype=torch.float64)
+    cached, device = CachedForward(forward), device_of(forward)
+    starts, ends, tokens = starts.to(device), ends.to(device), torch.from_numpy(filled).to(device)
+    alive = torch.arange(rows, device=device)
+    answering = torch.full((rows,), separator is None, device=device)
+    thinking = torch.full((rows,), max_thinking_tokens is not None, device=device)
+    log_prob = torch.zeros(rows, dtype=torch.float64, device=device)
     log_probs: Tensor | None = None
     hidden: Tensor | None = None
     maps: Tensor | None = None
-    cached, device = CachedForward(forward), device_of(forward)
-    options = states_options(keep_layers)
+    options, generator = states_options(keep_layers), generator_on(device, generator)
     read = 0
     for place in range(int(starts.min()), width):
-        inputs = tokens[alive, read:place].to(device)
         # the logits of a whole prompt would be large, and only the last are needed
-        output = cached(inputs, logits_to_keep=1, **options)
+        output = cached(tokens[alive, read:place], logits_to_keep=1, **options)
         logits = output.logits if output.logits.ndim == 2 else output.logits[:, -1]
-        logits = logits[:, :vocabulary].cpu()
+        logits = precise(logits[:, :vocabulary])
         if keep_layers:
-            found = charged(forward, states_of, output, keep_layers, keep_relations)
-            states, new_maps = (tensor.cpu() for tensor in found)
+            states, new_maps = charged(forward, states_of, output, keep_layers, keep_relations)
             if hidden is None:
                 hidden = states.new_empty((rows, width - 1, *states.shape[2:]))
                 maps = states.new_zeros((rows, width - 1, new_maps.shape[2], width - 1))
@@ -171,7 +177,8 @@ def generate(
             # Finished rows leave the batch, so that a few long ones do not hold up the rest.
             keep = (~over).nonzero()[:, 0]
             alive, answering, thinking = alive[keep], answering[keep], thinking[keep]
-            cached.keep(keep.to(device))
+            cached.keep(keep)
+    tokens, log_prob = tokens.cpu(), log_prob.cpu()
     return [
         Generated(
             tokens[row, start:stop],

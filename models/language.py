@@ -49,6 +49,8 @@ Forward = Callable[..., Any]
 
 WEIGHTS = "model.safetensors"
 LARGE_VOCABULARY = 8192  # outcomes, from which on logits are computed in chunks
+# Tokenizers that are read from tokenizer.json alone, whatever the architecture beside them.
+PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 TRAIN_AGAIN = "move that folder elsewhere and run train.py on the config again"
 
 
@@ -127,7 +129,7 @@ def build_language_model(
         # the FLOPs of experts are counted only if they are computed one by one.
         config._experts_implementation = "eager"
         require_memory(config)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        return AutoModelForCausalLM.from_config(config, attn_implementation=settings.attention)
     except LabError:
         raise
     except Exception as error:  # every architecture has its own rules
@@ -196,12 +198,23 @@ def initialise(model: nn.Module, seed: int) -> nn.Module:
 
 
 def logits_at(output: Any, batch: Batch, vocabulary: int) -> Tensor:
-    """The logits [M, V] at the M counted positions of a batch. Columns beyond the vocabulary only
-    pad the matrices of some models; a classifier already has one position per row."""
+    """The logits [M, V] at the M counted positions of a batch, in float32 or more. Columns beyond
+    the vocabulary only pad the matrices of some models; a classifier already has one position per
+    row."""
     logits = output.logits
     if logits.ndim == 3:
         logits = logits[batch.counted.to(logits.device)]
-    return logits[:, :vocabulary]
+    return precise(logits[:, :vocabulary])
+
+
+def precise(values: Tensor) -> Tensor:
+    """Half precision is for matrix products: what is summed or compared has float32 or more."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Matrix products in another type than the weights; None: in theirs."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 @dataclass(frozen=True)
@@ -254,6 +267,9 @@ def save_model(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    attention = getattr(model.config, "_attn_implementation", "eager")
+    if attention != "eager":
+        model.config.lab_attention = attention  # transformers does not save it
     model.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
@@ -290,7 +306,8 @@ def load_model(folder: Path) -> nn.Module:
         if config.model_type in CLASSIFIERS:
             model, report = AutoModelForImageClassification.from_pretrained(folder, **options)
         else:
-            options |= {"use_safetensors": True, "attn_implementation": "eager"}
+            attention = getattr(config, "lab_attention", "eager")
+            options |= {"use_safetensors": True, "attn_implementation": attention}
             model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
         raise cannot_read(folder, error) from None
@@ -336,7 +353,7 @@ def use_one_end_mark(model: nn.Module, end: int) -> None:
         return
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        logits = output.logits.clone()
+        logits = precise(output.logits).clone()
         logits[..., end] = logits[..., [end, *others]].logsumexp(-1)
         logits[..., others] = -torch.inf
         output.logits = logits
@@ -367,55 +384,19 @@ def require_all_weights(report: dict[str, Any], what: str, advice: str) -> None:
             )
 
 
-def load_pretrained(name: str) -> nn.Module:
-    """A pretrained model from a folder or from the hub, downloaded if necessary. None of its code
-    is run, and nothing is unpickled."""
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name,
-            use_safetensors=True,
-            attn_implementation="eager",
-            dtype=torch.float32,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise cannot_load(f"model.pretrained {name!r}", error) from None
-    require_all_weights(report, f"model.pretrained {name!r}", "expected a complete model")
-    return model
-
-
-def pretrained_layers(name: str) -> int:
-    """How many layers a pretrained model has; reads only its config."""
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False).num_hidden_layers
-    except Exception as error:
-        raise cannot_load(f"model.pretrained {name!r}", error) from None
-
-
-def cannot_load(what: str, error: Exception) -> LabError:
-    reason = str(error).splitlines()[0]
-    return LabError(
-        f"{what} cannot be loaded ({type(error).__name__}: {reason}); expected a folder or a hub "
-        "id with safetensors"
-    )
-
-
-def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model of this run (a Path) or of a pretrained one (a folder or hub id)."""
-    local = isinstance(place, Path)
-    options = {"local_files_only": local, "trust_remote_code": False}
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model of this run."""
+    options = {"local_files_only": True, "trust_remote_code": False}
     try:
         # For some architectures AutoTokenizer ignores which kind of tokenizer was saved.
-        saved = get_tokenizer_config(place, **options).get("tokenizer_class")
-        plain = saved in ("TokenizersBackend", "PreTrainedTokenizerFast")
-        kind = PreTrainedTokenizerFast if plain else AutoTokenizer
-        return kind.from_pretrained(place, **options)
+        saved = get_tokenizer_config(folder, **options).get("tokenizer_class")
+        kind = PreTrainedTokenizerFast if saved in PLAIN_TOKENIZERS else AutoTokenizer
+        return kind.from_pretrained(folder, **options)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [""])[0]
         raise LabError(
-            f"the tokenizer in {place} cannot be loaded ({type(error).__name__}: {reason}); "
-            f"{TRAIN_AGAIN if local else 'expected a folder or a hub id with one'}"
+            f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {reason}); "
+            f"{TRAIN_AGAIN}"
         ) from None
 
 

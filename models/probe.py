@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import models.flops  # noqa: F401  its formulas count fused attention
 from configs.schema import LabError
 from models.generate import CachedForward
 from models.language import (
@@ -26,7 +27,8 @@ from models.language import (
 )
 
 LENGTH = 8  # tokens of the row
-TOLERANCE = 1e-3  # of the largest logit; rounding errors are a thousand times smaller
+TOLERANCE = 1e-3  # of the largest logit; rounding errors of float32 are a thousand times smaller
+HALF_TOLERANCE = 0.06  # the same in half precision, which has 3 digits or fewer
 CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 PRODUCT = re.compile(r"(mm|matmul|bmm|conv|einsum|attention|linear)")
@@ -71,8 +73,9 @@ def differs(a: Tensor, b: Tensor) -> bool:
     finite = torch.isfinite(a) & torch.isfinite(b)
     if bool((torch.isfinite(a) != torch.isfinite(b)).any()):
         return True
+    tolerance = HALF_TOLERANCE if a.dtype.itemsize < 4 else TOLERANCE
     largest = a[finite].abs().max()
-    return bool(((a - b)[finite].abs() > TOLERANCE * largest).any())
+    return bool(((a - b)[finite].abs() > tolerance * largest).any())
 
 
 def tokenizer(model: nn.Module, task: ModelTask) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.language import LARGE_VOCABULARY, LinearHead, linear_head
+from models.language import LARGE_VOCABULARY, LinearHead, autocast, linear_head, precise
 from models.rows import Batch
 from teacher.signal import Signal
 
@@ -21,7 +21,8 @@ LossFunction = Callable[[Tensor, Signal], Tensor]
 
 
 class InChunks(torch.autograd.Function):
-    """states [M, H], weight [V, H], bias [V] and scale of the head -> losses [M] nats."""
+    """states [M, H], weight [V, H], bias [V] and scale of the head -> losses [M] nats. The matrix
+    products have the type of the states."""
 
     @staticmethod
     def forward(
@@ -36,6 +37,7 @@ class InChunks(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(states, weight, bias)
         ctx.options = scale, objective, signal, positions
+        weight, bias = cast(weight, bias, states.dtype)
         pieces = [
             objective(scaled_logits(states[start:stop], weight, bias, scale), part)
             for start, stop, part in chunks_of(signal, len(states), positions)
@@ -49,6 +51,7 @@ class InChunks(torch.autograd.Function):
         scale, objective, signal, positions = ctx.options
         states_grad, weight_grad = torch.empty_like(states), torch.zeros_like(weight)
         bias_grad = None if bias is None else torch.zeros_like(bias)
+        weight, bias = cast(weight, bias, states.dtype)
         for start, stop, part in chunks_of(signal, len(states), positions):
             logits = scaled_logits(states[start:stop], weight, bias, scale).requires_grad_()
             with torch.enable_grad():
@@ -56,16 +59,25 @@ class InChunks(torch.autograd.Function):
             (logits_grad,) = torch.autograd.grad(losses, logits, gradient[start:stop])
             if scale != 1:
                 logits_grad *= scale
-            torch.mm(logits_grad, weight, out=states_grad[start:stop])
-            weight_grad.addmm_(logits_grad.T, states[start:stop])
             if bias is not None:
                 bias_grad += logits_grad.sum(0)
+            logits_grad = logits_grad.to(states.dtype)
+            torch.mm(logits_grad, weight, out=states_grad[start:stop])
+            if weight_grad.dtype == states.dtype:
+                weight_grad.addmm_(logits_grad.T, states[start:stop])
+            else:
+                weight_grad += logits_grad.T @ states[start:stop]
         return states_grad, weight_grad, bias_grad, None, None, None, None
 
 
 def scaled_logits(states: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    logits = nn.functional.linear(states, weight, bias)
+    """In float32 or more."""
+    logits = precise(nn.functional.linear(states, weight, bias))
     return logits if scale == 1 else logits.mul_(scale)
+
+
+def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def chunks_of(signal: Signal, count: int, positions: int) -> Iterator[tuple[int, int, Signal]]:
@@ -94,10 +106,17 @@ def pays(model: nn.Module, vocabulary: int) -> bool:
 
 
 def losses_in_chunks(
-    model: nn.Module, part: Batch, objective: LossFunction, signal: Signal, vocabulary: int
+    model: nn.Module,
+    part: Batch,
+    objective: LossFunction,
+    signal: Signal,
+    vocabulary: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The losses [M] of a transformers causal language model at the counted positions of a batch,
-    without holding all its logits."""
+    without holding all its logits. dtype: of the matrix products; None: that of the weights."""
     ids = part.input_ids.to(model.device)
-    states = model.base_model(ids, use_cache=False).last_hidden_state[part.counted]
+    with autocast(ids.device, dtype):
+        states = model.base_model(ids, use_cache=False).last_hidden_state[part.counted]
+    states = states.to(dtype) if dtype else states
     return chunked(objective, states, linear_head(model), signal, vocabulary)

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from models.language import logits_at
+from models.language import autocast, logits_at
 from models.rows import Rows, collate, weight_of
 from student import chunked
 from student.hidden import student_of
@@ -24,6 +25,7 @@ class Loss:
     pad: int
     vocabulary: int
     prompt_weight: float
+    dtype: torch.dtype | None = None  # of the matrix products; None: that of the weights
 
     def uses_hidden(self, progress: float) -> bool:
         return self.hidden is not None and progress < self.hidden.until
@@ -53,9 +55,12 @@ class Loss:
         signal = data.signal(batch).to(model.device)
         objective = partial(self.objective, progress=progress)
         if not uses_hidden and chunked.pays(learner, self.vocabulary):
-            losses = chunked.losses_in_chunks(learner, batch, objective, signal, self.vocabulary)
+            losses = chunked.losses_in_chunks(
+                learner, batch, objective, signal, self.vocabulary, self.dtype
+            )
         else:
-            output = learner(batch.input_ids.to(model.device), use_cache=False)
+            with autocast(model.device, self.dtype):
+                output = learner(batch.input_ids.to(model.device), use_cache=False)
             losses = objective(logits_at(output, batch, self.vocabulary), signal)
         loss = (losses * batch.weights.to(model.device)).sum() / total_weight
         if uses_hidden:

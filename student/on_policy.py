@@ -93,7 +93,7 @@ class OnPolicy:
         with torch.no_grad():
             ids = batch.input_ids.to(device_of(self.teacher))
             logits = logits_at(self.teacher(ids, use_cache=False), batch, self.vocabulary)
-            log_probs = finite(torch.log_softmax(logits.cpu(), -1))
+            log_probs = finite(torch.log_softmax(logits, -1))
         # once for all rows: every micro-batch, and every process, sees the same draws
         reveal = ACCESS[self.recipe.access].reveal
         signal = reveal(log_probs, batch.targets, self.recipe.outputs.k, generator)

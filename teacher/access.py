@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Recipe
+from models.generate import generator_on
 from teacher.signal import Signal, tail_of
 
 # What can be revealed, and what an objective can need (see OBJECTIVES):
@@ -137,8 +138,9 @@ def compare_top_k(signal: Signal, live: Tensor, k: int) -> Pairs:
 def reveal_sampled(
     log_probs: Tensor, targets: Tensor, k: int, generator: torch.Generator
 ) -> Signal:
+    generator = generator_on(log_probs.device, generator)
     drawn = torch.multinomial(log_probs.exp(), k, replacement=True, generator=generator)
-    weights = torch.full(drawn.shape, 1 / k, dtype=log_probs.dtype)
+    weights = torch.full_like(drawn, 1 / k, dtype=log_probs.dtype)
     return Signal(targets, log_probs.gather(-1, drawn), drawn, weights)
 
 

@@ -210,10 +210,10 @@ def record_of(
     access, columns = ACCESS[request.access], {}
     if access.probabilities:
         targets = torch.from_numpy(row.tokens[row.prompt_length :].astype(np.int64))
-        signal = access.reveal(row.log_probs, targets, request.k, generator)
+        signal = access.reveal(row.log_probs, targets, request.k, generator).to("cpu")
         columns |= access.store(signal, request.k, task.vocabulary)
     if request.layers:
-        columns |= {"hidden": packed(row.states), "attention": packed(row.maps)}
+        columns |= {"hidden": packed(row.states.cpu()), "attention": packed(row.maps.cpu())}
     tokens = narrow(row.tokens, task.input_vocabulary)
     return Record(row.id, tokens, row.prompt_length, columns)
 

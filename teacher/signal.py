@@ -40,7 +40,7 @@ class Signal:
     def tensors(self) -> list[Tensor | None]:
         return [getattr(self, field.name) for field in fields(self)]
 
-    def to(self, device: torch.device) -> "Signal":
+    def to(self, device: torch.device | str) -> "Signal":
         return Signal(*(t if t is None else t.to(device) for t in self.tensors))
 
     def part(self, start: int, stop: int) -> "Signal":

@@ -89,12 +89,11 @@ class LocalModel:
             with torch.no_grad():
                 ids = batch.input_ids.to(device_of(self.forward))
                 output = self.forward(ids, **states_options(layers, self.relations))
-            logits = logits_at(output, batch, task.vocabulary).cpu()
+            logits = logits_at(output, batch, task.vocabulary)
             log_probs = finite(torch.log_softmax(logits, -1))
             log_probs = log_probs.split(batch.counted.sum(1).tolist())
             if layers:
-                found = charged(self.forward, states_of, output, layers, self.relations)
-                states, maps = (tensor.cpu() for tensor in found)
+                states, maps = charged(self.forward, states_of, output, layers, self.relations)
             for place, i in enumerate(indices):
                 n = rows.lengths[i] - 1
                 yield TeacherRow(

@@ -90,6 +90,8 @@ def gaps_and_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
 def measured_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
     """What was measured beside the FLOPs that the budget set, and the total with the teacher."""
     cost = result["cost"]
+    if "published" in cost:
+        return [published_cost(cost)]
     shares = {n: f for n, f in cost["fraction_of_teacher_by_student"].items() if n not in left_out}
     parts = [
         f"{name} {' / '.join(f'{100 * share[key]:.0f}' for key in ('seconds', 'joules', 'money'))}"
@@ -118,6 +120,17 @@ def measured_costs(result: dict[str, Any], left_out: set[str]) -> list[str]:
         "if the teacher's training and its outputs are paid once and shared, in FLOPs of that "
         f"training per student ({main}): {with_teacher}",
     ]
+
+
+def published_cost(cost: dict[str, Any]) -> str:
+    """What others state of the teacher's training, never mixed with what was measured."""
+    published = cost["published"]
+    measured = [row["flops"] for row in cost["stages"] if row["stage"].startswith("students/")]
+    return (
+        f"the teacher's training is published as {published['flops']:.2g} FLOPs "
+        f"({published['source']}), and was not measured here; the most expensive student took "
+        f"{max(measured):.2g}, its teacher's outputs apart"
+    )
 
 
 def list_of(names: list[str]) -> str:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from configs.command import run_command, sleep_soon
 from configs.files import printable, read_text, say, write_atomically
-from configs.schema import LabError
+from configs.schema import LabError, Model
 from teacher.api.store import ACTIVE, REVOKED, SUSPENDED, Store
 from teacher.api.tiers import PER_MILLION, TIERS
 
@@ -246,11 +246,13 @@ def teacher_of(folder: str) -> Teacher:
 
 def pretrained(name: str) -> Teacher:
     """A pretrained model, ready to answer. LabError if it cannot be loaded."""
-    from models.language import load_pretrained, load_tokenizer, use_one_end_mark
+    from models.language import use_one_end_mark
+    from models.pretrained import load_pretrained, tokenizer_of
     from teacher.api.engine import Engine
     from teacher.api.prompts import TokenizerPrompts
 
-    model, tokenizer = load_pretrained(name).eval(), load_tokenizer(name)
+    settings = Model(pretrained=name)
+    model, tokenizer = load_pretrained(settings).eval(), tokenizer_of(settings)
     use_one_end_mark(model, tokenizer.eos_token_id)
     most = getattr(model.config, "max_position_embeddings", None) or LONGEST
     prompts = TokenizerPrompts(tokenizer, min(most, LONGEST))

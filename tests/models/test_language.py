@@ -20,10 +20,10 @@ from models.language import (
     linear_head,
     load_model,
     parameter_count,
-    pretrained_layers,
     require_memory,
     take_layers,
 )
+from models.pretrained import pretrained_layers
 from tasks.pronounce import Pronounce
 from tests.helpers import TINY, tensor_hashes
 
@@ -179,9 +179,9 @@ def test_the_embeddings_of_a_large_vocabulary_need_memory_too(monkeypatch):
 def test_only_the_config_of_a_pretrained_model_is_read_for_its_layers(tiny_run, tmp_path):
     config = (tiny_run / "teacher" / "config.json").read_text("utf-8")
     (tmp_path / "config.json").write_text(config, "utf-8")
-    assert pretrained_layers(str(tmp_path)) == 1
+    assert pretrained_layers(Model(pretrained=str(tmp_path))) == 1
     with pytest.raises(LabError, match=r"model\.pretrained .*nowhere' cannot be loaded"):
-        pretrained_layers(str(tmp_path / "nowhere"))
+        pretrained_layers(Model(pretrained=str(tmp_path / "nowhere")))
 
 
 def test_logits_that_are_not_linear_in_the_last_states_have_no_linear_head():

@@ -5,7 +5,8 @@ import torch
 from openai import BadRequestError, OpenAI
 
 from configs.schema import LabError, Model
-from models.language import build_language_model, initialise, load_pretrained, save_model
+from models.language import build_language_model, initialise, save_model
+from models.pretrained import load_pretrained
 from models.vocabulary import bytes_of
 from tasks.text import train_tokenizer
 from teacher.api import __main__ as command
@@ -59,7 +60,7 @@ def test_a_chat_is_written_by_the_template(served, folder):
     text = "<s>system: the sea<s>user: and the ships?<s>assistant: "
     prompt = served.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert answer.usage.prompt_tokens == len(prompt)
-    wrote, model = [], load_pretrained(str(folder)).eval()
+    wrote, model = [], load_pretrained(Model(pretrained=str(folder))).eval()
     end, start = served.tokenizer.eos_token_id, served.tokenizer.bos_token_id
     with torch.no_grad():
         while len(wrote) < 12 and end not in wrote:
