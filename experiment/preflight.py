@@ -57,6 +57,13 @@ def check_models(experiment: Experiment) -> None:
             raise LabError(f"{what}: {error}") from None
         learns = what != "teacher" or config.teacher.epochs > 0
         probe(model, task_with_tokenizer_of(experiment.task, settings), what, learns)
+        section = "teacher" if what == "teacher" else "students"
+        again = getattr(config, section).training.activation_checkpointing
+        if learns and again and not getattr(model, "supports_gradient_checkpointing", False):
+            raise LabError(
+                f"{section}.training.activation_checkpointing: {model.config.model_type} does not "
+                "support it; remove it"
+            )
         sizes[what] = sum(parameter.numel() for parameter in model.parameters())
     for what, size in sizes.items():
         if size > sizes.get("teacher", math.inf) and experiment.is_main:

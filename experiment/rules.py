@@ -87,6 +87,8 @@ def check_model(model: Model) -> Iterator[str]:
         given = [key for key in ("revision", "remote_code", "dtype") if getattr(model, key)]
         if given:
             yield f"{given[0]} belongs to a pretrained model; remove it, or name one"
+    if model.architecture in CLASSIFIERS and model.attention != "eager":
+        yield f"attention: {model.architecture} has none; remove it"
     needed = SIZES[:2] if model.architecture in CLASSIFIERS else SIZES
     sizes = {key: getattr(model, key) for key in needed}
     if model.pretrained:
@@ -324,6 +326,16 @@ def check_recipe_in_config(config: Config, recipe: Recipe, task: type[Task]) -> 
         yield (
             f"outputs.prompts: task {task.name} cannot use prompts that a teacher invented; use "
             "prompts train"
+        )
+    fused = [
+        model.attention
+        for model in (config.model_of(recipe), config.teacher_model_of(recipe))
+        if model and model.attention != "eager"
+    ]
+    if fused and "states" in access.reveals:
+        yield (
+            f"access: {recipe.access} compares attention maps, which attention {fused[0]} does not "
+            "return; use attention eager"
         )
     taught_by_recipe = {*recipe.teachers} & {*config.recipes}
     if invents and (config.teacher.training.prompt_weight == 0 or taught_by_recipe):

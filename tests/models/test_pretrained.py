@@ -130,6 +130,11 @@ def test_fused_attention_is_kept_and_counted(task, folder, ids, tmp_path):
             "teacher.model.dtype: found bfloat16, but weights that learn stay in config.precision",
         ),
         (
+            ["recipes.distilled={access: hidden, objective: {forward_kl: 0.5, hidden_mse: 0.5}, "
+             "outputs: {layers: [1]}}", "students.model.attention=sdpa"],
+            "access: hidden compares attention maps, which attention sdpa does not return",
+        ),
+        (
             ["teacher.published={source: a, parameters: 1, tokens: 1}"],
             "teacher.published is what others state of a pretrained teacher that stays unchanged",
         ),
