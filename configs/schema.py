@@ -97,7 +97,7 @@ class Training(Section):
     prompt_weight: float = Field(0.0, ge=0, le=1)
     # The type of the matrix products in a step; weights and optimizer keep the config's precision.
     autocast: Literal["bfloat16"] | None = added(None)
-    # Recompute activations in the backward pass: less memory, a third more FLOPs, which are charged.
+    # Recompute activations in the backward pass: less memory for a third more FLOPs (charged).
     activation_checkpointing: bool = added(False)
     compile: bool = added(False)  # with torch.compile
 
