@@ -37,6 +37,8 @@ from experiment.evidence import provenance, radioactivity, studies_of_defence
 from experiment.experiment import (
     open_experiment,
     open_model,
+    open_task,
+    open_teacher,
     require_same_rows,
     teacher_task,
 )
@@ -68,7 +70,6 @@ from measure.report.console import print_answers, print_result
 from measure.report.page import render_report
 from measure.report.story import models_side_by_side
 from models.rows import Rows
-from tasks import load_task
 from tasks.task import Task
 from teacher.source import prompts_for
 
@@ -117,7 +118,7 @@ def story(options: argparse.Namespace) -> int:
         return provenance(run, options.candidates, options.controls, options.reach)
     elif options.selfcheck:
         experiment = open_experiment(config, run)
-        require_same_rows(run, {"train": experiment.rows, "validation": experiment.validation})
+        require_same_rows(run, {s: experiment.task.rows(s) for s in ("train", "validation")})
         return selfcheck_run(experiment)
     else:
         judge(run, config, options.split)
@@ -130,7 +131,7 @@ def judge(run: Run, config: Config, split: str) -> None:
     """Evaluate every model, compare with the teacher, charge the cost, decide, report."""
     with run.locked():
         watch = Stopwatch(config.cost, torch.get_num_threads())
-        plan, task = Plan(config), load_task(config.task)
+        plan, task = Plan(config), open_task(run, config)
         splits = [split] if split == "validation" else list(task.evaluation_splits)
         if split != "validation":  # counted first: an interrupted evaluation has read it too
             count_read(run)
@@ -189,7 +190,7 @@ def evaluate_models(
     each model, FLOPs)."""
     teacher, references = teacher_references(plan.config, run, task, rows)
     evaluations = {"teacher": {s: [references[s].evaluation] for s in rows}}
-    sample = task.rows("validation")
+    sample = task.evaluation_rows("validation")
     sample = sample.take(np.arange(min(SPEED_SAMPLE, len(sample))))
     measured, flops = {"teacher": {}}, 0.0
     if teacher is not None:
@@ -235,12 +236,14 @@ def publish(
 
 def ask(run: Run, config: Config, questions: list[str]) -> None:
     """Print the answers of teacher, students and `baseline`; by default to held-out questions."""
-    plan, task = Plan(config), load_task(config.task)
+    plan, task = Plan(config), open_task(run, config)
     own_task = teacher_task(config, run, task)
     names = [*config.recipes, *(c for c in config.controls if c == "baseline")]
     if not config.sold_elsewhere:
         names.insert(0, "teacher")
-    models = {name: open_model(run, plan.stage(name)) for name in names}
+    models = {name: open_model(run, plan.stage(name)) for name in names if name != "teacher"}
+    if "teacher" in names:
+        models = {"teacher": open_teacher(run, task), **models}
     splits = {s: task.rows(s) for s in ("train", "validation", *task.evaluation_splits)}
     heldout = splits["heldout"]
     shown = shown_rows(task, heldout, EXAMPLES)

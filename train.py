@@ -26,12 +26,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from configs.schema import Config, LabError, Recipe, Training
+from experiment.answers import answer_prompts
 from experiment.budget import check_budgets, steps_within_budget
 from experiment.collecting import OpenSource, ask_teacher, check_seller, sources
 from experiment.cost import CountedForward, cpu_seconds, load_of_others
 from experiment.environment import environment
 from experiment.experiment import (
     Experiment,
+    asked_of,
     binding_of,
     data_of,
     lineage_of,
@@ -71,6 +73,8 @@ from student.loss import Loss
 from student.recipe import FROM_TEXT
 from student.training_set import TrainingSet, without_reasoning
 from teacher.outputs import finish_outputs, make_outputs, sha256_of_outputs
+from teacher.shards import Outputs
+from teacher.source import outside_vocabulary
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,6 +113,7 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
                 reuse_stage(experiment, stage, teacher_made_from(experiment, seed))
         teachers = {stage: (train_teacher, seed) for stage, seed in plan.teachers.items()}
         run_stages(experiment, teachers)
+        experiment = answer_prompts(experiment)
 
         for names in plan.training_order:
             with sources(experiment) as open_source:
@@ -188,14 +193,14 @@ def produce_outputs(
     made_from = "+".join(map(str, [*binding.values(), *permission]))
     if run.stage_done(stage) or (not fresh and reuse_stage(experiment, stage, made_from)):
         return
-    rows, folder = request.transfer_rows or len(experiment.rows), run.folder / stage
+    rows, folder = request.transfer_rows or len(asked_of(experiment, recipe)), run.folder / stage
     accelerator = experiment.accelerator
     source = open_source(stage, recipe, request)
     with closing(source), OutputsLog(experiment, stage, rows, source) as log:
         make_outputs(
             folder,
             source,
-            experiment.rows,
+            asked_of(experiment, recipe),
             request,
             binding,
             log.progress,
@@ -209,6 +214,7 @@ def produce_outputs(
         size = {"bytes": made.bytes, "bytes_per_token": made.bytes / max(1, made.tokens)}
         names = {"sha256": sha256_of_outputs(folder), "made_from": made_from}
         names |= {"bought": source.origin()} if source.origin() else {}
+        size |= outside_vocabulary(source, lambda: Outputs(folder).rows)
         result = (
             log.watch.read(made.flops) | size | source.bill(),
             names | {"rows": rows, "different": made.different},

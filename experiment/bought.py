@@ -49,7 +49,7 @@ def open_bought(run: Run) -> Bought:
 def evaluated_rows(config: Config, task: Task, split: str) -> Rows:
     """The rows of a split that models are evaluated on: all, or those that an endpoint is asked
     for."""
-    rows = task.rows(split)
+    rows = task.evaluation_rows(split)
     return lowest(rows, config.teacher.api.evaluation_rows) if config.sold_elsewhere else rows
 
 

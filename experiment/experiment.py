@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from configs.schema import Config, LabError, Model, Recipe, Training
 from experiment.bought import IDENTITY, open_bought
@@ -35,11 +36,13 @@ from models.language import (
 )
 from models.pretrained import load_pretrained
 from models.rows import Rows, batch_order
+from models.trimmed import Restricted, ids_in
 from models.vocabulary import first_differing_id, require_same_vocabulary
 from student.hidden import WithProjections
 from student.loss import Loss
 from student.on_policy import OnPolicy
 from student.recipe import (
+    ANSWERS,
     compares_ids,
     hidden_loss_of,
     learns_from_rewards,
@@ -79,6 +82,11 @@ class Experiment:
         return Plan(self.config)
 
     @property
+    def prompts(self) -> Rows:
+        """The rows whose prompts a teacher answers."""
+        return self.task.prompts("train")
+
+    @property
     def is_main(self) -> bool:
         """Whether this is the process that writes."""
         return self.accelerator is None or self.accelerator.is_main_process
@@ -91,8 +99,37 @@ class Experiment:
 def open_experiment(
     config: Config, run: Run, accelerator: "Accelerator | None" = None
 ) -> Experiment:
+    task = open_task(run, config)
+    validation = task.evaluation_rows("validation")
+    return Experiment(config, run, task, task.rows("train"), validation, accelerator)
+
+
+def open_task(run: Run, config: Config) -> Task:
+    """The task of a config, with the answers that the run's teacher gave to its evaluation
+    splits."""
     task = load_task(config.task)
-    return Experiment(config, run, task, task.rows("train"), task.rows("validation"), accelerator)
+    adopt_answers(run, task)
+    return task
+
+
+# -- answers to prompts that have none -------------------------------------------------------------
+
+
+def splits_to_answer(task: Task) -> list[str]:
+    """The evaluation splits whose answers the teacher writes."""
+    return ["validation", *task.evaluation_splits] if task.unanswered else []
+
+
+def request_of_answers(split: str) -> OutputsRequest:
+    return replace(OutputsRequest.of(ANSWERS), prompts=split)
+
+
+def adopt_answers(run: Run, task: Task) -> None:
+    """Let the task know what the teacher answered, if it has."""
+    for split in splits_to_answer(task):
+        stage = request_of_answers(split).stage
+        if run.manifest.get("stages", {}).get(stage):
+            task.adopt(split, open_outputs(run, stage).rows)
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -172,15 +209,37 @@ def teacher_of(experiment: Experiment, recipe: Recipe, counted: Counted) -> Forw
     folders = [verified(experiment.run, plan.stage(name)) for name in recipe.teachers]
     if compares_ids(recipe) and task.tokenizer is not None:
         for folder in folders:
-            tokenizer = load_tokenizer(folder)
-            require_same_vocabulary(tokenizer, task.tokenizer, f"access {recipe.access}")
+            require_tokens(load_tokenizer(folder), task, f"access {recipe.access}")
     accelerator = experiment.accelerator
     device = accelerator.device if accelerator else torch.device("cpu")
-    models = [load_model(folder).to(device) for folder in folders]
+    models = [in_tokens_of(task, load_model(folder).to(device), folder) for folder in folders]
     if recipe.outputs.antidistillation:
         models = [antidistilled(experiment, recipe, models[0])]
     models = [counted(model) for model in models]
     return models[0] if len(models) == 1 else Averaged(models, task.vocabulary)
+
+
+def open_teacher(run: Run, task: Task) -> nn.Module:
+    """The teacher of a run, verified, in the tokens of a task."""
+    return in_tokens_of(task, open_model(run, "teacher"), run.teacher)
+
+
+def in_tokens_of(task: Task, model: nn.Module, folder: Path) -> nn.Module:
+    """A model of a run that reads and writes the tokens of a task: if these are some of its own, it
+    is restricted to them; if they are others, it stays as it is."""
+    if task.tokenizer is None:
+        return model
+    theirs = load_tokenizer(folder)
+    ids = ids_in(theirs, task.tokenizer)
+    if ids is None or first_differing_id(theirs, task.tokenizer) is None:
+        return model
+    return Restricted(model, ids).eval()
+
+
+def require_tokens(theirs: PreTrainedTokenizerBase, task: Task, what: str) -> None:
+    """LabError if a teacher with this tokenizer lacks tokens of a task."""
+    if ids_in(theirs, task.tokenizer) is None:
+        require_same_vocabulary(theirs, task.tokenizer, what)
 
 
 def antidistilled(experiment: Experiment, recipe: Recipe, teacher: nn.Module) -> Antidistilled:
@@ -201,7 +260,7 @@ def teacher_task(config: Config, run: Run, task: Task, names: Sequence[str] = ("
     model = config.teacher.model
     if not model or not model.pretrained or names[0] != "teacher":
         return task
-    if first_differing_id(load_tokenizer(run.teacher), task.tokenizer) is None:
+    if ids_in(load_tokenizer(run.teacher), task.tokenizer) is not None:
         return task
     changed = config.task.model_copy(update={"tokenizer": str(run.teacher)})
     return load_task(changed)
@@ -227,14 +286,14 @@ def tokenizer_sha256(task: Task) -> str:
 
 def data_of(experiment: Experiment) -> dict[str, str]:
     """The hashes of what a run learns from."""
-    return {"rows": experiment.rows.digest(), "tokenizer": tokenizer_sha256(experiment.task)}
+    found = {"rows": experiment.rows.digest(), "tokenizer": tokenizer_sha256(experiment.task)}
+    return found | ({"prompts": experiment.prompts.digest()} if experiment.task.unanswered else {})
 
 
 def splits_of(experiment: Experiment) -> dict[str, str]:
     """The hashes of what a run is judged on."""
-    others = {split: experiment.task.rows(split) for split in experiment.task.evaluation_splits}
-    rows = {"validation": experiment.validation, **others}
-    return {split: found.digest() for split, found in rows.items()}
+    task = experiment.task
+    return {s: task.rows(s).digest() for s in ("validation", *task.evaluation_splits)}
 
 
 def pretrained_of(experiment: Experiment) -> dict[str, str]:
@@ -277,14 +336,18 @@ def teacher_made_from(experiment: Experiment, seed: int) -> str:
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
-def binding_of(experiment: Experiment, recipe: Recipe, request: OutputsRequest) -> dict[str, Any]:
-    """What the outputs of a recipe must be bound to in this run."""
+def binding_of(
+    experiment: Experiment, recipe: Recipe, request: OutputsRequest, rows: Rows | None = None
+) -> dict[str, Any]:
+    """What the outputs of a recipe must be bound to in this run. rows: those that are answered."""
+    if rows is None:
+        rows = asked_of(experiment, recipe)
     api = experiment.config.teacher.api if recipe.teachers == ["teacher"] else None
     marked = api and (request.watermark or api.canaries)
     return request.binding(
         teacher_sha256=teacher_sha256(experiment, recipe),
         tokenizer_sha256=experiment.run.manifest["data"]["tokenizer"],
-        rows=experiment.rows,
+        rows=rows,
         seed=experiment.config.teacher.seed,
     ) | {
         **({"api": api.endpoint} if api else {}),
@@ -407,9 +470,14 @@ def training_set_of(
     return replace(data, on_policy=policy)
 
 
+def asked_of(experiment: Experiment, recipe: Recipe) -> Rows:
+    """The rows that a teacher scores, or whose prompts it answers."""
+    return experiment.rows if recipe.sequences == "data" else experiment.prompts
+
+
 def asked_rows(experiment: Experiment, recipe: Recipe) -> Rows:
     """The rows of the data whose prompts are answered for a recipe, or by its student."""
-    return experiment.rows.take(OutputsRequest.of(recipe).indices(experiment.rows))
+    return experiment.prompts.take(OutputsRequest.of(recipe).indices(experiment.prompts))
 
 
 def stored_training_set(experiment: Experiment, recipe: Recipe, seed: int) -> TrainingSet:

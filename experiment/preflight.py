@@ -10,6 +10,7 @@ from measure.metrics import metrics_of
 from models.language import ModelTask
 from models.pretrained import pretrained_layers, tokenizer_of
 from models.probe import probe
+from models.trimmed import ids_in
 from models.vocabulary import first_differing_id, require_same_vocabulary
 from student.recipe import compares_ids
 from tasks.task import Task
@@ -18,7 +19,8 @@ from teacher.access import ACCESS
 
 def check_experiment(experiment: Experiment) -> None:
     """LabError if the config does not fit the task's data or the models."""
-    task, available = experiment.task, len(experiment.rows)
+    task, available = experiment.task, len(experiment.prompts)
+    check_answers(experiment)
     check_vocabularies(experiment)
     check_models(experiment)
     if experiment.is_main:
@@ -36,6 +38,26 @@ def check_experiment(experiment: Experiment) -> None:
                 f"recipes.{name}.outputs.transfer_rows: found {outputs.transfer_rows}, expected at "
                 f"most {available}, the training {task.item_noun}; with prompts: extended there is "
                 "no limit"
+            )
+
+
+def check_answers(experiment: Experiment) -> None:
+    """Where the data has no answers, a teacher that needs no training writes them, and models that
+    learn without it need other text."""
+    config, task = experiment.config, experiment.task
+    if not task.unanswered:
+        return
+    if config.teacher.epochs > 0 or config.sold_elsewhere:
+        raise LabError(
+            f"task {task.name}: the prompts have no answers, so the teacher must be pretrained and "
+            "on this machine; set teacher.model.pretrained and epochs 0"
+        )
+    for name, recipe in experiment.plan.recipes.items():
+        from_data = recipe.sequences == "data" and not experiment.plan.request(recipe)
+        if recipe.control.gold or (from_data and experiment.rows is experiment.prompts):
+            raise LabError(
+                f"{name} learns from the data's own answers, but the prompts have none; remove it"
+                + ("" if recipe.control.gold else ", or name text to learn from in task.documents")
             )
 
 
@@ -142,7 +164,7 @@ def check_vocabularies(experiment: Experiment) -> None:
     if not config.teacher.model or not config.teacher.model.pretrained:
         return
     theirs = tokenizer_of(config.teacher.model)
-    if first_differing_id(theirs, task.tokenizer) is None:
+    if ids_in(theirs, task.tokenizer) is not None:
         return
     if "tokenizer" not in type(task).Settings.model_fields or config.teacher.epochs > 0:
         require_same_vocabulary(

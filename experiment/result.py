@@ -12,7 +12,7 @@ from configs.schema import Config, Verdict
 from experiment.bought import open_bought
 from experiment.cost import CountedForward
 from experiment.environment import environment, evaluation_sha256
-from experiment.experiment import open_model, open_outputs, teacher_task
+from experiment.experiment import open_outputs, open_teacher, teacher_task
 from experiment.plan import Plan
 from experiment.run import Run
 from measure.evaluate import (
@@ -47,7 +47,7 @@ def teacher_references(
             split: RecordedReference([answers[split][str(i)] for i in found.ids], task, found)
             for split, found in rows.items()
         }
-    teacher, own_task = CountedForward(open_model(run, "teacher")), teacher_task(config, run, task)
+    teacher, own_task = CountedForward(open_teacher(run, task)), teacher_task(config, run, task)
     return teacher, {s: TeacherReference(teacher, task, r, own_task) for s, r in rows.items()}
 
 

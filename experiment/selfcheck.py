@@ -16,7 +16,7 @@ from experiment.experiment import (
     Experiment,
     loss_of,
     new_student,
-    open_model,
+    open_teacher,
     outputs_of,
     teacher_of,
     teacher_task,
@@ -74,7 +74,7 @@ def teacher_is_its_own_student(experiment: Experiment) -> Finding:
         return None, "the teacher as its own student: its weights are unknown"
     if teacher_task(experiment.config, experiment.run, experiment.task) is not experiment.task:
         return None, "the teacher as its own student: it has another tokenizer than its students"
-    teacher = open_model(experiment.run, "teacher")
+    teacher = open_teacher(experiment.run, experiment.task)
     rows = experiment.validation.take(np.arange(min(ROWS, len(experiment.validation))))
     reference = TeacherReference(teacher, experiment.task, rows)
     fidelity = reference.metrics([reference.evaluate(teacher)])["fidelity"]

@@ -17,14 +17,14 @@ from configs.files import read_text, say, write_atomically
 from configs.schema import Config, LabError, Recipe, Try, Tuned
 from experiment.bought import evaluated_rows
 from experiment.command import command_line
-from experiment.experiment import open_model, require_same_rows
+from experiment.experiment import open_model, open_task, require_same_rows
 from experiment.plan import TEACHERS, Plan, needed_by
 from experiment.reading import check_config, config_file, read_config
 from experiment.result import teacher_references
 from experiment.run import Run
 from experiment.tries import NOT_TUNED, rank, sha256_of_tuned, tries_of
 from measure.metrics import metrics_of
-from tasks import TASKS, load_task
+from tasks import TASKS
 
 COSTS = ("flops", "seconds", "joules", "money")
 
@@ -133,7 +133,7 @@ def judged(
     config: Config, run: Run, tried: Config, waiting: dict[str, Recipe]
 ) -> dict[str, list[Try]]:
     """The tries with their metrics on the validation split, best first."""
-    plan, task = Plan(tried), load_task(tried.task)
+    plan, task = Plan(tried), open_task(run, tried)
     require_same_rows(run, {"validation": task.rows("validation")})
     rows = {"validation": evaluated_rows(tried, task, "validation")}
     reference = teacher_references(tried, run, task, rows)[1]["validation"]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from configs.schema import (
     ControlSettings,
+    OutputsSettings,
     Recipe,
     Schedule,
     Scheduled,
@@ -23,6 +24,13 @@ LossFunction = Callable[[Tensor, Signal, float], Tensor]
 
 # Training on text: for a teacher, and for a student without one.
 FROM_TEXT = Recipe(access="none", objective={"cross_entropy": 1.0})
+# A teacher's own answers, as it samples them.
+ANSWERS = Recipe(
+    access="text",
+    sequences="teacher",
+    objective={"cross_entropy": 1.0},
+    outputs=OutputsSettings(temperature=1.0),
+)
 
 
 def objective_of(recipe: Recipe) -> LossFunction:

@@ -8,10 +8,7 @@ tokenizer it uses.
 import hashlib
 import multiprocessing
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from datetime import datetime
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,19 +16,17 @@ from typing import Any
 import datasets
 import numpy as np
 from pydantic import Field
-from transformers import AutoTokenizer
 
 from configs.files import read_jsonl
 from configs.schema import LabError, Section
 from models.rows import Rows, row_id
 from tasks.task import Metric, Task
+from tasks.tokenizers import chat_prompt, open_tokenizer
 
 HUB = "openai/gsm8k"
 ASKS = "\nThink step by step. End with #### and the number."
 # the 3 of 10-3 is not -3
 NUMBER = re.compile(r"(?<![\d)])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
-DATE = datetime(2025, 1, 1)
-CHAT_SECONDS = 5.0
 VALIDATION = 5  # % of the training problems
 
 
@@ -68,26 +63,6 @@ def final_number(text: str) -> float | None:
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
-def ends_in_time(work: Callable[[], Any]) -> bool:
-    """Whether work ends within CHAT_SECONDS; errors are left for the next call to raise."""
-
-    def quietly() -> None:
-        with suppress(Exception):
-            work()
-
-    thread = threading.Thread(target=quietly, daemon=True)
-    thread.start()
-    thread.join(CHAT_SECONDS)
-    return not thread.is_alive()
-
-
-def with_fixed_date(template: str) -> str:
-    """A chat template that prints a fixed date instead of today's: else tomorrow's rows would be
-    others."""
-    call = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
-    return re.sub(call, lambda found: repr(DATE.strftime(found[2])), template)
-
-
 def without_repeats(
     train: list[dict[str, str]], test: list[dict[str, str]]
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -114,7 +89,7 @@ class Gsm8k(Task):
     """Rows, tokenizer and grader."""
 
     class Settings(Section):
-        tokenizer: str | None = None  # of the student: a folder or a hub id
+        tokenizer: str | None = None  # of the student: a folder, a GGUF file or a hub id
         folder: str | None = None  # where train.jsonl and test.jsonl are; null: from the hub
         limit: int | None = Field(None, ge=100)  # problems per split, at most
 
@@ -149,29 +124,7 @@ class Gsm8k(Task):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                self.settings.tokenizer, trust_remote_code=False
-            )
-        except Exception as error:
-            raise LabError(
-                f"task.tokenizer {self.settings.tokenizer!r} cannot be loaded "
-                f"({type(error).__name__}: {str(error).splitlines()[0]})"
-            ) from None
-        if isinstance(self.tokenizer.chat_template, str):
-            self.tokenizer.chat_template = with_fixed_date(self.tokenizer.chat_template)
-        if self.tokenizer.eos_token_id is None:
-            raise LabError(
-                f"task.tokenizer {self.settings.tokenizer!r} has no EOS token: an answer could not "
-                "end; set eos_token in its tokenizer_config.json"
-            )
-        if not ends_in_time(lambda: self.prompt("How many?")):
-            raise LabError(
-                f"task.tokenizer {self.settings.tokenizer!r}: its chat template takes longer than "
-                f"{CHAT_SECONDS} s; remove it, or use another tokenizer"
-            )
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer = open_tokenizer(self.settings.tokenizer)
 
     @cached_property
     def by_split(self) -> dict[str, list[dict[str, str]]]:
@@ -228,12 +181,8 @@ class Gsm8k(Task):
 
     def prompt(self, question: str) -> list[int]:
         """With the chat template of the tokenizer, if it has one."""
-        if self.tokenizer.chat_template:
-            message = [{"role": "user", "content": question + ASKS}]
-            ids = self.tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        else:
+        ids = chat_prompt(self.tokenizer, [{"role": "user", "content": question + ASKS}])
+        if ids is None:
             ids = self.tokenizer(f"Question: {question}{ASKS}\nAnswer: ")["input_ids"]
             if ids[-1] == self.tokenizer.eos_token_id:
                 ids = ids[:-1]  # some tokenizers end every text

@@ -1,6 +1,7 @@
 """What is learned: the table TASKS, one file per task."""
 
 from configs.schema import TaskConfig
+from tasks.chat import Chat
 from tasks.digits import Digits
 from tasks.gsm8k import Gsm8k
 from tasks.pronounce import Pronounce
@@ -9,7 +10,7 @@ from tasks.task import Task
 from tasks.text import Text
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Pronounce, Reason, Digits, Text, Gsm8k)
+    task.name: task for task in (Pronounce, Reason, Digits, Text, Chat, Gsm8k)
 }
 
 

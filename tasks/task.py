@@ -166,6 +166,21 @@ class Task:
         """The rows of `train`, `validation` or one of `evaluation_splits`."""
         raise NotImplementedError
 
+    # Whether the data has no answers, so that the teacher writes those of the evaluation splits.
+    unanswered = False
+
+    def prompts(self, split: str) -> Rows:
+        """The rows whose prompts are asked of a teacher."""
+        return self.rows(split)
+
+    def adopt(self, split: str, rows: Rows) -> None:
+        """unanswered: what the teacher wrote to the prompts of an evaluation split."""
+        raise NotImplementedError
+
+    def evaluation_rows(self, split: str) -> Rows:
+        """The rows that models are evaluated on."""
+        return self.rows(split)
+
     def prompt(self, question: str) -> list[int]:
         """The tokens of a question. LabError if it cannot be asked."""
         raise NotImplementedError

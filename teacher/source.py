@@ -4,7 +4,7 @@ A local model can `score`, `answer` or `invent`; an endpoint (teacher/endpoint.p
 yields a `TeacherRow` as soon as it is made, with no more than was requested.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,10 +17,12 @@ from models.generate import answers_of, generate, rows_at_once
 from models.language import Forward, charged, device_of, logits_at
 from models.rows import Rows, collate, row_id
 from models.states import states_of, states_options
+from models.trimmed import Restricted
 from tasks.task import Task
 from teacher.signal import finite
 
 BATCH_ROWS = 512
+MEASURED_ROWS = 128  # of the answers, for the probability outside a trimmed vocabulary
 MIN_WELL_FORMED = 0.02  # of the invented rows; with fewer the teacher is rejected
 
 
@@ -192,6 +194,21 @@ class LocalModel:
                     answer.maps,
                 )
                 made += 1
+
+
+def outside_vocabulary(source: Source, answers: Callable[[], Rows]) -> dict[str, float]:
+    """For the ledger: the mean probability that a teacher gives to tokens which its task lacks, at
+    a sample of its answers; nothing if it lacks none."""
+    forward = getattr(source, "forward", None)
+    model = getattr(forward, "model", forward)
+    if not isinstance(model, Restricted):
+        return {}
+    rows, found = answers(), []
+    for indices in np.array_split(np.arange(min(MEASURED_ROWS, len(rows))), MEASURED_ROWS // 8):
+        if len(indices):
+            batch = collate(rows, indices, source.task.pad)
+            found.append(model.outside(batch.input_ids.to(model.device), batch.counted))
+    return {"probability_outside": float(torch.cat(found).mean())}
 
 
 def prompts_for(own_task: Task, task: Task, rows: Rows) -> Rows:

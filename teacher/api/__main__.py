@@ -223,9 +223,8 @@ class Teacher:
 
 def teacher_of(folder: str) -> Teacher:
     """A run's teacher, ready to answer. LabError if it is not trained or does not answer text."""
-    from experiment.experiment import open_model, teacher_task
+    from experiment.experiment import open_task, open_teacher, teacher_task
     from experiment.run import Run
-    from tasks import load_task
     from teacher.api.engine import Engine
     from teacher.api.prompts import TaskPrompts
 
@@ -235,12 +234,12 @@ def teacher_of(folder: str) -> Teacher:
         raise LabError(f"{run.folder} has no trained teacher yet; run train.py on its config")
     if config.sold_elsewhere:
         raise LabError(f"the teacher of {run.folder} is behind an endpoint; there is none to serve")
-    task = load_task(config.task)
+    task = open_task(run, config)
     if task.tokenizer is None:
         raise LabError(f"task {task.name} has images; only text can be served")
     task = teacher_task(config, run, task)
     use_threads()
-    engine = Engine(open_model(run, "teacher"), task)
+    engine = Engine(open_teacher(run, task), task)
     return Teacher(config.name, engine, TaskPrompts(task), task)
 
 

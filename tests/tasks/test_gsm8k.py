@@ -476,6 +476,6 @@ def test_a_chat_template_that_does_not_end_is_rejected(folder, tmp_path, monkeyp
     shutil.copytree(folder / "small", tmp_path / "small")
     loops = "{% for a in range(9999) %}{% for b in range(99) %}{% endfor %}{% endfor %}"
     (tmp_path / "small" / "chat_template.jinja").write_text(loops, "utf-8")
-    monkeypatch.setattr("tasks.gsm8k.CHAT_SECONDS", 0.01)
+    monkeypatch.setattr("tasks.tokenizers.CHAT_SECONDS", 0.01)
     with pytest.raises(LabError, match=r"its chat template takes longer than 0\.01 s"):
         Gsm8k(tokenizer=str(tmp_path / "small"), folder=str(folder))

@@ -221,13 +221,13 @@ def test_a_line_of_jsonl_ends_at_a_line_feed_alone(tmp_path):
     texts = [f"{i}\u2028second\x85third\rfourth" for i in range(100)]
     lines = [json.dumps({"text": t}, ensure_ascii=False) for t in texts]
     (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
-    assert list(text.read_documents(tmp_path / "a.jsonl")) == texts
+    assert list(text.read_documents(tmp_path / "a.jsonl", {})) == texts
 
 
 def test_a_single_text_file_is_cut_into_its_paragraphs(tmp_path):
     paragraphs = [d.strip() for d in documents(100)]
     (tmp_path / "play.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(paragraphs).encode())
-    assert list(text.read_documents(tmp_path / "play.txt")) == paragraphs
+    assert list(text.read_documents(tmp_path / "play.txt", {})) == paragraphs
 
 
 def test_equal_documents_count_once_and_empty_ones_not_at_all(tmp_path):
@@ -240,16 +240,16 @@ def test_equal_documents_count_once_and_empty_ones_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"text": "a"}\n{"text": }', "a.jsonl, line 2 is not JSON"),
+        (b'{"text": "a"}\n{"text": }', "a.jsonl, line 2: found no JSON"),
         (b'{"text": "a"}\n["text"]', "a.jsonl, line 2: found list, expected an object"),
-        (b'{"texts": "a"}', 'a.jsonl, line 1: expected an object with a string "text"'),
-        (b'{"text": null}', 'a.jsonl, line 1: expected an object with a string "text"'),
+        (b'{"texts": "a"}', "a.jsonl, line 1: expected a string 'text', found texts"),
+        (b'{"text": null}', "a.jsonl, line 1: expected a string 'text', found text"),
         (b'{"text": "\\ud800"}', "a.jsonl, line 1: the text holds half of a surrogate pair"),
-        (b'{"text": "\xff"}', "a.jsonl is not UTF-8 text"),
+        (b'{"text": "\xff"}', "a.jsonl, line 1: found no JSON ('utf-8' codec can't decode byte 0xff"),
         (b'{"text": "one"}', "none of 1 documents is in split"),
         (b"", "none of 0 documents is in split"),
-        pytest.param(b"[" * 100_000, "a.jsonl, line 1 is not JSON", id="deep"),
-        pytest.param(b"a" * 10_000_001, "line 1: 10,000,001 characters", id="long"),
+        pytest.param(b"[" * 100_000, "a.jsonl, line 1: found no JSON", id="deep"),
+        pytest.param(b"a" * 10_000_001, "line 1: found 10,000,001 bytes", id="long"),
     ],
 )
 def test_a_damaged_file_is_rejected_in_one_line(tmp_path, content, reason):
