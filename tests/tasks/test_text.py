@@ -245,7 +245,10 @@ def test_equal_documents_count_once_and_empty_ones_not_at_all(tmp_path):
         (b'{"texts": "a"}', "a.jsonl, line 1: expected a string 'text', found texts"),
         (b'{"text": null}', "a.jsonl, line 1: expected a string 'text', found text"),
         (b'{"text": "\\ud800"}', "a.jsonl, line 1: the text holds half of a surrogate pair"),
-        (b'{"text": "\xff"}', "a.jsonl, line 1: found no JSON ('utf-8' codec can't decode byte 0xff"),
+        (
+            b'{"text": "\xff"}',
+            "a.jsonl, line 1: found no JSON ('utf-8' codec can't decode byte 0xff",
+        ),
         (b'{"text": "one"}', "none of 1 documents is in split"),
         (b"", "none of 0 documents is in split"),
         pytest.param(b"[" * 100_000, "a.jsonl, line 1: found no JSON", id="deep"),
