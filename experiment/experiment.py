@@ -233,7 +233,7 @@ def in_tokens_of(task: Task, model: nn.Module, folder: Path) -> nn.Module:
     ids = ids_in(theirs, task.tokenizer)
     if ids is None or first_differing_id(theirs, task.tokenizer) is None:
         return model
-    return Restricted(model, ids).eval()
+    return Restricted(model, ids, theirs, task.tokenizer).eval()
 
 
 def require_tokens(theirs: PreTrainedTokenizerBase, task: Task, what: str) -> None:

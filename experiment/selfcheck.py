@@ -29,6 +29,7 @@ from measure.report.tables import models_in
 from models.language import logits_at
 from models.rows import collate
 from models.states import states_of, states_options
+from models.trimmed import Restricted
 from student.hidden import student_of
 from teacher.access import ACCESS
 from teacher.shards import Outputs
@@ -102,6 +103,8 @@ def stored_outputs_equal_live_ones(
     access, request = ACCESS[recipe.access], experiment.plan.request(recipe)
     if not access.probabilities or own_task is not task:
         return text_is_the_teachers(experiment, stage, recipe, outputs)
+    if isinstance(getattr(teacher, "model", None), Restricted) and recipe.sequences == "teacher":
+        return None, f"{stage}: written with the teacher's whole vocabulary, of which some is kept"
     batch = collate(outputs.rows, evenly_spaced(len(outputs.rows)), task.pad)
     options = {"use_cache": False} | states_options(request.layers, request.relations)
     output = teacher(batch.input_ids, **options)

@@ -1,5 +1,5 @@
-"""A tokenizer with fewer tokens, for small students of teachers with large vocabularies, and the
-teacher restricted to them.
+"""A tokenizer with fewer tokens, for small students of teachers with large vocabularies, and a
+teacher as seen through them.
 
 A trimmed byte-level BPE tokenizer is one, too: it has some of the tokens, all parts that these are
 merged from, and their merges. A token of the teacher that it lacks is written as several.
@@ -8,6 +8,8 @@ merged from, and their merges. A token of the teacher that it lacks is written a
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +18,19 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from configs.files import read_text
 from configs.schema import LabError
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def trimmed(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], size: int
+    tokenizer: PreTrainedTokenizerBase, wanted: Iterable[str], size: int | None = None
 ) -> PreTrainedTokenizerFast:
-    """With at most `size` tokens: those that the texts use most fill half of it, those that were
-    merged first, which are the most frequent in general, the rest. LabError for a tokenizer that is
-    no byte-level BPE, or for a size that has no room for all bytes and special tokens."""
+    """With the wanted tokens, the most important first, and all their parts; with a size they fill
+    half of it at most, and those that were merged first, which are the most frequent in general,
+    the rest. LabError for a tokenizer that is no byte-level BPE, or for a size that has no room for
+    all bytes and special tokens."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
     if model["type"] != "BPE" or "ByteLevel" not in repr(tokenizer.backend_tokenizer.decoder):
@@ -41,13 +45,16 @@ def trimmed(
         made_of.setdefault(first + second, (first, second))
     added = {token["content"] for token in content["added_tokens"]}
     basic = {token for token in vocabulary if token not in made_of} | added
-    if len(basic) > size:
+    if size is not None and len(basic) > size:
         raise LabError(
             f"task.vocabulary: found {size}, expected at least {len(basic)}, the single bytes and "
             "special tokens"
         )
-    kept = with_parts(basic, most_used(tokenizer, texts), made_of, (len(basic) + size) // 2)
-    kept = with_parts(kept, made_of, made_of, size)
+    if size is None:
+        kept = with_parts(basic, (t for t in wanted if t in vocabulary), made_of, len(vocabulary))
+    else:
+        kept = with_parts(basic, wanted, made_of, (len(basic) + size) // 2)
+        kept = with_parts(kept, made_of, made_of, size)
     number = {**vocabulary, **{t["content"]: t["id"] for t in content["added_tokens"]}}
     ids = {token: place for place, token in enumerate(sorted(kept, key=number.get))}
     model["vocab"] = {token: ids[token] for token in vocabulary if token in kept}
@@ -74,6 +81,18 @@ def most_used(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Itera
         counts.update(tokenizer(text, add_special_tokens=False)["input_ids"])
     order = sorted(counts, key=lambda token: (-counts[token], token))
     yield from tokenizer.convert_ids_to_tokens(order)
+
+
+def listed_tokens(file: Path) -> list[str]:
+    """The tokens in a file, one a line, as byte-level BPE writes them. LabError without any."""
+    if not file.is_file():
+        raise LabError(
+            f"task.vocabulary: no file {file}; python -m experiment.vocabulary makes one"
+        )
+    tokens = [line for line in read_text(file).split("\n") if line]
+    if not tokens:
+        raise LabError(f"task.vocabulary: {file} lists no tokens; make it again")
+    return tokens
 
 
 def with_parts(
@@ -120,13 +139,22 @@ def ids_in(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase) -> np
 
 
 class Restricted(nn.Module):
-    """A language model over some of its tokens: it reads and writes our ids, and its probabilities
-    are those that it gives to our tokens, renormalised."""
+    """A language model over some of its tokens: it reads our ids, and its probabilities are those
+    that it gives to our tokens, renormalised. ids [V]: see `ids_in`. While it is `whole`, it reads
+    and gives its own: a model that must do without words that it wants writes no good text."""
 
-    def __init__(self, model: nn.Module, ids: np.ndarray) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        ids: np.ndarray,
+        theirs: PreTrainedTokenizerBase,
+        ours: PreTrainedTokenizerBase,
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.theirs, self.ours = model, theirs, ours
+        self.is_whole = False
         self.register_buffer("ids", torch.from_numpy(ids).to(model.device), persistent=False)
+        self.our_id = {int(there): here for here, there in enumerate(ids)}
 
     @property
     def config(self) -> Any:
@@ -143,9 +171,49 @@ class Restricted(nn.Module):
     def forward(self, input_ids: Tensor, past_key_values: Any = None, **options: Any) -> Any:
         if past_key_values is not None:
             options["past_key_values"] = past_key_values
+        if self.is_whole:
+            return self.model(input_ids, **options)
         output = self.model(self.ids[input_ids], **options)
         output.logits = output.logits[..., self.ids]
         return output
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        self.is_whole = True
+        try:
+            yield
+        finally:
+            self.is_whole = False
+
+    def prompt(self, tokens: np.ndarray) -> list[int]:
+        """A prompt of ours as the model itself would write it."""
+        text = self.ours.decode(tokens.tolist(), skip_special_tokens=False)
+        return self.theirs(text, add_special_tokens=False)["input_ids"]
+
+    def translated(
+        self, tokens: Tensor, log_probs: Tensor | None
+    ) -> tuple[np.ndarray, Tensor | None]:
+        """What the whole model wrote, n of its tokens and their log-probabilities [n, all], as m of
+        ours and [m, V]. A token that we lack is written as several, of which only the text is
+        known: log-probability 0 for itself."""
+        pieces = [self.pieces(token) for token in tokens.tolist()]
+        ours = np.array([piece for found in pieces for piece in found], np.int64)
+        if log_probs is None:
+            return ours, None
+        known = np.array([len(found) == 1 for found in pieces for _ in found])
+        source = np.repeat(np.arange(len(pieces)), [len(found) for found in pieces])
+        rows = log_probs[torch.from_numpy(source)][:, self.ids].log_softmax(-1)
+        for place in np.flatnonzero(~known):
+            rows[place] = -torch.inf
+            rows[place, ours[place]] = 0.0
+        return ours, rows
+
+    def pieces(self, token: int) -> list[int]:
+        """One of their tokens in our ids."""
+        if token in self.our_id:
+            return [self.our_id[token]]
+        text = self.theirs.convert_ids_to_tokens(token)
+        return [piece.id for piece in self.ours.backend_tokenizer.model.tokenize(text)]
 
     @torch.no_grad()
     def outside(self, input_ids: Tensor, positions: Tensor) -> Tensor:

@@ -26,7 +26,13 @@ from tasks.examples import (
     read_records,
     well_formed,
 )
-from tasks.text import SPLITS, FreeText, read_documents
+from tasks.text import (
+    SPLITS,
+    FreeText,
+    objections_to_vocabulary,
+    read_documents,
+    vocabulary_field,
+)
 from tasks.tokenizers import chat_prompt
 
 
@@ -41,7 +47,8 @@ class Chat(FreeText):
         documents: str | None = None  # where the prompts have no answers: text to learn from
         system: str | None = None  # what the system says first
         tokenizer: str | None = None  # of a pretrained model: a folder, a GGUF file or a hub id
-        vocabulary: int | None = Field(None, ge=259, le=1_000_000)  # of its tokens, at most
+        # At most so many of its tokens, or a file that lists those to keep
+        vocabulary: int | str | None = vocabulary_field()
         row_tokens: int = Field(256, ge=4)
         answer_tokens: int = Field(128, ge=1)
         limit: int | None = Field(None, ge=20)  # prompts, a random subset
@@ -52,6 +59,7 @@ class Chat(FreeText):
     @classmethod
     def objections(cls, settings: Settings) -> Iterator[str]:
         yield from cls.objections_to_source(settings)
+        yield from objections_to_vocabulary(settings)
         if not settings.tokenizer:
             yield "tokenizer: missing; give the folder, GGUF file or hub id of the teacher's"
         if settings.answer_tokens >= settings.row_tokens:
@@ -130,6 +138,9 @@ class Chat(FreeText):
     @cached_property
     def documents(self) -> list[str]:
         """Text that no teacher wrote."""
+        return self.own_documents()
+
+    def own_documents(self) -> list[str]:
         if not self.settings.documents:
             return []
         found = read_documents(Path(self.settings.documents), self.settings.columns)

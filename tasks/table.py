@@ -6,11 +6,12 @@ from tasks.digits import Digits
 from tasks.gsm8k import Gsm8k
 from tasks.pronounce import Pronounce
 from tasks.reason import Reason
+from tasks.stories import Stories
 from tasks.task import Task
 from tasks.text import Text
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Pronounce, Reason, Digits, Text, Chat, Gsm8k)
+    task.name: task for task in (Pronounce, Reason, Digits, Text, Chat, Stories, Gsm8k)
 }
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.schema import LabError, Section
 from models.rows import Rows, row_id
-from models.trimmed import trimmed
+from models.trimmed import listed_tokens, most_used, trimmed
 from models.vocabulary import bytes_of
 from tasks.examples import (
     RECORD_FILES,
@@ -116,6 +116,19 @@ def read_source(settings: Any) -> Iterator[str]:
     return read_packaged(bible_file())
 
 
+def vocabulary_field() -> Any:
+    return Field(None, union_mode="left_to_right")
+
+
+def objections_to_vocabulary(settings: Any) -> Iterator[str]:
+    """A number of tokens that can encode any text, or the tokens of a tokenizer that is named."""
+    kept, least = settings.vocabulary, 256 + len(SPECIALS)
+    if isinstance(kept, int) and not least <= kept <= 1_000_000:
+        yield f"vocabulary: found {kept}, expected from {least} to 1,000,000 tokens"
+    if isinstance(kept, str) and not settings.tokenizer:
+        yield "vocabulary: a list of tokens belongs to a pretrained tokenizer; name it"
+
+
 class FreeText(Task):
     """What tasks share whose answers are free text: tokens of any text, and bits per byte."""
 
@@ -131,12 +144,14 @@ class FreeText(Task):
     table = ("bits_per_byte", "kl_teacher_student", "top1_agreement", "ece")
     pretrained = False  # whether its tokenizer is that of a pretrained model
 
-    def open_tokenizer(self, name: str, vocabulary: int | None, texts: Iterable[str]) -> None:
-        """Take the tokenizer of a pretrained model, trimmed to a smaller vocabulary if one is
-        asked for: to the tokens that some texts use most."""
+    def open_tokenizer(self, name: str, kept: int | str | None, texts: Iterable[str]) -> None:
+        """Take the tokenizer of a pretrained model, or a smaller one: with at most so many tokens,
+        those that some texts use most; or with those listed in a file."""
         self.tokenizer, self.pretrained = open_tokenizer(name), True
-        if vocabulary and vocabulary < len(self.tokenizer):
-            self.tokenizer = trimmed(self.tokenizer, texts, vocabulary)
+        if isinstance(kept, str):
+            self.tokenizer = trimmed(self.tokenizer, listed_tokens(Path(kept)))
+        elif kept is not None:
+            self.tokenizer = trimmed(self.tokenizer, most_used(self.tokenizer, texts), kept)
 
     @property
     def vocabulary(self) -> int:
@@ -187,8 +202,9 @@ class Text(FreeText):
         dataset: str | None = None  # of the hub: owner/name, or owner/name/config
         columns: dict[str, str] = {}  # where records have it, as in {text: content}
         tokenizer: str | None = None  # of a pretrained model: a folder, a GGUF file or a hub id
-        # At most so many tokens; null: 1,024, or all of a pretrained tokenizer.
-        vocabulary: int | None = Field(None, ge=256 + len(SPECIALS), le=1_000_000)
+        # At most so many tokens; null: 1,024, or all of a pretrained tokenizer. Or a file with
+        # those to keep of a pretrained one, see `python -m experiment.vocabulary`.
+        vocabulary: int | str | None = vocabulary_field()
         row_tokens: int = Field(64, ge=2)
         prompt_tokens: int = Field(8, ge=1)
         limit: int | None = Field(None, ge=20)  # a random subset of documents
@@ -205,6 +221,7 @@ class Text(FreeText):
                 f"prompt_tokens: {settings.prompt_tokens} leaves none of {settings.row_tokens} "
                 "row_tokens to learn; choose fewer"
             )
+        yield from objections_to_vocabulary(settings)
         if settings.path and settings.dataset:
             yield "path and dataset: both name documents; remove one"
 

@@ -113,6 +113,10 @@ class LocalModel:
     ) -> Iterator[TeacherRow]:
         """Answer the prompts of some rows, in batches of similar prompt lengths."""
         teacher_task = self.own_task or self.task
+        model = getattr(self.forward, "model", self.forward)
+        if isinstance(model, Restricted):
+            yield from self.answer_as_whole(model, rows, temperature, probabilities, generator)
+            return
         answers = answers_of(
             self.forward,
             prompts_for(teacher_task, self.task, rows),
@@ -141,6 +145,46 @@ class LocalModel:
                 answer.hidden,
                 answer.maps,
             )
+
+    def answer_as_whole(
+        self,
+        model: Restricted,
+        rows: Rows,
+        temperature: float,
+        probabilities: bool,
+        generator: torch.Generator,
+    ) -> Iterator[TeacherRow]:
+        """A model with more tokens than the task answers in all of them, and is translated."""
+        if self.layers:
+            raise LabError(
+                "hidden states at the tokens of a larger vocabulary cannot be matched; use another "
+                "access, or remove task.vocabulary"
+            )
+        most, prompts = (
+            self.task.longest_answer,
+            [model.prompt(rows.prompt(i)) for i in range(len(rows))],
+        )
+        asked = Rows.build(rows.ids[np.arange(len(rows))].tolist(), prompts, [[] for _ in prompts])
+        with model.whole():
+            for i, answer in answers_of(
+                self.forward,
+                asked,
+                BATCH_ROWS,
+                longest=most,
+                end=int(model.ids[self.task.end]),
+                temperature=temperature,
+                generator=generator,
+                keep_log_probs=probabilities,
+                vocabulary=len(model.theirs),
+            ):
+                tokens, log_probs = model.translated(answer.tokens, answer.log_probs)
+                yield TeacherRow(
+                    int(i),
+                    int(rows.ids[i]),
+                    np.concatenate([rows.prompt(i), tokens[:most]]),
+                    int(rows.prompt_lengths[i]),
+                    None if log_probs is None else finite(log_probs[:most]),
+                )
 
     def invent(
         self,

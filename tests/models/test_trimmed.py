@@ -8,7 +8,7 @@ from configs.schema import LabError, Model
 from experiment.cost import CountedForward
 from models.generate import generate
 from models.language import build_language_model, initialise, load_tokenizer
-from models.trimmed import Restricted, ids_in, trimmed
+from models.trimmed import Restricted, ids_in, most_used, trimmed
 from tasks.text import train_tokenizer
 from tests.serving import SHAPE
 
@@ -30,7 +30,7 @@ def whole():
 
 @pytest.fixture(scope="module")
 def small(whole):
-    return trimmed(whole, texts(1), 420)
+    return trimmed(whole, most_used(whole, texts(1)), 420)
 
 
 def test_texts_of_kept_tokens_are_written_with_the_same_tokens(whole, small):
@@ -63,15 +63,15 @@ def test_special_tokens_and_the_chat_template_are_kept(whole, small, tmp_path):
 
 def test_a_size_without_room_for_the_bytes_is_rejected(whole):
     with pytest.raises(LabError, match=r"task\.vocabulary: found 100, expected at least 259"):
-        trimmed(whole, texts(1), 100)
-    assert len(trimmed(whole, texts(1), 10_000)) == len(whole)
+        trimmed(whole, [], 100)
+    assert len(trimmed(whole, [], 10_000)) == len(whole)
 
 
 def test_a_restricted_teacher_gives_its_own_probabilities_renormalised(whole, small):
     model = build_language_model(Model(initializer_range=0.3, **SHAPE), whole, 32)
     model = initialise(model, 0).eval()
     ids = ids_in(whole, small)
-    restricted = Restricted(model, ids).eval()
+    restricted = Restricted(model, ids, whole, small).eval()
     text = texts(4)[0]
     ours = torch.tensor([small(text)["input_ids"]])
     theirs = torch.tensor([whole(text)["input_ids"]])
@@ -90,7 +90,7 @@ def test_a_restricted_teacher_gives_its_own_probabilities_renormalised(whole, sm
 def test_a_restricted_teacher_writes_in_the_smaller_vocabulary_and_is_charged(whole, small):
     model = build_language_model(Model(initializer_range=0.3, **SHAPE), whole, 32)
     model = initialise(model, 0).eval()
-    forward = CountedForward(Restricted(model, ids_in(whole, small)).eval())
+    forward = CountedForward(Restricted(model, ids_in(whole, small), whole, small).eval())
     prompts = [small(text)["input_ids"][:3] for text in texts(5, 4)]
     options = {"longest": 6, "end": -1, "keep_log_probs": True}
     written = generate(forward, [np.array(p) for p in prompts], **options)

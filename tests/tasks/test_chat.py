@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval as judge
 import train
 from configs.schema import LabError, Model
+from experiment import vocabulary
 from experiment.run import Run
 from models.language import build_language_model, initialise, save_model
 from tasks.chat import Chat
@@ -244,6 +245,21 @@ def test_the_saved_student_answers_in_its_own_smaller_vocabulary(told_run):
     assert answer.shape[1] > prompt["input_ids"].shape[1]
     card = (folder / "README.md").read_text("utf-8")
     assert "The licence of its teacher: MIT (a test); allows distillation: yes" in card
+
+
+def test_the_tokens_that_a_teacher_uses_make_a_vocabulary(place, tmp_path, capsys):
+    config, out = tmp_path / "tales.yaml", tmp_path / "tales.tokens"
+    config.write_text(CONFIG.replace("PLACE", str(place)), encoding="utf-8")
+    assert vocabulary.main([str(config), "--rows", "20", "--out", str(out)]) == 0
+    assert "that it wrote, are in" in capsys.readouterr().out
+    task = chat(place, place / "prompts.jsonl", vocabulary=str(out))
+    whole = chat(place, place / "prompts.jsonl")
+    assert len(task.tokenizer) < len(whole.tokenizer)
+    assert {*out.read_text("utf-8").split()} <= task.tokenizer.get_vocab().keys()
+    for question in (asked(PAIRS[0]), asked(PAIRS[50])):
+        assert task.tokenizer.tokenize(question) == whole.tokenizer.tokenize(question)
+    with pytest.raises(LabError, match=r"task\.vocabulary: no file .*nothing; python -m"):
+        chat(place, place / "prompts.jsonl", vocabulary=str(tmp_path / "nothing"))
 
 
 def test_it_can_be_asked_checked_and_resumed(told_run, capsys):

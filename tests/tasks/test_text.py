@@ -276,12 +276,20 @@ def test_prompts_that_fill_the_row_are_rejected_when_the_config_is_read():
 
 @pytest.mark.parametrize(
     ("key", "smallest"),
-    [("vocabulary", 259), ("row_tokens", 2), ("prompt_tokens", 1), ("limit", 20)],
+    [("row_tokens", 2), ("prompt_tokens", 1), ("limit", 20)],
 )
 def test_a_setting_that_leaves_nothing_to_learn_is_rejected(key, smallest):
     assert getattr(Text.Settings(**{key: smallest}), key) == smallest
     with pytest.raises(ValidationError, match=f"greater than or equal to {smallest}"):
         Text.Settings(**{key: smallest - 1})
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_rejected():
+    assert not list(Text.objections(Text.Settings(vocabulary=259)))
+    (objection,) = Text.objections(Text.Settings(vocabulary=258))
+    assert objection == "vocabulary: found 258, expected from 259 to 1,000,000 tokens"
+    (objection,) = Text.objections(Text.Settings(vocabulary="a.tokens"))
+    assert "belongs to a pretrained tokenizer" in objection
 
 
 def test_another_default_text_is_rejected_in_one_line(tmp_path, monkeypatch):
