@@ -44,6 +44,7 @@ from experiment.experiment import (
 )
 from experiment.leaks import leaks
 from experiment.plan import TEACHERS, Plan
+from experiment.push import push
 from experiment.reference import committed_differences, write_reference
 from experiment.result import (
     costs,
@@ -107,6 +108,8 @@ def story(options: argparse.Namespace) -> int:
     elif options.check is not None:
         name = options.check or config.name
         return check_run(run, config, name, RESULTS, lambda: judge(run, config, "heldout"))
+    elif options.push:
+        return push(run, options.student, options.push)
     elif options.radioactivity:
         owners, key = options.candidates, options.key
         database, tokens = options.database, options.tokens

@@ -85,6 +85,10 @@ def eval_parser() -> argparse.ArgumentParser:
         "--controls", type=int, default=8, help="innocent students that they are compared with"
     )
     parser.add_argument("--compare", nargs=2, type=Path, metavar="RUN", help="two runs")
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload a student with its model card to the hub"
+    )
+    parser.add_argument("--student", metavar="NAME", help="which one; default: the first recipe's")
     parser.add_argument("--environment", action="store_true", help="is this machine set up?")
     parser.add_argument("--update", action="store_true", help="also write results/<name>.json")
     parser.add_argument(

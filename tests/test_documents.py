@@ -308,4 +308,4 @@ def test_every_objective_and_every_level_of_access_has_a_row_in_methods():
     assert named <= set(recipes) | {"forward_kl", "cross_entropy"}
     shown = named | {"forward_kl", "reverse_kl", "adaptive_kl", "total_variation", "text"}
     assert shown | {"skewed_reverse_kl"} >= set(recipes) - {"answers", "sharp_answers", "assistant"}
-    assert "grpo" in config("reason").recipes
+    assert "grpo" in config("rewards").recipes
