@@ -158,6 +158,7 @@ def judge(run: Run, config: Config, split: str) -> None:
             "split": split,
             "seeds": config.seeds,
             "heldout_reads": run.manifest.get("heldout_reads", 0),
+            "overlap": run.manifest.get("overlap"),
             "teacher": entries["teacher"],
             "students": {name: entries[name] for name in config.recipes},
             "controls": {n: entries[n] for n in plan.evaluated if n not in config.recipes},

@@ -22,7 +22,6 @@ if __name__ == "__main__":
 
 import psutil
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from configs.schema import Config, LabError, Recipe, Training
@@ -51,6 +50,7 @@ from experiment.log import OutputsLog, print_summary
 from experiment.preflight import check_experiment
 from experiment.processes import (
     micro_batches,
+    new_accelerator,
     require_one_way_to_share,
     require_rows_for_all,
     sum_over_processes,
@@ -96,7 +96,7 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
     """Train teachers, make outputs, train students and controls; all in the folder of a run."""
     torch.set_num_threads(config.threads or min(8, psutil.cpu_count(logical=False) or 1))
     keep_freed_memory()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = new_accelerator(config, folder)
     require_one_way_to_share(config, accelerator)
     started = cpu_seconds()
     with Run(folder).locked() if accelerator.is_main_process else nullcontext():
@@ -124,6 +124,7 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
                 for stage, (name, seed) in plan.students(names).items()
             }
             run_stages(experiment, students)
+        accelerator.end_training()
         if experiment.is_main:
             run.close(load_of_others(started, config.workers) if run.ledger != before else None)
             print_summary(run)
@@ -143,6 +144,8 @@ def begin_run(experiment: Experiment, folder: Path) -> Experiment:
     data = {"data": data_of(experiment), "splits": splits_of(experiment)}
     if "pretrained" not in manifest:
         manifest["pretrained"] = pretrained_of(experiment)
+    if "overlap" not in manifest:
+        manifest["overlap"] = experiment.task.overlap()
     if any(manifest.setdefault(key, found) != found for key, found in data.items()):
         raise LabError(
             f"{folder} was started on other rows or with another tokenizer; train again under "

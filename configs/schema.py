@@ -19,7 +19,9 @@ class LabError(Exception):
 
 
 # Keys of a config that set where a run is kept and how it runs on a machine, not what it computes.
-MACHINE_KEYS = ("name", "threads", "workers", "cost", "checkpoint_seconds", "checkpoint_steps")
+MACHINE_KEYS = (
+    "name", "threads", "workers", "cost", "checkpoint_seconds", "checkpoint_steps", "trackers",
+)  # fmt: skip
 
 # Bounds far beyond use: what is larger is a mistake, and might take hours to fail.
 Size = Annotated[int, Field(gt=0, le=100_000)]
@@ -401,6 +403,8 @@ class Config(Section):
     checkpoint_seconds: float = Field(30.0, ge=0)
     checkpoint_steps: int = Field(5_000, gt=0)
     log_every: int = Field(50, gt=0)
+    # Where else the log goes, by accelerate's trackers; each is a package to install.
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = added([])
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import numpy as np
@@ -44,7 +45,9 @@ class TrainingLog:
         steps: int | None,  # None: training ends with the FLOPs budget
         first: int,
         progress: float,
+        track: Callable[[dict[str, float], int], None] = lambda values, step: None,
     ) -> None:
+        self.track = track
         self.run, self.stage, self.task, self.validation = run, stage, task, validation
         self.steps, self.every = steps, run.config().log_every
         self.validations = validations_by(progress)
@@ -87,6 +90,7 @@ class TrainingLog:
             text += f" validation {line['validation_nll']:.4f}"
             self.validations = validations_by(progress)
         self.run.log(self.stage, step=step, **line)
+        self.track({f"{self.stage}/{key}": value for key, value in line.items()}, step)
         tqdm.write(text)
         self.losses, self.tokens, self.started = [], 0, time.perf_counter()
         return True

@@ -1,11 +1,31 @@
 """Several processes that train one model together: each computes a part of every step."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from configs.schema import Config, LabError
+
+
+def new_accelerator(config: Config, folder: Path) -> Accelerator:
+    """Of this process, with the trackers of the config. LabError if one is not installed."""
+    missing = [name for name in config.trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LabError(
+            f"trackers: {missing[0]} is not installed; pip install {missing[0]}, or remove it"
+        )
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with=config.trackers or None,
+        project_dir=folder / "trackers" if config.trackers else None,
+    )
+    if config.trackers:
+        accelerator.init_trackers(config.name)
+    return accelerator
 
 
 def require_one_way_to_share(config: Config, accelerator: Accelerator) -> None:

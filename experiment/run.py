@@ -64,6 +64,7 @@ class Manifest(Shape):
     splits: dict[str, str] | None = None
     pretrained: dict[str, str] | None = None
     stages: dict[Annotated[str, Field(pattern=STAGE)], StageEntry]
+    overlap: float | None = None
     heldout_reads: int = 0
     load_of_others: float | None = None
 

@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from torch import nn
 
 from configs.files import say
 from configs.schema import Config, LabError
 from experiment.experiment import Experiment, open_experiment, verify_stage
+from experiment.processes import new_accelerator
 from experiment.run import Run
 from experiment.workers import side_by_side
 from models.language import (
@@ -152,7 +151,7 @@ def made_of(folder: Path, model: nn.Module) -> dict[str, Any]:
 def open_worker(config: Config, folder: Path) -> None:
     """A worker opens the experiment once, for all the stages it runs."""
     global worker_experiment
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = new_accelerator(config, folder)
     worker_experiment = replace(
         open_experiment(config, Run(folder).reload(), accelerator), share=1 / config.workers
     )

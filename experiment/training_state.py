@@ -66,7 +66,14 @@ class TrainingState:
             total = None if max_flops else steps
             experiment.run.forget_log(stage, self.step, before.get("log"))
             self.log = TrainingLog(
-                experiment.run, stage, experiment.task, rows, total, self.step, self.progress
+                experiment.run,
+                stage,
+                experiment.task,
+                rows,
+                total,
+                self.step,
+                self.progress,
+                experiment.accelerator.log,
             )
 
     @property

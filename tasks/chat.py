@@ -22,6 +22,7 @@ from tasks.examples import (
     Exchange,
     exchanges_of,
     files_in,
+    overlap,
     read_hub,
     read_records,
     well_formed,
@@ -145,6 +146,13 @@ class Chat(FreeText):
             return []
         found = read_documents(Path(self.settings.documents), self.settings.columns)
         return [text for text in found if text.strip()]
+
+    def overlap(self) -> float | None:
+        """Of answers; where a teacher writes them, none are known before it has."""
+        if self.unanswered:
+            return None
+        sides = (self.by_split[split].values() for split in ("train", "heldout"))
+        return overlap(*([one.answer for one in side] for side in sides))
 
     # -- rows ----------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from configs.schema import LabError
 TEXT_FILES = (".txt", ".md")
 RECORD_FILES = (".jsonl", ".parquet", ".csv")
 MOST_MALFORMED = 0.01  # of the records; with more, a file is something else than it should be
+GRAM = 13  # words
 ROLES = ("system", "user", "assistant", "tool")
 
 Record = tuple[str, Any]  # where it is, and what it holds
@@ -205,6 +206,19 @@ def encodable(text: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("the text holds half of a surrogate pair") from None
     return text
+
+
+def overlap(train: Iterable[str], heldout: Iterable[str]) -> float:
+    """The share of the different 13-grams of held-out words that also occur in training, whatever
+    their case, as in Brown et al. 2020 (GPT-3), arXiv 2005.14165, appendix C."""
+    found = {gram for text in heldout for gram in grams_of(text)}
+    seen = {gram for text in train for gram in grams_of(text) if gram in found}
+    return len(seen) / max(1, len(found))
+
+
+def grams_of(text: str) -> Iterator[tuple[str, ...]]:
+    words = text.lower().split()
+    return zip(*(words[start:] for start in range(GRAM)), strict=False)
 
 
 def read_plain(file: Path) -> str:

@@ -166,6 +166,11 @@ class Task:
         """The rows of `train`, `validation` or one of `evaluation_splits`."""
         raise NotImplementedError
 
+    def overlap(self) -> float | None:
+        """The share of the held-out text that the training text also holds, where that is free
+        text."""
+        return None
+
     # Whether the data has no answers, so that the teacher writes those of the evaluation splits.
     unanswered = False
 

@@ -30,6 +30,7 @@ from tasks.examples import (
     RECORD_FILES,
     TEXT_FILES,
     files_in,
+    overlap,
     read_hub,
     read_plain,
     read_records,
@@ -271,6 +272,9 @@ class Text(FreeText):
     def data_licence(self) -> str:
         own = self.settings.path or self.settings.dataset
         return "" if own else "the World English Bible (public domain)"
+
+    def overlap(self) -> float:
+        return overlap(*(self.documents[split].values() for split in ("train", "heldout")))
 
     def rows(self, split: str) -> Rows:
         """Prompts are `<s> tokens`, completions the tokens that follow."""

@@ -34,6 +34,11 @@ def facts_of(result: dict[str, Any]) -> list[str]:
     facts += where_traces_pay(result.get("map", []))
     facts += accuracies_by_steps(result)
     facts += traces_kept(result)
+    if result.get("overlap") is not None:
+        facts.append(
+            f"{100 * result['overlap']:.1f} % of the 13-grams of held-out words also occur in the "
+            "training text"
+        )
     laws = result.get("laws", {})
     facts += [law_line(result, name, study) for name, study in laws.items()]
     main = next(iter(result["students"]))

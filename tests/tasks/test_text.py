@@ -17,6 +17,7 @@ from measure.evaluate import TeacherReference, free_running
 from models.language import build_model
 from models.rows import Rows
 from tasks import text
+from tasks.examples import overlap
 from tasks.text import SPLITS, Text
 
 SHAKESPEARE = Path(__file__).parents[2].parent / "shared" / "data" / "tinyshakespeare"
@@ -325,3 +326,12 @@ def test_an_answer_ends_with_the_row(task, monkeypatch):
         rows = Rows.build([0], [[task.tokenizer.bos_token_id, *range(5, 4 + tokens)]], [[]])
         free_running(None, task, rows)
     assert longest == [task.longest_answer, 64 - 50]
+
+
+def test_the_overlap_is_the_share_of_heldout_13_grams_that_training_holds():
+    words = [f"w{i}" for i in range(40)]
+    train = [" ".join(words[:20]), "short"]
+    heldout = [" ".join([*words[5:20], "another"]).upper(), "too short to have one"]
+    # 4 of its 13-grams: 3 within the training text, 1 with the other word
+    assert overlap(train, heldout) == 0.75
+    assert overlap(train, ["short"]) == 0
