@@ -7,14 +7,17 @@ import tomllib
 
 import pytest
 
+from configs.schema import Published
 from experiment.check import EXIT_CODES, MEANINGS, TRACE_TOLERANCE
 from experiment.reading import read_config
 from measure.reasoning import VOTES
 from measure.report.documents import pages
 from measure.statistics import LEVEL
+from models.language import LARGE_VOCABULARY
 from student.objectives import OBJECTIVES
-from student.recipe import FROM_TEXT, control_recipe
+from student.recipe import ANSWERS, FROM_TEXT, control_recipe
 from tasks import TASKS, load_task
+from tasks.examples import GRAM, MOST_MALFORMED
 from tasks.pronounce import LONG, SPLITS, split_of
 from teacher.access import ACCESS
 from teacher.api import __main__ as seller
@@ -109,6 +112,17 @@ def of_configs() -> list[str]:
     ]
 
 
+def of_own_models() -> list[str]:
+    published = Published(source="a", parameters=2.0, tokens=3.0)
+    assert MOST_MALFORMED == 1 / 100  # "one in a hundred"
+    return [
+        f"{published.flops / 2 / 3:g} FLOPs per parameter and token",
+        f"From {LARGE_VOCABULARY:,} outcomes on",
+        f"held-out {GRAM}-grams",
+        f"evaluation splits too, at temperature {ANSWERS.outputs.temperature:g}",
+    ]
+
+
 def of_api() -> list[str]:
     options = seller.parser().parse_args(["traffic", "runs/text"])
     assert (options.days, len(ATTACKS)) == (5, 5)
@@ -128,7 +142,9 @@ GENERATED = "architectures"
 
 
 def test_every_number_in_the_prose_is_confirmed_by_the_project(prose):
-    confirmed = [*of_setup_and_cost(), *of_words(), *of_rules(), *of_configs(), *of_api()]
+    confirmed = [
+        *of_setup_and_cost(), *of_words(), *of_rules(), *of_configs(), *of_api(), *of_own_models(),
+    ]  # fmt: skip
     missing = [text for text in confirmed if text not in prose]
     assert not missing
     for text in (*confirmed, *OF_NO_RUN):

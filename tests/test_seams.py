@@ -1,5 +1,5 @@
 """Adding a task, an objective, an access level or a metric takes one file and one table entry:
-here that file is CONTRIBUTING.md, and the whole pipeline runs with all four."""
+here that file is docs/extending.md, and the whole pipeline runs with all four."""
 
 import json
 import re
@@ -57,11 +57,11 @@ WITH_ALL_FOUR = {
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """The code of CONTRIBUTING.md, then train, evaluate, ask and self-check with it: the folder,
+    """The code of docs/extending.md, then train, evaluate, ask and self-check with it: the folder,
     eval.json and the report."""
     tables = (TASKS, OBJECTIVES, ACCESS, METRICS)
     before = [dict(table) for table in tables]
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     namespaces = (
         {**vars(pronounce), "TASKS": tasks.TASKS},
