@@ -67,7 +67,6 @@ class Model(Section):
     # installed package, or organisation/repository/file.gguf of the hub).
     pretrained: str | None = None
     revision: str | None = added(None)  # of a hub id: a branch, tag or commit
-    remote_code: bool = added(False)  # run the code in its repository
     # Of a teacher that stays unchanged: the type of its weights; null: the config's precision.
     dtype: Literal["bfloat16", "float16"] | None = added(None)
     attention: Literal["eager", "sdpa", "flash_attention_2"] = added("eager")

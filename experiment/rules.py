@@ -84,7 +84,7 @@ def check_task(config: Config) -> Iterator[str]:
 
 def check_model(model: Model) -> Iterator[str]:
     if not model.pretrained:
-        given = [key for key in ("revision", "remote_code", "dtype") if getattr(model, key)]
+        given = [key for key in ("revision", "dtype") if getattr(model, key)]
         if given:
             yield f"{given[0]} belongs to a pretrained model; remove it, or name one"
     if model.architecture in CLASSIFIERS and model.attention != "eager":

@@ -1,6 +1,6 @@
 """Pretrained models and their tokenizers: a folder, a GGUF file, or a hub id.
 
-Nothing is unpickled, and none of their code is run unless a config asks for it.
+Nothing is unpickled, and none of their code is run: a run is read by others, too.
 """
 
 import importlib.util
@@ -66,7 +66,7 @@ def load_pretrained(settings: Model, dtype: torch.dtype = torch.float32) -> nn.M
             revision=settings.revision or "main",
             attn_implementation=settings.attention,
             dtype=getattr(torch, settings.dtype) if settings.dtype else dtype,
-            trust_remote_code=settings.remote_code,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except Exception as error:
@@ -82,19 +82,16 @@ def pretrained_layers(settings: Model) -> int:
     name, options = located(settings.pretrained)
     options |= {"revision": settings.revision or "main"}
     try:
-        return AutoConfig.from_pretrained(
-            name, **options, trust_remote_code=settings.remote_code
-        ).num_hidden_layers
+        config = AutoConfig.from_pretrained(name, **options, trust_remote_code=False)
+        return config.num_hidden_layers
     except Exception as error:
         raise cannot_load(f"model.pretrained {settings.pretrained!r}", error) from None
 
 
-def pretrained_tokenizer(
-    name: str, revision: str | None = None, remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a pretrained model. LabError if it cannot be loaded."""
     place, options = located(name)
-    options |= {"revision": revision or "main", "trust_remote_code": remote_code}
+    options |= {"revision": revision or "main", "trust_remote_code": False}
     try:
         # For some architectures AutoTokenizer ignores which kind of tokenizer was saved.
         saved = {} if "gguf_file" in options else get_tokenizer_config(place, **options)
@@ -110,7 +107,7 @@ def pretrained_tokenizer(
 
 def tokenizer_of(settings: Model) -> PreTrainedTokenizerBase:
     """The tokenizer beside a pretrained model."""
-    return pretrained_tokenizer(settings.pretrained, settings.revision, settings.remote_code)
+    return pretrained_tokenizer(settings.pretrained, settings.revision)
 
 
 def cannot_load(what: str, error: Exception) -> LabError:

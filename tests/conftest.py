@@ -11,9 +11,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hypothesis
 import pytest
 import torch
+from accelerate import Accelerator
 
 import eval as judge
-import train
 from experiment.experiment import Experiment, data_of, open_experiment, splits_of
 from experiment.reading import read_config
 from experiment.run import Run
@@ -68,7 +68,7 @@ def lab(tmp_path) -> Experiment:
     config = read_config(TINY, ["log_every=1"])
     (tmp_path / "run").mkdir()
     run = Run.open(tmp_path / "run", config, {})
-    lab = open_experiment(config, run, train.Accelerator(cpu=True))
+    lab = open_experiment(config, run, Accelerator(cpu=True))
     run.manifest |= {"data": data_of(lab), "splits": splits_of(lab)}
     return lab
 

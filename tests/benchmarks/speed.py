@@ -18,6 +18,7 @@ from io import StringIO
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 import train
 from configs.schema import Recipe
@@ -62,7 +63,7 @@ def main() -> int:
     config = read_config(ROOT / "configs" / "quickstart.yaml", changes)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         run = Run.open(Path(folder), config, {})
-        experiment = open_experiment(config, run, train.Accelerator(cpu=True))
+        experiment = open_experiment(config, run, Accelerator(cpu=True))
         run.manifest |= {"data": data_of(experiment), "splits": splits_of(experiment)}
         teacher = new_model(experiment, config.teacher.model, 0)
         result = fit(experiment, "teacher", teacher, text(experiment), FROM_TEXT, 1)

@@ -1,17 +1,22 @@
 """The log: metrics.jsonl and the learning curve."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 
 from configs.files import sha256_of_json
 from configs.schema import LabError
 from experiment.log import TrainingLog
+from experiment.processes import new_accelerator
+from experiment.reading import read_config
 from models.language import build_model, initialise, load_model
 from models.rows import collate
-from tests.helpers import fit
+from tests.helpers import TINY, fit
 
 
 def test_the_validation_loss_is_that_of_the_answer_tokens_whatever_was_trained(lab):
@@ -53,3 +58,40 @@ def test_the_log_of_a_killed_stage_is_cut_back_to_its_checkpoint(lab):
     lab.run.forget_log("teacher", 2, expected)
     assert [line["step"] for line in lab.run.log_of("teacher")] == [1, 2]
     assert json.loads((lab.run.folder / "ledger.json").read_text()) == []
+
+
+class Recorder(GeneralTracker):
+    """A tracker as accelerate's interface asks for one."""
+
+    name, requires_logging_directory = "recorder", False
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    tracker = property(lambda self: self.seen)
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **_):
+        self.seen.append((step, values))
+
+
+def test_trackers_get_every_line_of_the_log(lab):
+    recorder = Recorder()
+    accelerator = Accelerator(cpu=True, log_with=recorder)
+    accelerator.init_trackers("a run")
+    fit(dataclasses.replace(lab, accelerator=accelerator), steps=3)
+    lines = [line for line in lab.run.metrics() if line["stage"] == "teacher"]
+    assert [step for step, _ in recorder.seen] == [line["step"] for line in lines] == [1, 2, 3]
+    for (_, values), line in zip(recorder.seen, lines, strict=True):
+        assert values["teacher/loss"] == line["loss"]
+        assert values["teacher/grad_norm"] == line["grad_norm"]
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = read_config(TINY, ["trackers=[wandb]"])
+    with pytest.raises(LabError, match="trackers: wandb is not installed; pip install wandb"):
+        new_accelerator(config, tmp_path)

@@ -1,6 +1,7 @@
 """Checks before anything is trained."""
 
-import train
+from accelerate import Accelerator
+
 from experiment.experiment import open_experiment
 from experiment.preflight import check_models
 from experiment.reading import read_config
@@ -11,7 +12,7 @@ from tests.helpers import TINY
 def printed_for(hidden_size, tmp_path, capsys) -> str:
     config = read_config(TINY, [f"students.model.hidden_size={hidden_size}"])
     run = Run.open(tmp_path / str(hidden_size), config, {})
-    check_models(open_experiment(config, run, train.Accelerator(cpu=True)))
+    check_models(open_experiment(config, run, Accelerator(cpu=True)))
     return capsys.readouterr().out
 
 
