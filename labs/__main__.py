@@ -6,6 +6,7 @@ python -m labs solution 1                                # prints the solution e
 python -m labs build --out notebooks                     # of all labs
 python -m labs grade mine/lab1.py --lab 1 --out result.json
 python -m labs grade submissions/ --lab 1 --out results/ # every file of a folder
+python -m labs play runs/quickstart                      # its models side by side, in a browser
 """
 
 import argparse
@@ -40,6 +41,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--format", choices=FORMATS, default="lab")
     one.add_argument("--at-once", type=int, default=2, help="submissions graded side by side")
     one.set_defaults(do=grade_path)
+    one = commands.add_parser("play", help="ask the models of a run, in a browser")
+    one.add_argument("run", type=Path, help="a finished run, e.g. runs/quickstart")
+    one.add_argument("--port", type=int, default=8100)
+    one.set_defaults(do=play)
     return found
 
 
@@ -69,6 +74,16 @@ def build_notebooks(options: argparse.Namespace) -> None:
             'notebooks need more packages: pip install -c constraints.txt -e ".[course]"'
         ) from None
     build(options.labs or labs(), options.out)
+
+
+def play(options: argparse.Namespace) -> None:
+    try:
+        from labs.play import serve
+    except ImportError:
+        raise LabError(
+            'the page needs more packages: pip install -c constraints.txt -e ".[play]"'
+        ) from None
+    serve(options.run, options.port)
 
 
 def grade_path(options: argparse.Namespace) -> None:
