@@ -114,7 +114,7 @@ def validation_nll(model: nn.Module, task: Task, rows: Rows) -> float:
         batch = collate(rows, indices, task.pad)
         signal, vocabulary = Signal(batch.targets).to(model.device), task.vocabulary
         if chunked.pays(model, vocabulary):
-            losses = chunked.losses_in_chunks(model, batch, cross_entropy, signal, vocabulary)
+            losses, _ = chunked.losses_in_chunks(model, batch, cross_entropy, signal, vocabulary)
         else:
             output = model(batch.input_ids.to(model.device), use_cache=False)
             losses = cross_entropy(logits_at(output, batch, vocabulary), signal)

@@ -6,6 +6,7 @@ computed chunk by chunk, and recomputed for the gradient (Chen et al. 2016, arXi
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from models.language import LARGE_VOCABULARY, LinearHead, autocast, linear_head, precise
 from models.rows import Batch
-from teacher.signal import Signal
+from student.hidden import WithProjections, student_of
+from teacher.signal import ComputedSignal, Signal
 
 CHUNKS = 128  # an objective keeps up to twenty tensors as large as a chunk
 
@@ -32,7 +34,7 @@ class InChunks(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         objective: LossFunction,
-        signal: Signal,
+        signal: Signal | ComputedSignal,
         positions: int,
     ) -> Tensor:
         ctx.save_for_backward(states, weight, bias)
@@ -80,7 +82,9 @@ def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def chunks_of(signal: Signal, count: int, positions: int) -> Iterator[tuple[int, int, Signal]]:
+def chunks_of(
+    signal: Signal | ComputedSignal, count: int, positions: int
+) -> Iterator[tuple[int, int, Signal]]:
     """(start, stop, the signal there) for `positions` at a time."""
     for start in range(0, count, positions):
         stop = min(count, start + positions)
@@ -88,7 +92,11 @@ def chunks_of(signal: Signal, count: int, positions: int) -> Iterator[tuple[int,
 
 
 def chunked(
-    objective: LossFunction, states: Tensor, head: LinearHead, signal: Signal, vocabulary: int
+    objective: LossFunction,
+    states: Tensor,
+    head: LinearHead,
+    signal: Signal | ComputedSignal,
+    vocabulary: int,
 ) -> Tensor:
     """objective(head(states), signal), [M] nats, in about CHUNKS chunks: states [M, H]. Value and
     gradient equal those of the unchunked computation; outcomes beyond the vocabulary are only
@@ -101,22 +109,35 @@ def chunked(
 
 
 def pays(model: nn.Module, vocabulary: int) -> bool:
-    """Whether chunks pay for a model: its vocabulary is large and its head is linear."""
-    return vocabulary >= LARGE_VOCABULARY and linear_head(model) is not None
+    """Whether chunks pay for a model: its vocabulary is large, and its logits are those of a linear
+    head, which nothing changes afterwards."""
+    if vocabulary < LARGE_VOCABULARY or getattr(model, "_forward_hooks", None):
+        return False
+    return linear_head(model) is not None
 
 
 def losses_in_chunks(
     model: nn.Module,
     part: Batch,
     objective: LossFunction,
-    signal: Signal,
+    signal: Signal | ComputedSignal,
     vocabulary: int,
     dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The losses [M] of a transformers causal language model at the counted positions of a batch,
-    without holding all its logits. dtype: of the matrix products; None: that of the weights."""
+) -> tuple[Tensor, Any]:
+    """(the losses [M] of a causal language model at the counted positions of a batch, its output
+    there) without holding all its logits. dtype: of the matrix products; None: that of the
+    weights."""
     ids = part.input_ids.to(model.device)
     with autocast(ids.device, dtype):
-        states = model.base_model(ids, use_cache=False).last_hidden_state[part.counted]
+        output = without_logits(model)(ids, use_cache=False)
+    states = output.last_hidden_state[part.counted]
     states = states.to(dtype) if dtype else states
-    return chunked(objective, states, linear_head(model), signal, vocabulary)
+    head = linear_head(student_of(model))
+    return chunked(objective, states, head, signal, vocabulary), output
+
+
+def without_logits(model: nn.Module) -> Callable[..., Any]:
+    """A forward pass that ends with the last hidden states."""
+    if isinstance(model, WithProjections):
+        return partial(model, logits=False)
+    return model.base_model

@@ -5,7 +5,7 @@ discards (Romero et al. 2014, FitNets, arXiv 1412.6550, section 2.2; Jiao et al.
 arXiv 1909.10351, equation 8). Attention needs none: both models attend to the same positions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,19 @@ from models.states import states_of, states_options
 
 @dataclass
 class StudentOutput:
-    """A forward pass of a student that learns from hidden states: logits [B, L, V], attention
-    [B, L, layers, L] (the mean of the heads) and, if they are matched, projected [B, L, layers, W]
-    and value relations of the shape of attention. Indexed by positions [B, L], each is [P, ...]."""
+    """A forward pass of a student that learns from hidden states: logits [B, L, V] or, where they
+    are left out, the last_hidden_state [B, L, H]; attention [B, L, layers, L] (the mean of the
+    heads) and, if they are matched, projected [B, L, layers, W] and value relations of the shape of
+    attention. Indexed by positions [B, L], each is [P, ...]."""
 
-    logits: Tensor
+    logits: Tensor | None
     projected: Tensor | None
     attention: Tensor
     relations: Tensor | None = None
+    last_hidden_state: Tensor | None = None
 
     def at(self, positions: Tensor) -> "StudentOutput":
-        tensors = (self.logits, self.projected, self.attention, self.relations)
+        tensors = (getattr(self, field.name) for field in fields(self))
         return StudentOutput(*(t if t is None else t[positions] for t in tensors))
 
 
@@ -59,18 +61,21 @@ class WithProjections(nn.Module):
         """The student's config."""
         return self.student.config
 
-    def forward(self, input_ids: Tensor, use_cache: bool = False) -> StudentOutput:
+    def forward(
+        self, input_ids: Tensor, use_cache: bool = False, logits: bool = True
+    ) -> StudentOutput:
         layers = self.layers
         options = {"use_cache": use_cache} | states_options(layers, self.relations)
-        output = self.student(input_ids, **options)
+        output = (self.student if logits else self.student.base_model)(input_ids, **options)
         states, maps = states_of(output, layers, self.relations)
         projected = [layer(states[:, :, i]) for i, layer in enumerate(self.projections)]
         attention, relations = maps[:, :, : len(layers)], maps[:, :, len(layers) :]
         return StudentOutput(
-            output.logits,
+            output.logits if logits else None,
             torch.stack(projected, dim=2) if projected else None,
             attention,
             relations if self.relations else None,
+            None if logits else output.last_hidden_state,
         )
 
 

@@ -54,14 +54,14 @@ class Loss:
         batch = collate(data.rows, indices, self.pad, self.prompt_weight)
         signal = data.signal(batch).to(model.device)
         objective = partial(self.objective, progress=progress)
-        if not uses_hidden and chunked.pays(learner, self.vocabulary):
-            losses = chunked.losses_in_chunks(
+        if chunked.pays(student_of(model), self.vocabulary):
+            losses, output = chunked.losses_in_chunks(
                 learner, batch, objective, signal, self.vocabulary, self.dtype
             )
         else:
             with autocast(model.device, self.dtype):
                 output = learner(batch.input_ids.to(model.device), use_cache=False)
-            losses = objective(logits_at(output, batch, self.vocabulary), signal)
+            losses = objective(logits_at(output, batch, self.vocabulary), signal.whole())
         loss = (losses * batch.weights.to(model.device)).sum() / total_weight
         if uses_hidden:
             hidden = data.hidden(batch).to(model.device)

@@ -10,19 +10,20 @@ The FLOPs of writing and scoring are charged.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs.schema import Recipe, value_at
 from models.generate import answers_of
-from models.language import Forward, device_of, logits_at
+from models.language import Forward, device_of, linear_head, logits_at, precise
 from models.rows import Batch, Rows, batch_order, collate
+from student import chunked
 from student.training_set import TrainingSet
 from teacher.access import ACCESS
-from teacher.signal import Signal, finite
+from teacher.signal import ComputedSignal, Signal, finite
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,20 @@ class OnPolicy:
         ends = np.concatenate([[0], np.cumsum(rows.lengths - rows.prompt_lengths)])
 
         def signal(part: Batch) -> Signal:
-            return Signal.joined([everything.part(ends[i], ends[i + 1]) for i in part.indices])
+            places = [np.arange(ends[i], ends[i + 1]) for i in part.indices]
+            return everything.take(torch.from_numpy(np.concatenate(places)))
 
         return TrainingSet(rows, signal, flops=writer.flops + flops, writing_seconds=writing)
 
-    def scored(self, rows: Rows, generator: torch.Generator) -> tuple[Signal, float]:
+    def scored(
+        self, rows: Rows, generator: torch.Generator
+    ) -> tuple[Signal | ComputedSignal, float]:
         """(the teacher's signal at every token that the student wrote, the FLOPs it cost)."""
         before = self.teacher.flops
         batch = collate(rows, np.arange(len(rows)), pad=self.end)
+        model, reveals = getattr(self.teacher, "model", None), ACCESS[self.recipe.access].reveals
+        if "distribution" in reveals and chunked.pays(model, self.vocabulary):
+            return self.scored_in_parts(model, batch), self.teacher.flops - before
         with torch.no_grad():
             ids = batch.input_ids.to(device_of(self.teacher))
             logits = logits_at(self.teacher(ids, use_cache=False), batch, self.vocabulary)
@@ -98,6 +105,24 @@ class OnPolicy:
         reveal = ACCESS[self.recipe.access].reveal
         signal = reveal(log_probs, batch.targets, self.recipe.outputs.k, generator)
         return signal, self.teacher.flops - before
+
+    def scored_in_parts(self, model: nn.Module, batch: Batch) -> ComputedSignal:
+        """The teacher's distributions over a large vocabulary, which the objective computes from
+        its last states, a part at a time."""
+        head = linear_head(model)
+        with torch.no_grad():
+            ids = batch.input_ids.to(model.device)
+            output = self.teacher.charge(partial(model.base_model, use_cache=False), ids)
+        states = output.last_hidden_state[batch.counted]
+        # charged as a whole pass is, whose head reads every token
+        self.teacher.flops += 2.0 * ids.numel() * head.weight.numel()
+
+        @torch.no_grad()
+        def log_probs_of(states: Tensor) -> Tensor:
+            logits = precise(head.logits(states)[:, : self.vocabulary])
+            return finite(torch.log_softmax(logits, -1))
+
+        return ComputedSignal(batch.targets, states, log_probs_of)
 
     def rewarded(self, rows: Rows) -> tuple[Rows, Signal]:
         """(answers that give a gradient, the advantage of each of their tokens).

@@ -7,12 +7,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from torch import nn
+from torch import Tensor, nn
 
 from configs.schema import LabError
 from models.rows import Batch, Rows
 from tasks.task import Task
-from teacher.signal import HiddenSignal, Signal
+from teacher.signal import ComputedSignal, HiddenSignal, Signal
 
 
 class Writer(Protocol):
@@ -36,7 +36,7 @@ class TrainingSet:
     `writing_seconds`."""
 
     rows: Rows
-    signal: Callable[[Batch], Signal] = text_signal
+    signal: Callable[[Batch], Signal | ComputedSignal] = text_signal
     hidden: Callable[[Batch], HiddenSignal] | None = None
     hidden_width: int = 0
     order: Callable[[int], np.ndarray] | None = None
@@ -77,7 +77,7 @@ def without_reasoning(rows: Rows, task: Task) -> Rows:
     return Rows.build(ids, prompts, [answers[i] for i in answered])
 
 
-def smoothed_labels(vocabulary: int, entropy: float) -> Callable[[Batch], Signal]:
+def smoothed_labels(vocabulary: int, entropy: float) -> Callable[[Batch], ComputedSignal]:
     """Label smoothing whose entropy in nats matches the teacher's mean entropy.
 
     The label gets 1 - epsilon, and epsilon is spread over all V outcomes (Szegedy et al. 2016,
@@ -91,9 +91,9 @@ def smoothed_labels(vocabulary: int, entropy: float) -> Callable[[Batch], Signal
 
     epsilon = brentq(lambda e: entropy_at(e) - entropy, 0, 1) if entropy > 0 else 0.0
 
-    def signal(batch: Batch) -> Signal:
-        labels = torch.nn.functional.one_hot(batch.targets, vocabulary).float()
+    def log_probs_of(targets: Tensor) -> Tensor:
+        labels = torch.nn.functional.one_hot(targets, vocabulary).float()
         probabilities = (1 - epsilon) * labels + epsilon / vocabulary
-        return Signal(batch.targets, probabilities.clamp_min(1e-12).log())
+        return probabilities.clamp_min(1e-12).log()
 
-    return signal
+    return lambda batch: ComputedSignal(batch.targets, batch.targets, log_probs_of)

@@ -1,7 +1,7 @@
 """What a teacher revealed at some positions of a text: all that an objective sees of a teacher."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,13 @@ class Signal:
         """The signal at positions start to stop - 1."""
         return Signal(*(t if t is None else t[start:stop] for t in self.tensors))
 
+    def take(self, indices: Tensor) -> "Signal":
+        """The signal at some positions."""
+        return Signal(*(t if t is None else t[indices] for t in self.tensors))
+
+    def whole(self) -> "Signal":
+        return self
+
     @staticmethod
     def joined(parts: "Sequence[Signal]") -> "Signal":
         columns = zip(*(part.tensors for part in parts), strict=True)
@@ -86,6 +93,28 @@ class Signal:
             raise ValueError("sampled signals cannot be softened: the draws are at temperature 1")
         student = torch.log_softmax(student_logits, dim=-1).gather(-1, self.indices)
         return self.log_probs.to(student_logits.dtype), student
+
+
+@dataclass(frozen=True)
+class ComputedSignal:
+    """A signal of large vocabularies whose log-probabilities [m, V] are computed from a few numbers
+    per position, [M, ...], a part at a time, and never held for all M."""
+
+    targets: Tensor
+    source: Tensor
+    log_probs_of: Callable[[Tensor], Tensor]
+
+    def to(self, device: torch.device | str) -> "ComputedSignal":
+        return replace(self, targets=self.targets.to(device), source=self.source.to(device))
+
+    def part(self, start: int, stop: int) -> Signal:
+        return Signal(self.targets[start:stop], self.log_probs_of(self.source[start:stop]))
+
+    def take(self, indices: Tensor) -> "ComputedSignal":
+        return replace(self, targets=self.targets[indices], source=self.source[indices])
+
+    def whole(self) -> Signal:
+        return self.part(0, len(self.targets))
 
 
 def tail_of(log_probs: Tensor, indices: Tensor) -> Tensor:

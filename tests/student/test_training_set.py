@@ -24,7 +24,7 @@ def rows() -> Rows:
 
 @pytest.mark.parametrize("entropy", [0.0, 0.1, 0.5, 2.0])
 def test_smoothed_labels_have_the_entropy_asked_for(entropy, rows):
-    signal = smoothed_labels(V, entropy)(collate(rows, np.arange(10), 0))
+    signal = smoothed_labels(V, entropy)(collate(rows, np.arange(10), 0)).whole()
     found = -(signal.log_probs.exp() * signal.log_probs).sum(-1)
     torch.testing.assert_close(found, torch.full_like(found, entropy), atol=1e-4, rtol=1e-4)
     assert signal.log_probs.argmax(-1).equal(signal.targets)
@@ -33,7 +33,7 @@ def test_smoothed_labels_have_the_entropy_asked_for(entropy, rows):
 def test_without_smoothing_forward_kl_is_cross_entropy(rows, generator):
     batch = collate(rows, np.arange(10), 0)
     logits = torch.randn(len(batch.targets), V, generator=generator)
-    signal = smoothed_labels(V, 0.0)(batch)
+    signal = smoothed_labels(V, 0.0)(batch).whole()
     torch.testing.assert_close(
         forward_kl(logits, signal), cross_entropy(logits, signal), atol=1e-4, rtol=1e-4
     )
