@@ -110,8 +110,8 @@ class OnPolicy:
         """The teacher's distributions over a large vocabulary, which the objective computes from
         its last states, a part at a time."""
         head = linear_head(model)
+        ids = batch.input_ids.to(model.device)
         with torch.no_grad():
-            ids = batch.input_ids.to(model.device)
             output = self.teacher.charge(partial(model.base_model, use_cache=False), ids)
         states = output.last_hidden_state[batch.counted]
         # charged as a whole pass is, whose head reads every token

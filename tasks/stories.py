@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import Field
 
 from configs.schema import Section
-from tasks.chat import Chat
 from tasks.examples import Exchange
+from tasks.instruct import Instruct
 from tasks.text import bible_file, read_packaged, vocabulary_field
 
 TRAITS = (
@@ -39,7 +39,7 @@ PLACES = (
 ASKS = "Write a story of four short sentences about a {} {} and {} {}."
 
 
-class Stories(Chat):
+class Stories(Instruct):
     """Prompts from word lists, and text that no teacher wrote."""
 
     class Settings(Section):

@@ -1,9 +1,9 @@
 """What is learned: the table TASKS, one file per task."""
 
 from configs.schema import TaskConfig
-from tasks.chat import Chat
 from tasks.digits import Digits
 from tasks.gsm8k import Gsm8k
+from tasks.instruct import Instruct
 from tasks.pronounce import Pronounce
 from tasks.reason import Reason
 from tasks.stories import Stories
@@ -11,7 +11,7 @@ from tasks.task import Task
 from tasks.text import Text
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Pronounce, Reason, Digits, Text, Chat, Stories, Gsm8k)
+    task.name: task for task in (Pronounce, Reason, Digits, Text, Instruct, Stories, Gsm8k)
 }
 
 

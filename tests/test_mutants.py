@@ -197,8 +197,8 @@ MUTANTS = {
     ),
     "chosen on the held-out words": (
         "experiment/experiment.py",
-        'task.rows("validation")',
-        'task.rows("heldout")',
+        'task.evaluation_rows("validation")',
+        'task.evaluation_rows("heldout")',
         "test_train.py::test_training_never_sees_the_held_out_words",
     ),
     "a baseline with less compute than the student": (

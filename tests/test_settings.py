@@ -182,9 +182,10 @@ def test_every_key_that_a_user_may_set_is_changed_here_or_elsewhere():
         # see tests/experiment/test_evidence.py and test_evidence_study.py
         "watermark", "watermark_key", "watermark_share", "canaries",
         "antidistillation", "proxy",  # see tests/teacher/test_antidistillation.py
-        "revision", "dtype", "attention",  # see tests/models/test_pretrained.py
+        "revision", "dtype", "attention",  # see tests/models/test_pretrained_models.py
         "autocast", "activation_checkpointing", "compile",  # see tests/experiment/test_precision.py
-        "published", "source", "parameters", "tokens", "licence",  # see tests/tasks/test_chat.py
+        # see tests/tasks/test_instruct.py
+        "published", "source", "parameters", "tokens", "licence",
         "trackers",  # see tests/experiment/test_log.py
         "exploratory",  # see tests/measure/test_verdicts.py
         "claim", "metric", "threshold", "split", "against", "metrics",  # in the run made by hand

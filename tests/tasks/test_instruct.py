@@ -1,4 +1,4 @@
-"""The task `chat`: prompts with answers, chats, and prompts that a pretrained teacher answers."""
+"""The task `instruct`: prompts with answers, chats, and prompts that a teacher answers."""
 
 import csv
 import json
@@ -15,8 +15,8 @@ from configs.schema import LabError, Model
 from experiment import vocabulary
 from experiment.run import Run
 from models.language import build_language_model, initialise, save_model
-from tasks.chat import Chat
 from tasks.examples import Exchange, exchanges_of
+from tasks.instruct import Instruct
 from tasks.text import train_tokenizer
 from tests.serving import SHAPE
 
@@ -58,8 +58,8 @@ def lines(file, records):
     return file
 
 
-def chat(place, file, **settings):
-    return Chat(
+def task_of(place, file, **settings):
+    return Instruct(
         path=str(file), tokenizer=str(place / "model"), row_tokens=96, answer_tokens=40, **settings
     )
 
@@ -81,7 +81,7 @@ def test_prompts_with_answers_are_rows_whatever_the_file(ending, place, tmp_path
             writer.writerows(renamed)
     else:
         pq.write_table(pa.Table.from_pylist(renamed), file)
-    task = chat(place, file, columns={"prompt": "question", "completion": "reply"})
+    task = task_of(place, file, columns={"prompt": "question", "completion": "reply"})
     found = {}
     for split in ("train", "validation", "heldout"):
         rows = task.rows(split)
@@ -119,7 +119,7 @@ def test_every_turn_of_the_assistant_is_an_answer_to_all_before_it():
 def test_what_a_text_says_is_no_special_token(place, tmp_path):
     records = pairs()
     records[0]["completion"] = "an end </s> that is text"
-    task = chat(place, lines(tmp_path / "a.jsonl", records))
+    task = task_of(place, lines(tmp_path / "a.jsonl", records))
     found = [
         task.render(rows.completion(i))
         for rows in map(task.rows, ("train", "validation", "heldout"))
@@ -133,7 +133,7 @@ def test_few_malformed_records_are_left_out_and_named(place, tmp_path, capsys):
     content = file.read_text("utf-8").splitlines()
     content[4] = "{"
     file.write_text("\n".join(content), "utf-8")
-    task = chat(place, file)
+    task = task_of(place, file)
     assert sum(len(task.rows(s)) for s in ("train", "validation", "heldout")) == len(PAIRS)
     note = capsys.readouterr().out
     assert "note: 1 of 192 records are malformed and left out, first" in note
@@ -141,7 +141,7 @@ def test_few_malformed_records_are_left_out_and_named(place, tmp_path, capsys):
     content[7] = '{"prompt": 7}'
     file.write_text("\n".join(content), "utf-8")
     with pytest.raises(LabError, match="2 of 192 records are malformed, more than 1%; the first"):
-        chat(place, file)
+        task_of(place, file)
 
 
 @pytest.mark.parametrize(
@@ -164,23 +164,23 @@ def test_a_record_that_is_no_exchange_says_what_is_missing(record, problem):
 def test_prompts_are_all_answered_or_none(place, tmp_path):
     records = [*pairs(90), {"prompt": "And?"}]
     with pytest.raises(LabError, match="1 of 91 prompts have no answer; expected all or none"):
-        chat(place, lines(tmp_path / "a.jsonl", records))
+        task_of(place, lines(tmp_path / "a.jsonl", records))
     documents = str(place / "documents.jsonl")
     with pytest.raises(LabError, match=r"task\.documents: the prompts have answers"):
-        chat(place, lines(tmp_path / "b.jsonl", pairs()), documents=documents)
+        task_of(place, lines(tmp_path / "b.jsonl", pairs()), documents=documents)
 
 
 def test_what_does_not_fit_a_row_is_left_out_and_counted(place, tmp_path, capsys):
     records = pairs()
     records[0]["completion"] = told(PAIRS[0]) * 9
-    task = chat(place, lines(tmp_path / "a.jsonl", records))
+    task = task_of(place, lines(tmp_path / "a.jsonl", records))
     assert sum(len(task.rows(s)) for s in ("train", "validation", "heldout")) == len(PAIRS) - 1
     assert "note: 1 of " in capsys.readouterr().out
 
 
 CONFIG = """
 name: tales
-task: {name: chat, path: PLACE/prompts.jsonl, documents: PLACE/documents.jsonl,
+task: {name: instruct, path: PLACE/prompts.jsonl, documents: PLACE/documents.jsonl,
   tokenizer: PLACE/model, vocabulary: 300, row_tokens: 96, answer_tokens: 40}
 seeds: [0]
 threads: 1
@@ -252,14 +252,14 @@ def test_the_tokens_that_a_teacher_uses_make_a_vocabulary(place, tmp_path, capsy
     config.write_text(CONFIG.replace("PLACE", str(place)), encoding="utf-8")
     assert vocabulary.main([str(config), "--rows", "20", "--out", str(out)]) == 0
     assert "that it wrote, are in" in capsys.readouterr().out
-    task = chat(place, place / "prompts.jsonl", vocabulary=str(out))
-    whole = chat(place, place / "prompts.jsonl")
+    task = task_of(place, place / "prompts.jsonl", vocabulary=str(out))
+    whole = task_of(place, place / "prompts.jsonl")
     assert len(task.tokenizer) < len(whole.tokenizer)
     assert {*out.read_text("utf-8").split()} <= task.tokenizer.get_vocab().keys()
     for question in (asked(PAIRS[0]), asked(PAIRS[50])):
         assert task.tokenizer.tokenize(question) == whole.tokenizer.tokenize(question)
     with pytest.raises(LabError, match=r"task\.vocabulary: no file .*nothing; python -m"):
-        chat(place, place / "prompts.jsonl", vocabulary=str(tmp_path / "nothing"))
+        task_of(place, place / "prompts.jsonl", vocabulary=str(tmp_path / "nothing"))
 
 
 def test_it_can_be_asked_checked_and_resumed(told_run, capsys):

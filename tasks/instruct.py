@@ -1,4 +1,4 @@
-"""The task `chat`: to answer prompts, as a pretrained teacher or one's own data does.
+"""The task `instruct`: to answer prompts, as a pretrained teacher or one's own data does.
 
 Records of `path` or `dataset` hold a prompt with its completion, a prompt alone, or chat messages.
 Every answer is one row: the conversation before it, in the chat template of the tokenizer, is the
@@ -37,7 +37,7 @@ from tasks.text import (
 from tasks.tokenizers import chat_prompt
 
 
-class Chat(FreeText):
+class Instruct(FreeText):
     """Rows of prompts and answers, or of prompts alone."""
 
     class Settings(Section):
@@ -54,7 +54,7 @@ class Chat(FreeText):
         answer_tokens: int = Field(128, ge=1)
         limit: int | None = Field(None, ge=20)  # prompts, a random subset
 
-    name = "chat"
+    name = "instruct"
     item_noun = "prompts"
 
     @classmethod
@@ -120,7 +120,7 @@ class Chat(FreeText):
             yield from found
 
     def id_of(self, exchange: Exchange) -> int:
-        return row_id(f"chat {exchange.turns} {exchange.answer}")
+        return row_id(f"instruct {exchange.turns} {exchange.answer}")
 
     def split_of(self, exchange: Exchange) -> str:
         """By a hash of the first turn of the user: a conversation is on one side, with all its
