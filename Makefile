@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo reproduce test mutants mutants-wide test-all benchmark lint clean
+.PHONY: demo reproduce test mutants mutants-wide test-all benchmark gpu lint clean
 
 demo: $(VENV)/.installed
 	$(RUN) train.py configs/quickstart.yaml
@@ -38,6 +38,10 @@ test-all: $(VENV)/.installed-test
 benchmark: $(VENV)/.installed-test
 	$(RUN) -m tests.benchmarks.speed
 	$(RUN) -m tests.benchmarks.busy
+
+# One GPU; 8 minutes.
+gpu: $(VENV)/.installed-test
+	$(RUN) -m tests.benchmarks.gpu
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff format --check .
