@@ -282,6 +282,26 @@ def test_what_is_concluded_from_digits_is_what_its_claims_show():
     assert round(100 * errors["difference"], 1) == 0.5
 
 
+def test_what_is_concluded_from_reason_is_what_its_claims_show():
+    found = result("reason")
+    claims = {v["claim"]: v for v in found["verdicts"]}
+    traces = claims["traces beats answers"]
+    assert (traces["metric"], traces["threshold"], traces["seeds"]) == ("accuracy_4_5", 0.3, 10)
+    assert traces["result"] == "not distinguished"
+    assert abs(traces["difference"] - 1 / 3) < 0.02
+    assert traces["ci95"][0] > 0.2
+    for control in ("baseline", "low_data"):
+        assert claims[f"traces beats {control}"]["result"] == "not distinguished"
+        assert found["controls"][control]["quality"]["accuracy"]["mean"] > 0.99
+    assert claims["traces_low beats answers_low"]["result"] == "not distinguished"
+    models = {**found["students"], **found["controls"], "teacher": found["teacher"]}
+    longer = {
+        name: model["long"]["quality"]["accuracy_6"]["mean"] for name, model in models.items()
+    }
+    assert max(longer, key=longer.get) == "answers"
+    assert longer["answers"] < 0.5
+
+
 def test_what_is_concluded_from_text_is_what_its_claims_show():
     found = {(v["claim"], v["metric"]): v["result"] for v in result("text")["verdicts"]}
     loss, undecided = "bits_per_byte", "not distinguished"

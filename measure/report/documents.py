@@ -33,7 +33,7 @@ def with_tables(page: str, results: Path) -> str:
     def block(match: re.Match) -> str:
         file = results / f"{match[3]}.json"
         result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        if result is None or not (match[2] == "study" or is_current(result)):
+        if result is None:
             return match[0]
         if match[2] == "column":
             return match[1] + with_column(match[4], result) + match[5]
@@ -70,13 +70,6 @@ def shared_with_others(result: dict[str, Any]) -> str:
 
 def times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
-
-
-def is_current(result: dict[str, Any]) -> bool:
-    """Whether this version decided the verdicts and fitted the laws."""
-    decided = all("p_corrected" in verdict for verdict in result["verdicts"])
-    fitted = all("residuals" in study for study in result.get("laws", {}).values())
-    return decided and fitted and "heldout_reads" in result
 
 
 def markdown(result: dict[str, Any]) -> str:
