@@ -100,8 +100,8 @@ def open_experiment(
     config: Config, run: Run, accelerator: "Accelerator | None" = None
 ) -> Experiment:
     task = open_task(run, config)
-    validation = task.evaluation_rows("validation")
-    return Experiment(config, run, task, task.rows("train"), validation, accelerator)
+    rows, validation = task.rows("train"), task.evaluation_rows("validation")
+    return Experiment(config, run, task, rows, validation, accelerator)
 
 
 def open_task(run: Run, config: Config) -> Task:

@@ -130,12 +130,15 @@ def renumber(part: Any, ids: dict[str, int]) -> None:
 
 
 def ids_in(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase) -> np.ndarray | None:
-    """[V]: the id of each of our tokens in their vocabulary; None if one of them is missing."""
+    """[V]: the id of each of our tokens in their vocabulary; None if one of them is missing, or if
+    ours is no smaller and yet another one: that is a mistake, not a choice of tokens."""
     there = theirs.get_vocab()
     tokens = ours.convert_ids_to_tokens(list(range(len(ours))))
     if not all(token in there for token in tokens):
         return None
-    return np.array([there[token] for token in tokens])
+    ids = np.array([there[token] for token in tokens])
+    is_other = len(ours) >= len(theirs) and not np.array_equal(ids, np.arange(len(ids)))
+    return None if is_other else ids
 
 
 class Restricted(nn.Module):
