@@ -97,6 +97,8 @@ def story(options: argparse.Namespace) -> int:
     if options.compare:
         say("\n".join(compare_runs(*map(Run.finished, options.compare))))
         return 0
+    if options.student and not options.push:
+        raise LabError("--student says which one is uploaded; add --push OWNER/NAME")
     if options.update and options.split != "heldout":
         raise LabError("results/ holds held-out figures; remove --split with --update")
     run = Run.finished(options.run)

@@ -105,6 +105,8 @@ def story(config: Config, folder: Path, fresh: bool = False) -> None:
         check_budgets(experiment)
         check_seller(experiment)
         experiment = begin_run(experiment, folder)
+        if config.trackers:
+            accelerator.init_trackers(config.name)  # it writes into the folder of the run
         plan, run = experiment.plan, experiment.run
         before = [*run.ledger]
 

@@ -53,7 +53,7 @@ def check_answers(experiment: Experiment) -> None:
             "on this machine; set teacher.model.pretrained and epochs 0"
         )
     for name, recipe in experiment.plan.recipes.items():
-        from_data = recipe.sequences == "data" and not experiment.plan.request(recipe)
+        from_data = recipe.sequences == "data"
         if recipe.control.gold or (from_data and experiment.rows is experiment.prompts):
             raise LabError(
                 f"{name} learns from the data's own answers, but the prompts have none; remove it"
@@ -164,7 +164,9 @@ def check_vocabularies(experiment: Experiment) -> None:
     if not config.teacher.model or not config.teacher.model.pretrained:
         return
     theirs = tokenizer_of(config.teacher.model)
-    if ids_in(theirs, task.tokenizer) is not None:
+    if first_differing_id(theirs, task.tokenizer) is None:
+        return
+    if ids_in(theirs, task.tokenizer) is not None and config.teacher.epochs == 0:
         return
     if "tokenizer" not in type(task).Settings.model_fields or config.teacher.epochs > 0:
         require_same_vocabulary(

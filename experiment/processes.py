@@ -18,14 +18,11 @@ def new_accelerator(config: Config, folder: Path) -> Accelerator:
         raise LabError(
             f"trackers: {missing[0]} is not installed; pip install {missing[0]}, or remove it"
         )
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=config.trackers or None,
         project_dir=folder / "trackers" if config.trackers else None,
     )
-    if config.trackers:
-        accelerator.init_trackers(config.name)
-    return accelerator
 
 
 def require_one_way_to_share(config: Config, accelerator: Accelerator) -> None:

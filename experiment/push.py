@@ -3,7 +3,6 @@
 import os
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from configs.files import say
 from configs.schema import LabError, nearest
@@ -30,11 +29,11 @@ def push(run: Run, name: str | None, repository: str) -> int:
         hub.upload_folder(
             repo_id=repository, folder_path=folder, commit_message=f"{stage} of {run.folder.name}"
         )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except Exception as error:  # of the hub, of its client, and of the network
         reason = " ".join(str(error).split())[:200]
         raise LabError(
             f"{repository} was not uploaded ({type(error).__name__}: {reason}); log in with `hf "
             "auth login`, or set HF_TOKEN"
         ) from None
-    say(f"{stage} is at {hub.endpoint}/{repository}, private")
+    say(f"{stage} is at {hub.endpoint}/{repository}; a new repository is private")
     return 0

@@ -104,8 +104,9 @@ def register_pretrained(experiment: Experiment, stage: str, model: nn.Module) ->
         save_model(model, tokenizer_of(settings), folder, card)
     experiment.accelerator.wait_for_everyone()
     published = experiment.config.teacher.published
-    stated = {"published": {"flops": published.flops, "source": published.source}}
-    cost = {**watch.read(0), "steps": 0, **(stated if published else {})}
+    cost = {**watch.read(0), "steps": 0}
+    if published:
+        cost["published"] = {"flops": published.flops, "source": published.source}
     return cost, made_of(folder, model)
 
 
@@ -152,6 +153,8 @@ def open_worker(config: Config, folder: Path) -> None:
     """A worker opens the experiment once, for all the stages it runs."""
     global worker_experiment
     accelerator = new_accelerator(config, folder)
+    if config.trackers:
+        accelerator.init_trackers(config.name)
     worker_experiment = replace(
         open_experiment(config, Run(folder).reload(), accelerator), share=1 / config.workers
     )

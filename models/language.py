@@ -449,7 +449,7 @@ class Averaged:
 
     def __call__(self, input_ids: Tensor, **options: Any) -> CausalLMOutput:
         each = [
-            model(input_ids, **options).logits[..., : self.vocabulary].log_softmax(-1)
+            precise(model(input_ids, **options).logits[..., : self.vocabulary]).log_softmax(-1)
             for model in self.models
         ]
         return CausalLMOutput(logits=torch.stack(each).logsumexp(0) - math.log(len(each)))

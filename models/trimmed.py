@@ -221,5 +221,6 @@ class Restricted(nn.Module):
     @torch.no_grad()
     def outside(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """[M]: the probability of all other tokens at some positions [B, L] of a text."""
-        logits = self.model(self.ids[input_ids], use_cache=False).logits[positions].double()
+        output = self.model(self.ids[input_ids], use_cache=False)
+        logits = output.logits[positions][:, : len(self.theirs)].double()
         return 1 - logits.softmax(-1)[:, self.ids].sum(-1)

@@ -12,6 +12,7 @@ import pytest
 
 import train
 from configs.schema import LabError
+from experiment import processes
 from experiment.check import losses_of
 from experiment.collecting import sources
 from experiment.run import Run
@@ -64,7 +65,7 @@ def test_outputs_are_finished_when_all_processes_have_written_their_shards(lab, 
 
 def test_several_processes_are_not_launched_beside_workers(tmp_path, monkeypatch, capsys):
     two = SimpleNamespace(num_processes=2, is_main_process=True)
-    monkeypatch.setattr(train, "Accelerator", lambda cpu: two)
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: two)
     assert train.main([TINY, "workers=2", "--runs", str(tmp_path)]) == 2
     assert "2 processes were launched and workers is 2" in capsys.readouterr().err
 
