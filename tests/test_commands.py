@@ -19,7 +19,7 @@ from teacher.api import __main__ as api
 from teacher.watermark import write_key
 from tests.helpers import ROOT
 
-BLOCKS = re.compile(r"^```\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_EXECUTED = {  # why not
     "python3 -m venv .venv": "sets up an environment, as `make test` did",
     '.venv/bin/python -m pip install -c constraints.txt -e ".[test]"': "the same",
@@ -27,6 +27,9 @@ NOT_EXECUTED = {  # why not
     "https://download.pytorch.org/whl/cpu": "needs the index of PyTorch",
     ".venv/bin/python -m experiment.install": "tests/experiment/test_install.py does, offline",
     ".venv/bin/python -m pytest": "this is it",
+    "python -m experiment.vocabulary configs/stories.yaml --rows 300 --out stories.tokens": (
+        "tests/tasks/test_instruct.py does, with a smaller teacher"
+    ),
     "accelerate launch --multi_gpu --num_processes 2 train.py configs/quickstart.yaml workers=1 "
     "name=shared": "tests/experiment/test_processes.py launches two processes on a smaller config",
 }
@@ -36,7 +39,9 @@ def commands() -> list[str]:
     """The lines of the pages' code blocks that a reader can type, without comments."""
     found = []
     for page in pages(ROOT):
-        for block in BLOCKS.findall(page.read_text(encoding="utf-8")):
+        for language, block in BLOCKS.findall(page.read_text(encoding="utf-8")):
+            if language:
+                continue
             lines = [line.partition("  #")[0].strip() for line in block.splitlines()]
             programs = ("python", ".venv/", "make ", "accelerate ")
             found += [line for line in lines if line.startswith(programs)]
